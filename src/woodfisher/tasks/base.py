@@ -1,0 +1,63 @@
+"""What a task is: everything that pruning a model and judging the result needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """A trained model with the data, loss and metric that belong to it.
+
+    Attributes
+    ----------
+    name:
+        What reports call it.
+    model:
+        The trained network.
+    train, validation, test:
+        Iterables of batches, each iterable more than once. Gradients come from `train`, choices are made
+        on `validation`, and `test` is looked at once. A fresh iteration over `train` should come in random
+        order, or its first few hundred samples would all be of one kind.
+    loss:
+        `loss(outputs, targets)`; None for models that return their own `.loss`.
+    metric:
+        `metric(model, batches)`, larger is better; `accuracy` by default.
+    metric_name:
+        How tables name the metric.
+    """
+
+    name: str
+    model: nn.Module
+    train: Iterable[Any]
+    validation: Iterable[Any]
+    test: Iterable[Any]
+    loss: Callable[[Any, Any], Tensor] | None
+    metric: Callable[[nn.Module, Iterable[Any]], float]
+    metric_name: str = "accuracy, %"
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 accuracy in per cent, in evaluation mode; the model's training flags are left as they were."""
+    flags = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    correct = total = 0
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for inputs, targets in batches:
+                predicted = model(inputs.to(device)).argmax(dim=-1)
+                correct += int((predicted == targets.to(device)).sum())
+                total += targets.numel()
+    finally:
+        for module, training in flags.items():
+            module.training = training
+    return 100.0 * correct / max(total, 1)
