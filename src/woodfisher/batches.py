@@ -1,0 +1,114 @@
+"""Batches of any form: what they look like, how they reach the model, and how they are cut into rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+Batch = Any
+"""`(inputs, targets)` or a dict, of tensors (or nested tuples, lists and dicts of them) with one leading
+dimension, the samples."""
+
+
+def map_tensors(function: Callable[..., Tensor], *batches: Batch) -> Batch:
+    """Apply `function` to the corresponding tensors of batches of the same structure."""
+    first = batches[0]
+    if isinstance(first, Mapping):
+        return {key: map_tensors(function, *(batch[key] for batch in batches)) for key in first}
+    if isinstance(first, (tuple, list)):
+        return tuple(map_tensors(function, *parts) for parts in zip(*batches, strict=True))
+    if isinstance(first, (Tensor, np.ndarray)):
+        return function(*(torch.as_tensor(batch) for batch in batches))
+    raise WoodfisherError(
+        "a batch must consist of tensors, in (inputs, targets) or in a dict; "
+        f"it holds a {type(first).__name__}. Convert it, or leave it out of the batch."
+    )
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch, in order."""
+    found: list[Tensor] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, batch)
+    return found
+
+
+def samples_in(batch: Batch) -> int:
+    """Length of the leading dimension, which all tensors of a batch must share."""
+    lengths = {tensor.shape[0] if tensor.ndim else 0 for tensor in tensors_of(batch)}
+    if len(lengths) != 1 or 0 in lengths:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors_of(batch))
+        raise WoodfisherError(
+            "all tensors of a batch must have the samples as their first dimension, at least one of them; "
+            f"shapes {shapes or 'of no tensor'} came."
+        )
+    return lengths.pop()
+
+
+def describe(batch: Batch) -> str:
+    """Shapes and dtypes of a batch, for messages."""
+    return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_of(batch))
+
+
+def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """The first `samples` samples (fewer where the data ends), in the batches that they came in."""
+    left = samples
+    for batch in batches:
+        count = samples_in(batch)
+        yield batch if count <= left else map_tensors(lambda t, left=left: t[:left], batch)
+        left -= count
+        if left <= 0:
+            return
+
+
+def rechunk(batches: Iterable[Batch], size: int, group: int) -> Iterator[Batch]:
+    """Cut and join batches into chunks of `size` samples, in order, whatever batches they came in.
+
+    Chunks hold whole groups of `group` samples (`size` is a multiple of it); samples at the end that fill no
+    group are left out. Batches whose samples have other shapes (padded sequences, say) start a new chunk, and
+    no group may span both.
+    """
+    pending: list[Batch] = []
+    count = 0
+    for batch in batches:
+        if pending and _sample_form(batch) != _sample_form(pending[0]):
+            if count % group:
+                raise WoodfisherError(
+                    f"a row averages {group} samples, and these come from batches of different shapes: "
+                    f"{describe(pending[-1])} and {describe(batch)}. Pad the samples to one shape, use batches "
+                    f"of a multiple of {group} samples, or group=1."
+                )
+            yield _join(pending)
+            pending, count = [], 0
+        pending.append(batch)
+        count += samples_in(batch)
+        if count >= size:
+            joined = _join(pending)
+            whole = count - count % size
+            for first in range(0, whole, size):
+                yield map_tensors(lambda t, first=first: t[first : first + size], joined)
+            count -= whole
+            pending = [map_tensors(lambda t, whole=whole: t[whole:], joined)] if count else []
+    if count >= group:
+        yield map_tensors(lambda t: t[: count - count % group], _join(pending))
+
+
+def _join(pending: list[Batch]) -> Batch:
+    return map_tensors(lambda *parts: torch.cat(parts), *pending) if len(pending) > 1 else pending[0]
+
+
+def _sample_form(batch: Batch) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(batch)]

@@ -1,0 +1,227 @@
+"""What a curvature is: an estimator makes an inverse out of an objective; the inverse is a linear operator."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from torch import Tensor
+
+    from woodfisher.objective import Objective
+
+WORKSPACE = 64 * 2**20
+"""Bytes of float64 scratch that an operator may use at a time, beside vectors of the model's size."""
+
+
+class InverseOperator(ABC):
+    """F⁻¹ for a symmetric positive definite curvature F over `size` weights.
+
+    A variant supplies the five abstract methods; products, dense forms and checks are derived here, once.
+    Arithmetic is float64 inside whatever the storage; results come in the dtype of the argument, and
+    `diag` and `submatrices` in float64.
+
+    Examples
+    --------
+    >>> finv = DiagonalInverse(torch.tensor([2.0, 4.0]))
+    >>> finv @ torch.ones(2)
+    tensor([0.5000, 0.2500])
+    >>> finv.forward(torch.ones(2))
+    tensor([2., 4.])
+    """
+
+    size: int
+    device: torch.device
+
+    @abstractmethod
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        """F⁻¹V for float64 `V` of shape `(size, k)`."""
+
+    @abstractmethod
+    def _forward_product(self, V: Tensor) -> Tensor:
+        """FV for float64 `V` of shape `(size, k)`."""
+
+    @abstractmethod
+    def diag(self) -> Tensor:
+        """Diagonal of F⁻¹, float64 `(size,)`, every entry positive."""
+
+    @abstractmethod
+    def _submatrices(self, index: Tensor) -> Tensor:
+        """[F⁻¹]_{QQ} for each row Q of the checked index `(m, k)`: float64 `(m, k, k)`."""
+
+    @abstractmethod
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        """`x` with F_SS x_S = b_S on the kept weights S and zero elsewhere; `keep` bool, `b` float64."""
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """Inverse-Fisher-vector product F⁻¹v for `v` of shape `(size,)` or `(size, k)`."""
+        return self._apply(self._inverse_product, v)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Forward product Fv, of the curvature itself, for `v` of shape `(size,)` or `(size, k)`."""
+        return self._apply(self._forward_product, v)
+
+    def submatrix(self, index: Tensor) -> Tensor:
+        """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""
+        return self.submatrices(index.reshape(1, -1))[0]
+
+    def submatrices(self, index: Tensor) -> Tensor:
+        """[F⁻¹]_{QQ} for `m` groups of `k` flat indexes, int64 `(m, k)`: float64 `(m, k, k)`."""
+        if index.dtype != torch.int64 or index.ndim != 2:
+            raise WoodfisherError(
+                "an index must be int64 of shape (groups, weights in a group); "
+                f"{index.dtype} of shape {tuple(index.shape)} came."
+            )
+        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:
+            raise WoodfisherError(
+                f"indexes must lie in 0…{self.size - 1}; {int(index.min())}…{int(index.max())} came."
+            )
+        return self._submatrices(index.to(self.device))
+
+    def restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        """Solve with the curvature of the kept weights alone: F_SS x_S = b_S, x = 0 elsewhere.
+
+        Parameters
+        ----------
+        keep:
+            Bool `(size,)`, True on S.
+        b:
+            Right-hand side `(size,)`; its entries outside S are ignored.
+        """
+        if keep.dtype != torch.bool or keep.shape != (self.size,) or b.shape != (self.size,):
+            raise WoodfisherError(
+                f"keep (bool) and b must have shape ({self.size},); {keep.dtype} {tuple(keep.shape)} and "
+                f"{tuple(b.shape)} came."
+            )
+        return self._restricted_solve(keep.to(self.device), b.to(self.device, torch.float64)).to(b)
+
+    def dense(self) -> Tensor:
+        """F⁻¹ as a float64 matrix `(size, size)`: for tests and small networks."""
+        return self._inverse_product(torch.eye(self.size, dtype=torch.float64, device=self.device))
+
+    def _apply(self, product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
+        if v.ndim not in (1, 2) or v.shape[0] != self.size or not v.is_floating_point():
+            raise WoodfisherError(
+                f"the operator takes a floating-point vector ({self.size},) or matrix ({self.size}, k); "
+                f"{v.dtype} of shape {tuple(v.shape)} came."
+            )
+        V = v.reshape(self.size, -1).to(self.device, torch.float64)
+        return product(V).reshape(v.shape).to(v)
+
+
+class Estimator(ABC):
+    """A recipe for a curvature. Estimators are frozen dataclasses: options in, operator out.
+
+    Attributes
+    ----------
+    samples:
+        Samples of data that it takes; 0 for none.
+    """
+
+    samples: int = 0
+
+    @abstractmethod
+    def __call__(self, objective: Objective) -> InverseOperator:
+        """Estimate the curvature of `objective` at its weights and return its inverse."""
+
+
+@dataclass(frozen=True)
+class _Part:
+    start: int
+    operator: InverseOperator
+
+    @property
+    def columns(self) -> slice:
+        return slice(self.start, self.start + self.operator.size)
+
+
+class BlockDiagonalInverse(InverseOperator):
+    """Operators laid end to end along the flat vector, with nothing between one and the next."""
+
+    def __init__(self, operators: list[InverseOperator]) -> None:
+        starts = [0]
+        for operator in operators:
+            starts.append(starts[-1] + operator.size)
+        self.parts = [_Part(start, operator) for start, operator in zip(starts, operators, strict=False)]
+        self.size = starts[-1]
+        self.device = operators[0].device
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return torch.cat([part.operator._inverse_product(V[part.columns]) for part in self.parts])
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        return torch.cat([part.operator._forward_product(V[part.columns]) for part in self.parts])
+
+    def diag(self) -> Tensor:
+        return torch.cat([part.operator.diag() for part in self.parts])
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        return torch.cat(
+            [part.operator._restricted_solve(keep[part.columns], b[part.columns]) for part in self.parts]
+        )
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        out = torch.zeros(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            inside = (index >= part.start) & (index < part.columns.stop)
+            groups = inside.any(dim=1).nonzero().squeeze(1)
+            if len(groups):
+                local = torch.where(inside, index - part.start, 0)[groups]
+                both = inside[groups, :, None] & inside[groups, None, :]
+                out[groups] += part.operator._submatrices(local) * both
+        return out
+
+
+class DiagonalInverse(InverseOperator):
+    """Inverse of a diagonal curvature.
+
+    Parameters
+    ----------
+    curvature:
+        The diagonal of F, damping included, all entries positive, `(size,)`.
+    """
+
+    def __init__(self, curvature: Tensor) -> None:
+        self.curvature = curvature.double()
+        self.size = len(curvature)
+        self.device = curvature.device
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return V / self.curvature[:, None]
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        return V * self.curvature[:, None]
+
+    def diag(self) -> Tensor:
+        return 1 / self.curvature
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        same = index[:, :, None] == index[:, None, :]
+        return same / self.curvature[index][:, :, None]
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        return torch.where(keep, b / self.curvature, 0)
+
+
+def spans(count: int, bytes_each: int) -> list[slice]:
+    """Cut `count` things into slices of at most `WORKSPACE` bytes, one thing at least."""
+    step = max(WORKSPACE // max(bytes_each, 1), 1)
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def pieces(count: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a batch `(count, rows, columns)` of float64 blocks into pieces of at most `WORKSPACE` bytes.
+
+    Yields slices over the blocks and over the columns: several whole blocks, or some columns of one block.
+    """
+    for blocks in spans(count, 8 * rows * columns):
+        whole = 8 * rows * columns <= WORKSPACE
+        for span in [slice(0, columns)] if whole else spans(columns, 8 * rows):
+            yield blocks, span

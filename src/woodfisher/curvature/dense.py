@@ -1,0 +1,104 @@
+"""Small dense blocks, factored in batches: the primal form of the Fisher and exact Hessians."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from woodfisher.curvature.base import InverseOperator, spans
+from woodfisher.errors import WoodfisherError
+
+_LEAF = 64
+
+
+def cholesky(matrix: Tensor, what: str) -> Tensor:
+    """Lower factors of a batch of matrices `(count, n, n)`; raises where one is not positive definite."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    failed = info.nonzero()
+    if len(failed):
+        smallest = float(torch.linalg.eigvalsh(matrix[failed[0, 0]])[0])
+        raise WoodfisherError(
+            f"{what} is not positive definite: its smallest eigenvalue, damping included, is {smallest:.3g} "
+            f"({len(failed)} of {len(matrix)} blocks fail). Raise the damping by more than {abs(smallest):.3g}."
+        )
+    return factor
+
+
+def triangular_inverse(lower: Tensor) -> Tensor:
+    """L⁻¹ for a batch of lower triangular `(count, n, n)`, by halves: matrix products but for the leaves."""
+    n = lower.shape[-1]
+    if n <= _LEAF:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = n // 2
+    top = triangular_inverse(lower[:, :half, :half])
+    bottom = triangular_inverse(lower[:, half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[:, :half, :half] = top
+    inverse[:, half:, half:] = bottom
+    inverse[:, half:, :half] = -bottom @ (lower[:, half:, :half] @ top)
+    return inverse
+
+
+class DenseInverse(InverseOperator):
+    """Inverses of `count` dense blocks of `B` weights each, through F = LLᵀ.
+
+    Parameters
+    ----------
+    matrix:
+        The blocks of F, damping included, symmetric, `(count, B, B)`.
+    what:
+        What the matrix is, for the message where it isn't positive definite.
+    """
+
+    def __init__(self, matrix: Tensor, what: str) -> None:
+        self._factor = cholesky(matrix.double(), what)
+        self._what = what
+        self._shape = tuple(matrix.shape)
+        self.size = matrix.shape[0] * matrix.shape[1]
+        self.device = matrix.device
+
+    def _blocked(self, V: Tensor) -> Tensor:
+        return V.reshape(*self._shape[:2], -1)
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return torch.cholesky_solve(self._blocked(V), self._factor).reshape(V.shape)
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        return (self._factor @ (self._factor.mT @ self._blocked(V))).reshape(V.shape)
+
+    def diag(self) -> Tensor:
+        out = torch.empty(self._shape[:2], dtype=torch.float64, device=self.device)
+        for blocks in self._batches:
+            out[blocks] = triangular_inverse(self._factor[blocks]).square().sum(1)
+        return out.flatten()
+
+    @property
+    def _batches(self) -> list[slice]:
+        return spans(self._shape[0], 8 * self._shape[1] ** 2)
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        B = self._shape[1]
+        block, column = index // B, index % B
+        same = block[:, :, None] == block[:, None, :]
+        out = torch.zeros(*same.shape, dtype=torch.float64, device=self.device)
+        for blocks in self._batches:
+            inside = (block >= blocks.start) & (block < blocks.stop)
+            groups = inside.any(dim=1).nonzero().squeeze(1)
+            if len(groups):
+                inverse = torch.cholesky_inverse(self._factor[blocks])
+                local = (block[groups] - blocks.start).clamp(0, len(inverse) - 1)
+                entries = inverse[local[:, :, None], column[groups, :, None], column[groups, None, :]]
+                out[groups] += entries * (inside[groups, :, None] & same[groups])
+        return out
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        mask = keep.reshape(self._shape[:2])
+        b = torch.where(keep, b, 0).reshape(*mask.shape, 1)
+        out = torch.empty_like(b)
+        for blocks in self._batches:
+            both = mask[blocks, :, None] & mask[blocks, None, :]
+            F = self._factor[blocks] @ self._factor[blocks].mT
+            F = torch.where(both, F, 0) + torch.diag_embed((~mask[blocks]).double())
+            out[blocks] = torch.cholesky_solve(b[blocks], cholesky(F, self._what))
+        return out.flatten()

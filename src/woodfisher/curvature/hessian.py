@@ -1,0 +1,113 @@
+"""The exact Hessian of a small network, whole or its diagonal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.checks import check_count
+from woodfisher.curvature.base import DiagonalInverse, Estimator
+from woodfisher.curvature.dense import DenseInverse
+from woodfisher.errors import WoodfisherError
+from woodfisher.memory import check_memory
+from woodfisher.watch import report_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+
+    from woodfisher.objective import Objective
+
+_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class ExactHessian(Estimator):
+    """F = H + λI with the Hessian H of the mean loss, in float64, for networks of some thousand weights.
+
+    A Hessian is indefinite away from a minimum; where the damping doesn't lift its smallest eigenvalue above
+    zero this raises, and says what would.
+
+    Attributes
+    ----------
+    samples:
+        Samples that the loss is the mean over.
+    damping:
+        λ ≥ 0, in the units of the Hessian.
+    """
+
+    samples: int = 400
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self.samples, self.damping)
+
+    def __call__(self, objective: Objective) -> DenseInverse:
+        """Compute the Hessian of `objective` column by column and factor it."""
+        d = objective.layout.size
+        check_memory(
+            [(f"the Hessian of {d} weights and its factor", 4 * 8 * d * d)],
+            objective.device,
+            "Choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d².",
+        )
+        H = torch.cat([columns for _, columns in _columns(objective, self.samples)], dim=1)
+        H = (H + H.mT) / 2
+        H.diagonal().add_(self.damping)
+        return DenseInverse(H[None], "the damped Hessian")
+
+
+@dataclass(frozen=True)
+class DiagonalHessian(Estimator):
+    """F_ii = H_ii + λ with the exact diagonal of the Hessian: Optimal Brain Damage as first published.
+
+    Every entry takes a Hessian-vector product, so this is for small networks too. Raises where an entry,
+    damping included, isn't positive.
+
+    Attributes
+    ----------
+    samples:
+        Samples that the loss is the mean over.
+    damping:
+        λ ≥ 0, in the units of the Hessian.
+
+    References
+    ----------
+    LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989.
+    """
+
+    samples: int = 400
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        _check(self.samples, self.damping)
+
+    def __call__(self, objective: Objective) -> DiagonalInverse:
+        """Compute the Hessian of `objective` column by column and keep its diagonal."""
+        diagonal = torch.cat(
+            [columns[where].diagonal() for where, columns in _columns(objective, self.samples)]
+        )
+        damped = diagonal + self.damping
+        if not (damped > 0).all():
+            worst = float(diagonal.min())
+            raise WoodfisherError(
+                f"{int((damped <= 0).sum())} of {len(damped)} entries of the Hessian's diagonal are not positive "
+                f"at damping {self.damping:g} (the smallest is {worst:.3g}). Take a damping above {-worst:.3g}."
+            )
+        return DiagonalInverse(damped)
+
+
+def _check(samples: int, damping: float) -> None:
+    check_count("samples", samples)
+    if not 0 <= damping < float("inf"):
+        raise WoodfisherError(f"damping must be a finite number of at least 0; {damping!r} came.")
+
+
+def _columns(objective: Objective, samples: int) -> Iterator[tuple[slice, Tensor]]:
+    d = objective.layout.size
+    for first in range(0, d, _COLUMNS):
+        where = slice(first, min(first + _COLUMNS, d))
+        yield where, objective.hessian_columns(samples, where)
+        report_progress("Hessian columns", where.stop, d)

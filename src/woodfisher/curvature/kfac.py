@@ -1,0 +1,176 @@
+"""Kronecker-factored curvature of Linear and Conv2d layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from woodfisher.checks import check_choice, check_count, check_positive
+from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, spans
+from woodfisher.errors import WoodfisherError
+from woodfisher.watch import warn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from woodfisher.objective import Objective
+
+_CG_TOLERANCE = 1e-10
+_CG_STEPS = 2000
+
+
+class KroneckerInverse(InverseOperator):
+    """Inverse of S ⊗ A + λI through the eigenbases of both factors, for a weight of shape (out, in).
+
+    Parameters
+    ----------
+    A:
+        Second moment of the layer's inputs, `(in, in)`.
+    S:
+        Second moment of its output gradients, `(out, out)`.
+    damping:
+        λ > 0.
+    """
+
+    def __init__(self, A: Tensor, S: Tensor, damping: float) -> None:
+        a, self._U = torch.linalg.eigh(A.double())
+        s, self._W = torch.linalg.eigh(S.double())
+        self._spectrum = s.clamp(min=0)[:, None] * a.clamp(min=0)[None] + damping
+        self.size = self._spectrum.numel()
+        self.device = A.device
+
+    def _in_eigenbasis(self, V: Tensor, scale: Tensor) -> Tensor:
+        X = V.mT.reshape(-1, *self._spectrum.shape)
+        X = self._W @ (scale * (self._W.mT @ X @ self._U)) @ self._U.mT
+        return X.reshape(V.shape[1], -1).mT
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return self._in_eigenbasis(V, 1 / self._spectrum)
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        return self._in_eigenbasis(V, self._spectrum)
+
+    def diag(self) -> Tensor:
+        return (self._W.square() @ (1 / self._spectrum) @ self._U.square().mT).flatten()
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        m, k = index.shape
+        out_dim, in_dim = self._spectrum.shape
+        out = torch.empty(m, k, k, dtype=torch.float64, device=self.device)
+        for groups in spans(m, 8 * k * k * (in_dim + out_dim)):
+            W, U = self._W[index[groups] // in_dim], self._U[index[groups] % in_dim]
+            mixed = (W[:, :, None] * W[:, None, :]) @ (1 / self._spectrum)
+            out[groups] = (mixed * U[:, :, None] * U[:, None, :]).sum(-1)
+        return out
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        # The curvature of the kept weights alone is no Kronecker product: conjugate gradients, preconditioned
+        # by the inverse of the whole.
+        def restricted(product: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            return lambda v: torch.where(keep, product(v[:, None])[:, 0], 0)
+
+        return _conjugate_gradients(
+            restricted(self._forward_product), restricted(self._inverse_product), torch.where(keep, b, 0)
+        )
+
+
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], b: Tensor
+) -> Tensor:
+    x, r = torch.zeros_like(b), b.clone()
+    z = precondition(r)
+    p, rz = z.clone(), r @ z
+    goal = _CG_TOLERANCE * float(b.norm())
+    for _ in range(_CG_STEPS):
+        if float(r.norm()) <= goal:
+            return x
+        q = product(p)
+        step = rz / (p @ q)
+        x, r = x + step * p, r - step * q
+        z = precondition(r)
+        rz, before = r @ z, rz
+        p = z + (rz / before) * p
+    warn(
+        f"the joint update's conjugate gradients stopped after {_CG_STEPS} steps at a relative residual of "
+        f"{float(r.norm() / b.norm()):.1g}; raise K-FAC's damping for an exact one."
+    )
+    return x
+
+
+@dataclass(frozen=True)
+class KFAC(Estimator):
+    """F ≈ S ⊗ A + λI a layer, for Linear and (ungrouped) Conv2d weights.
+
+    A is the second moment of the layer's inputs, summed over positions; S that of its output gradients,
+    averaged over positions. Nothing couples layers.
+
+    Attributes
+    ----------
+    samples:
+        Samples to take both from.
+    damping:
+        λ > 0, added to the product of the factors, in the units of a squared gradient.
+    labels:
+        `data` for the empirical Fisher, `model` to sample targets from the model's own predictions.
+
+    References
+    ----------
+    Martens and Grosse, Optimizing Neural Networks with Kronecker-factored Approximate Curvature, ICML 2015;
+    Grosse and Martens, A Kronecker-factored approximate Fisher matrix for convolution layers, ICML 2016.
+    """
+
+    samples: int = 400
+    damping: float = 1e-5
+    labels: Literal["data", "model"] = "data"
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        check_positive("damping", self.damping, "or factors of few samples have no inverse")
+        check_choice("labels", self.labels, ("data", "model"))
+
+    def __call__(self, objective: Objective) -> BlockDiagonalInverse:
+        """Gather inputs and output gradients of every layer of `objective` and factor their moments."""
+        A: dict[str, Tensor] = {}
+        S: dict[str, Tensor] = {}
+        samples = 0
+        for signals in objective.iter_layer_signals(self.samples, labels=self.labels):
+            for name, (module, inputs, gradients) in signals.items():
+                if not torch.isfinite(gradients).all() or not torch.isfinite(inputs).all():
+                    raise WoodfisherError(
+                        f"the layer of {name!r} sees NaN or infinite values within samples {samples}…"
+                        f"{samples + len(inputs) - 1}: check the data and the loss."
+                    )
+                a, s = _as_linear(name, module, inputs, gradients)
+                A[name] = A.get(name, 0) + a.mT @ a
+                S[name] = S.get(name, 0) + s.mT @ s * (len(inputs) / len(s))
+            samples += len(inputs)
+        missing = objective.layout.shapes.keys() - A.keys()
+        if missing:
+            raise WoodfisherError(
+                f"K-FAC covers layers that the forward pass calls; {', '.join(sorted(missing))} was not."
+            )
+        return BlockDiagonalInverse(
+            [
+                KroneckerInverse(A[name] / samples, S[name] / samples, self.damping)
+                for name in objective.layout.shapes
+            ]
+        )
+
+
+def _as_linear(name: str, module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs `(c·T, in)` and output gradients `(c·T, out)` of the linear map at each of T positions."""
+    if isinstance(module, nn.Linear):
+        return inputs.double().flatten(0, -2), gradients.double().flatten(0, -2)
+    if isinstance(module, nn.Conv2d) and module.groups == 1:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        return patches.mT.double().flatten(0, 1), gradients.flatten(2).mT.double().flatten(0, 1)
+    raise WoodfisherError(
+        f"K-FAC covers the weights of Linear and ungrouped Conv2d layers; {name!r} belongs to a "
+        f"{type(module).__name__}. Exclude it, or use WoodFisher."
+    )

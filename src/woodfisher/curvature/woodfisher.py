@@ -1,0 +1,223 @@
+"""The empirical Fisher in blocks, inverted by one factorisation a block (method.md §3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from woodfisher.checks import check_choice, check_count, check_positive
+from woodfisher.curvature.base import (
+    WORKSPACE,
+    BlockDiagonalInverse,
+    Estimator,
+    InverseOperator,
+    pieces,
+    spans,
+)
+from woodfisher.curvature.dense import DenseInverse, cholesky, triangular_inverse
+from woodfisher.memory import check_memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from woodfisher.layout import Run
+    from woodfisher.objective import Objective
+
+
+class LowRankInverse(InverseOperator):
+    """Inverses of `count` blocks λI + GᵀG/n through their N×N Gram matrices: the dual form, for N < B.
+
+    With K = nλI + GGᵀ = LLᵀ and V = L⁻¹G the inverse is (I − VᵀV)/λ. Only the rows (as they came) and L⁻¹
+    are held; V exists a piece at a time.
+
+    Parameters
+    ----------
+    rows:
+        Gradient rows of the run, `(N, count · B)`; kept, not copied.
+    count:
+        Blocks in the run.
+    damping:
+        λ > 0.
+    divisor:
+        n: the number of rows, divided by the samples that each row averages.
+    """
+
+    def __init__(self, rows: Tensor, count: int, damping: float, divisor: float) -> None:
+        self.size = rows.shape[1]
+        self.device = rows.device
+        self.damping, self.divisor = damping, divisor
+        self._rows = rows.unflatten(1, (count, -1)).transpose(0, 1)
+        self._factor = triangular_inverse(self._gram_factor(None))
+
+    @property
+    def _pieces(self) -> list[tuple[slice, slice]]:
+        return list(pieces(*self._rows.shape))
+
+    def _piece(self, blocks: slice, columns: slice) -> Tensor:
+        return self._rows[blocks, :, columns].to(torch.float64, memory_format=torch.contiguous_format)
+
+    def _gram_factor(self, keep: Tensor | None) -> Tensor:
+        """L of K = nλI + GGᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
+        count, N, _ = self._rows.shape
+        K = torch.zeros(count, N, N, dtype=torch.float64, device=self.device)
+        for blocks, columns in self._pieces:
+            G = self._piece(blocks, columns)
+            if keep is not None:
+                G *= keep[blocks, :, columns]
+            K[blocks] += G @ G.mT
+        K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
+        return cholesky(K, "the Gram matrix of a block's gradient rows")
+
+    def _blocked(self, V: Tensor) -> Tensor:
+        return V.reshape(self._rows.shape[0], self._rows.shape[2], -1)
+
+    def _correct(self, V: Tensor, factor: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(V − Gᵀ K⁻¹ G V)/λ a block, with K⁻¹ = L⁻ᵀL⁻¹ and only the columns in `keep` of G."""
+        V = self._blocked(V)
+        Y = self._rows_times(V)
+        Y = factor.mT @ (factor @ Y)
+        out = torch.empty_like(V)
+        for blocks, columns in self._pieces:
+            out[blocks, columns] = V[blocks, columns] - self._piece(blocks, columns).mT @ Y[blocks]
+        return out.div_(self.damping)
+
+    def _rows_times(self, V: Tensor) -> Tensor:
+        """GV a block: `(count, N, k)`."""
+        count, N, _ = self._rows.shape
+        Y = torch.zeros(count, N, V.shape[2], dtype=torch.float64, device=self.device)
+        for blocks, columns in self._pieces:
+            Y[blocks] += self._piece(blocks, columns) @ V[blocks, columns]
+        return Y
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return self._correct(V, self._factor).reshape(V.shape)
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        B = self._blocked(V)
+        Y = self._rows_times(B)
+        out = B * self.damping
+        for blocks, columns in self._pieces:
+            out[blocks, columns] += self._piece(blocks, columns).mT @ Y[blocks] / self.divisor
+        return out.reshape(V.shape)
+
+    def diag(self) -> Tensor:
+        # 1 − ‖v_i‖² cancels for a weight that its block's rows explain almost whole; the exact value is never
+        # below λ/F_ii, so that bound keeps the last digits honest and the result positive.
+        out = torch.empty(self._rows.shape[0], self._rows.shape[2], dtype=torch.float64, device=self.device)
+        for blocks, columns in self._pieces:
+            G = self._piece(blocks, columns)
+            bound = 1 / (1 + G.square().sum(1) / (self.divisor * self.damping))
+            V = self._factor[blocks] @ G
+            out[blocks, columns] = torch.maximum(1 - V.square_().sum(1), bound)
+        return out.div_(self.damping).flatten()
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        N, B = self._rows.shape[1:]
+        out = torch.empty(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
+        step = max(WORKSPACE // (8 * N * index.shape[1]), 1)
+        for first in range(0, len(index), step):
+            groups = index[first : first + step]
+            block, column = groups // B, groups % B
+            V = torch.empty(*groups.shape, N, dtype=torch.float64, device=self.device)
+            for b in block.unique():
+                here = block == b
+                V[here] = (self._factor[b] @ self._rows[b][:, column[here]].double()).mT
+            same_weight = groups[:, :, None] == groups[:, None, :]
+            same_block = block[:, :, None] == block[:, None, :]
+            out[first : first + step] = (same_weight.double() - V @ V.mT) * same_block
+        return out.div_(self.damping)
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        mask = self._blocked(keep).mT
+        factor = triangular_inverse(self._gram_factor(mask))
+        b = torch.where(keep, b, 0)
+        return torch.where(keep, self._correct(b, factor).flatten(), 0)
+
+
+def primal_blocks(rows: Tensor, count: int, damping: float, divisor: float) -> DenseInverse:
+    """Inverses of `count` blocks F = λI + GᵀG/n factored as they are: the primal form, for N ≥ B."""
+    G = rows.unflatten(1, (count, -1)).transpose(0, 1)
+    N, B = G.shape[1:]
+    F = torch.zeros(count, B, B, dtype=torch.float64, device=rows.device)
+    for blocks in spans(count, 8 * B * B):
+        for span in spans(N, 8 * B * (blocks.stop - blocks.start)):
+            piece = G[blocks, span].to(torch.float64, memory_format=torch.contiguous_format)
+            F[blocks] += piece.mT @ piece
+    F /= divisor
+    F.diagonal(dim1=1, dim2=2).add_(damping)
+    return DenseInverse(F, "a block of the damped Fisher")
+
+
+@dataclass(frozen=True)
+class WoodFisher(Estimator):
+    """The empirical Fisher F = λI + (m/N) Σ gₙgₙᵀ in diagonal blocks, inverted exactly (method.md §3).
+
+    Row gₙ is the mean gradient of m samples. The factor m makes the matrix estimate the Fisher of single
+    samples whatever m is, so that λ and the first-order term mean the same for every grouping (§2).
+
+    Attributes
+    ----------
+    samples:
+        Samples to take gradients of; N = samples / group rows.
+    block_size:
+        Most weights in a block; None for one block over all weights. The cost grows with N²d, not with it.
+    damping:
+        λ > 0, in the units of a squared gradient.
+    group:
+        m, the samples that a row averages.
+    labels:
+        `data` for the empirical Fisher, `model` to sample targets from the model's own predictions.
+    across_layers:
+        Cut blocks across the whole vector instead of inside each layer.
+
+    References
+    ----------
+    Singh and Alistarh, WoodFisher: Efficient Second-Order Approximation for Neural Network Compression,
+    NeurIPS 2020.
+    """
+
+    samples: int = 400
+    block_size: int | None = 2000
+    damping: float = 1e-5
+    group: int = 1
+    labels: Literal["data", "model"] = "data"
+    across_layers: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        check_count("group", self.group)
+        check_count("block_size", self.block_size, or_none="one block over all weights")
+        check_positive("damping", self.damping, "or the Fisher of few rows has no inverse")
+        check_choice("labels", self.labels, ("data", "model"))
+
+    def __call__(self, objective: Objective) -> BlockDiagonalInverse:
+        """Gather the rows of `objective` and factor them."""
+        runs = objective.layout.runs(self.block_size, across_layers=self.across_layers)
+        self._check_memory(objective, runs)
+        rows = objective.rows(self.samples, group=self.group, labels=self.labels)
+        N = len(rows)
+        return BlockDiagonalInverse(
+            [
+                (LowRankInverse if N < run.size else primal_blocks)(
+                    rows[:, run.columns], run.count, self.damping, N / self.group
+                )
+                for run in runs
+            ]
+        )
+
+    def _check_memory(self, objective: Objective, runs: list[Run]) -> None:
+        N = min(self.samples, objective.known_samples or self.samples) // self.group
+        d = objective.layout.size
+        factors = sum(8 * run.count * min(N, run.size) ** 2 for run in runs)
+        largest = max(8 * min(N, run.size) * run.size for run in runs)
+        check_memory(
+            [
+                (f"{N} gradient rows of {d} weights", 4 * N * d),
+                ("factors of the blocks", factors),
+                ("scratch", 3 * min(WORKSPACE, largest)),
+            ],
+            objective.device,
+            "Take fewer samples, smaller blocks, or average several samples into a row (group).",
+        )

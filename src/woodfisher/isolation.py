@@ -1,0 +1,38 @@
+"""Running a model without leaving a trace in it."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+
+@contextmanager
+def isolated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the model's state and all random generators are as before.
+
+    Training flags and whatever a module keeps on itself (caches, counters) come back by restoring each
+    module's attributes; buffers are safe because callers run the model on copies of them. The generators
+    are those of Python, of NumPy, and of torch on the CPU and on every CUDA device in use.
+    """
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is what users seed
+    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, before in attributes.items():
+                vars(module).clear()
+                vars(module).update(before)
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

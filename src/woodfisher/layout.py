@@ -1,0 +1,117 @@
+"""Names of weights ↔ slices of one flat vector ↔ blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` neighbouring blocks of `size` weights each, from flat index `start` on."""
+
+    start: int
+    count: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last flat index."""
+        return self.start + self.count * self.size
+
+    @property
+    def columns(self) -> slice:
+        """The run as a slice of the flat vector."""
+        return slice(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The chosen weights in the order in which the flat vector of all `size` of them holds them.
+
+    Attributes
+    ----------
+    shapes:
+        Name → shape, in flat order; each tensor is flattened in its own memory order.
+
+    Examples
+    --------
+    >>> layout = Layout({"fc1.weight": (2, 3), "fc2.weight": (1, 2)})
+    >>> layout.size, layout.slices["fc2.weight"]
+    (8, slice(6, 8, None))
+    >>> layout.runs(4)
+    [Run(start=0, count=1, size=4), Run(start=4, count=1, size=2), Run(start=6, count=1, size=2)]
+    >>> layout.runs(4, across_layers=True)
+    [Run(start=0, count=2, size=4)]
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Weights in each tensor."""
+        return [torch.Size(shape).numel() for shape in self.shapes.values()]
+
+    @property
+    def size(self) -> int:
+        """Weights in all, `d`."""
+        return sum(self.sizes)
+
+    @property
+    def slices(self) -> dict[str, slice]:
+        """Name → its slice of the flat vector."""
+        stops = list(accumulate(self.sizes))
+        return {
+            name: slice(stop - size, stop)
+            for name, size, stop in zip(self.shapes, self.sizes, stops, strict=True)
+        }
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors → one flat vector `(d,)`."""
+        return torch.cat([tensors[name].reshape(-1) for name in self.shapes])
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """Flat vector `(d,)` → named tensors in their own shapes (views, not copies)."""
+        self.check(flat, "a flat vector of all chosen weights")
+        return {name: flat[where].view(self.shapes[name]) for name, where in self.slices.items()}
+
+    def name_at(self, index: int) -> str:
+        """Name of the tensor that holds flat index `index`."""
+        return next(name for name, where in self.slices.items() if where.start <= index < where.stop)
+
+    def check(self, flat: Tensor, what: str) -> None:
+        """Raise if `flat` does not have one entry (or row) for each weight."""
+        if flat.ndim == 0 or flat.shape[0] != self.size:
+            raise WoodfisherError(
+                f"{what} needs {self.size} entries, one for each chosen weight; "
+                f"a tensor of shape {tuple(flat.shape)} came."
+            )
+
+    def runs(self, block_size: int | None, *, across_layers: bool = False) -> list[Run]:
+        """Cut the vector into blocks of at most `block_size` weights, as runs of equal blocks.
+
+        Blocks follow the flat order and never cross from one tensor into the next unless `across_layers`;
+        the last block of a tensor holds what is left over. `block_size=None` is one block over all weights.
+        """
+        if block_size is None:
+            return [Run(0, 1, self.size)]
+        spans = [slice(0, self.size)] if across_layers else self.slices.values()
+        return [run for span in spans for run in _cut(span.start, span.stop, block_size)]
+
+
+def _cut(start: int, stop: int, block_size: int) -> Iterator[Run]:
+    count, rest = divmod(stop - start, block_size)
+    if count:
+        yield Run(start, count, block_size)
+    if rest:
+        yield Run(stop - rest, 1, rest)

@@ -1,0 +1,468 @@
+"""Model + data + loss → gradient rows, mean gradient and Hessian products for the chosen weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from woodfisher.batches import describe, map_tensors, rechunk, samples_in, take, tensors_of
+from woodfisher.checks import check_choice, check_count
+from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import isolated
+from woodfisher.layout import Layout
+from woodfisher.likelihood import target_sampler
+from woodfisher.watch import phase, report_progress, warn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from woodfisher.batches import Batch
+
+GRADIENT_WORKSPACE = 512 * 2**20
+"""Bytes that a chunk of per-sample gradients with its activations may take."""
+
+_PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+class Objective:
+    """The loss of a model on data, as a function of the weights chosen for pruning.
+
+    Nothing that an objective computes leaves a trace: it runs in evaluation mode on copies of the buffers,
+    and training flags, gradients and random generators are as before when it returns. It sees the weights
+    in `weights`, which start as the model's own; `at` gives the same objective elsewhere, and only `write`
+    changes the model.
+
+    Parameters
+    ----------
+    model:
+        Any module; its chosen parameters may have any floating dtype (rows are float32, or float64 for a
+        float64 model).
+    data:
+        Iterable of batches: `(inputs, targets)`, or dicts for a model that returns `.loss`. Where `inputs`
+        is itself a tuple or a dict, the model is called with its parts.
+    loss:
+        `loss(outputs, targets)`, the mean over the samples of a batch (or one value a sample, which is then
+        averaged). None for models that compute their own.
+    params:
+        Patterns (as in a shell: `encoder.*`, `*.weight`) of parameter names, or of names of modules that
+        hold them. Default: the weights of Linear and convolution layers; no biases, no norms.
+    exclude:
+        Patterns of what to leave out.
+    sampler:
+        `sampler(outputs) -> targets`, draws targets from the model's own distribution for
+        `labels="model"`; known for the usual losses of torch.
+
+    Attributes
+    ----------
+    layout:
+        Names, shapes and order of the chosen weights; `d = layout.size`.
+    weights:
+        Their values, `(d,)`.
+    kept:
+        Bool `(d,)`: False where a weight is exactly zero or masked out by `torch.nn.utils.prune`. Such a
+        weight counts as removed and takes part in no gradient row.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Batch],
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        params: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        sampler: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        self.model, self.data, self.loss = model, data, loss
+        self._parameters = _choose(model, params, exclude)
+        self.layout = Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
+        first = next(iter(self._parameters.values()))
+        self.device = first.device
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.weights = self._flat(self._parameters)
+        self.kept = (self.weights != 0) & self._flat(_existing_masks(model, self._parameters)).bool()
+        self._modules = {
+            name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters
+        }
+        self._sampler = sampler or target_sampler(loss)
+        self._vectorised = True
+
+    def at(self, weights: Tensor, kept: Tensor) -> Objective:
+        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
+        self.layout.check(weights, "weights")
+        self.layout.check(kept, "kept")
+        other = copy.copy(self)
+        other.weights, other.kept = torch.where(kept, weights, 0).to(self.weights), kept
+        return other
+
+    def on(self, data: Iterable[Batch]) -> Objective:
+        """The same objective on other data."""
+        other = copy.copy(self)
+        other.data = data
+        return other
+
+    @property
+    def known_samples(self) -> int | None:
+        """Samples in the data where that can be told without reading them, or None."""
+        dataset = getattr(self.data, "dataset", None)
+        if dataset is not None and hasattr(dataset, "__len__"):
+            return len(dataset)
+        if isinstance(self.data, (list, tuple)):
+            return sum(samples_in(batch) for batch in self.data)
+        return None
+
+    def rows(self, samples: int, *, group: int = 1, labels: str = "data") -> Tensor:
+        """Gradient rows: row n is the gradient of the mean loss of `group` samples.
+
+        Returns
+        -------
+        `(N, d)` with N = samples // group, or fewer (with a warning) where the data ends early.
+        """
+        out: Tensor | None = None
+        filled = 0
+        for chunk in self.iter_rows(samples, group=group, labels=labels):
+            if out is None:
+                out = torch.empty(samples // group, self.layout.size, dtype=self.dtype, device=self.device)
+            out[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        assert out is not None
+        return out[:filled]
+
+    def iter_rows(self, samples: int, *, group: int = 1, labels: str = "data") -> Iterator[Tensor]:
+        """The rows of `rows`, in chunks `(c, d)` of bounded memory."""
+        check_count("samples", samples)
+        check_count("group", group)
+        check_choice("labels", labels, ("data", "model"))
+        if samples < group:
+            raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
+        done = 0
+        with isolated(self.model), torch.enable_grad():
+            weights = self._cast(self.weights)
+            for chunk in self._chunks(samples, group):
+                with phase("gradients"):
+                    if labels == "model":
+                        chunk = self._with_sampled_targets(weights, chunk)
+                    count = samples_in(chunk) // group
+                    grouped = map_tensors(lambda t, c=count: t.reshape(c, group, *t.shape[1:]), chunk)
+                    flat = self._flat(self._gradients(weights, grouped, count), rows=count)
+                    self._check_finite(flat, done, grouped)
+                    flat *= self.kept
+                yield flat
+                done += count
+                report_progress("gradients", done, samples // group)
+
+    def gradient(self, samples: int) -> Tensor:
+        """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
+        total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+        count = 0
+        with phase("gradients"), isolated(self.model), torch.enable_grad():
+            weights = self._cast(self.weights)
+            for chunk in self._chunks(samples, 1):
+                gradients = _plain_gradient(self._mean_loss, weights, chunk)
+                flat = self._flat(gradients)
+                self._check_finite(flat[None], count, map_tensors(lambda t: t[None], chunk))
+                total += flat * samples_in(chunk)
+                count += samples_in(chunk)
+        return (total / count * self.kept).to(self.weights)
+
+    def iter_layer_signals(
+        self, samples: int, *, labels: str = "data"
+    ) -> Iterator[dict[str, tuple[nn.Module, Tensor, Tensor]]]:
+        """What flows through the layers of the chosen weights, in chunks of `c` samples.
+
+        Yields, for each weight's name, its module, the module's input `(c, …)` and the gradient of each
+        sample's own loss with respect to the module's output `(c, …)`. Models that compute their own loss
+        must take its mean over samples.
+        """
+        check_choice("labels", labels, ("data", "model"))
+        done = 0
+        with isolated(self.model), torch.enable_grad():
+            weights = {name: w.requires_grad_() for name, w in self._cast(self.weights).items()}
+            for chunk in self._chunks(samples, 1):
+                with phase("gradients"):
+                    if labels == "model":
+                        chunk = self._with_sampled_targets(weights, chunk)
+                    with _recorded_calls(self._modules) as calls:
+                        total = self._sum_of_losses(weights, chunk)
+                    outputs = [output for _, output in calls.values()]
+                    gradients = torch.autograd.grad(total, outputs)
+                    signals = {
+                        name: (self._modules[name], calls[name][0].detach(), gradient)
+                        for name, gradient in zip(calls, gradients, strict=True)
+                    }
+                yield signals
+                done += samples_in(chunk)
+                report_progress("gradients", done, samples)
+
+    def hessian_columns(self, samples: int, columns: slice) -> Tensor:
+        """Columns of the Hessian of the mean loss over the first `samples` samples: float64 `(d, k)`.
+
+        Rows and columns of removed weights are zero. The loss must be twice differentiable in torch.
+        """
+        index = torch.arange(columns.start, columns.stop, device=self.device)
+        total = torch.zeros(self.layout.size, len(index), dtype=torch.float64, device=self.device)
+        count = 0
+        with phase("gradients"), isolated(self.model), torch.enable_grad():
+            for chunk in self._chunks(samples, 1):
+                flat = self.weights.clone().requires_grad_()
+                loss = self._mean_loss(self._cast(flat), chunk)
+                (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
+                eye = torch.nn.functional.one_hot(index, self.layout.size).to(gradient)
+                (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
+                total += product.mT.double() * samples_in(chunk)
+                count += samples_in(chunk)
+        return total / count * self.kept[:, None] * self.kept[index]
+
+    def write(self) -> None:
+        """Put `weights` into the model, removed ones exactly zero; raises before the first change."""
+        values = {
+            name: torch.where(kept, value, 0).to(self._parameters[name].dtype)
+            for (name, value), kept in zip(
+                self.layout.split(self.weights).items(), self.layout.split(self.kept).values(), strict=True
+            )
+        }
+        for name, value in values.items():
+            if not torch.isfinite(value).all():
+                raise WoodfisherError(
+                    f"the new weights of {name!r} are not finite in {value.dtype}; the model is unchanged. "
+                    "Raise the damping, or prune in more stages."
+                )
+        with torch.no_grad():
+            for name, value in values.items():
+                self._parameters[name].copy_(value)
+
+    def _chunks(self, samples: int, group: int) -> Iterator[Batch]:
+        """The first `samples` samples in chunks of bounded memory, on the model's device."""
+        batches = iter(take(self.data, samples))
+        first = next(batches, None)
+        if first is None:
+            raise WoodfisherError("the data holds no batch; at least one sample is needed.")
+        rows = self._rows_per_chunk(self._to_device(map_tensors(lambda t: t[:group], first)))
+        seen = used = 0
+
+        def counted() -> Iterator[Batch]:
+            nonlocal seen
+            for batch in chain([first], batches):
+                seen += samples_in(batch)
+                yield batch
+
+        for chunk in rechunk(counted(), rows * group, group):
+            used += samples_in(chunk)
+            yield self._to_device(chunk)
+        if seen < samples:
+            message = f"{samples} samples were asked for and the data ended after {seen}"
+            if not used:
+                raise WoodfisherError(f"{message}; a row averages {group}. Give more data or a smaller group.")
+            warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
+
+    def _rows_per_chunk(self, row: Batch) -> int:
+        """How many rows fit the workspace, from what one of them saves for its backward pass."""
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            try:
+                value = self._mean_loss(self._cast(self.weights.clone().requires_grad_()), row)
+            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
+                raise WoodfisherError(
+                    f"the model or the loss fails on a batch of {describe(row)}: {error}\n"
+                    "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that "
+                    "returns .loss."
+                ) from error
+        if value.grad_fn is None:
+            raise WoodfisherError(
+                "the loss does not depend on any chosen weight: check that the loss is computed from the "
+                f"model's outputs, and the chosen parameters ({', '.join(self.layout.shapes)})."
+            )
+        gradient = self.layout.size * self.weights.element_size()
+        return max(1, min(GRADIENT_WORKSPACE // (2 * (sum(saved.values()) + gradient)), 512))
+
+    def _gradients(self, weights: dict[str, Tensor], rows: Batch, count: int) -> dict[str, Tensor]:
+        """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → (count, *shape)."""
+        if self._vectorised:
+            try:
+                return vmap(grad(self._mean_loss), in_dims=(None, 0))(weights, rows)
+            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+                self._vectorised = False
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                warn(
+                    "torch.func can't vectorise this model, so gradients are taken sample by sample: the same "
+                    f"result, more slowly. ({reason})"
+                )
+        one_by_one = [
+            _plain_gradient(self._mean_loss, weights, map_tensors(lambda t, i=i: t[i], rows))
+            for i in range(count)
+        ]
+        return {name: torch.stack([g[name] for g in one_by_one]) for name in weights}
+
+    def _mean_loss(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+        outputs = self._outputs(weights, batch)
+        if self.loss is not None:
+            return self.loss(outputs, batch[1]).mean()
+        value = outputs["loss"] if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if not isinstance(value, Tensor):
+            raise WoodfisherError(
+                f"without loss= the model must return an object with .loss; it returned a "
+                f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
+            )
+        return value.mean()
+
+    def _sum_of_losses(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+        """The sum of the samples' own losses, from one forward pass of the whole batch."""
+        if self.loss is None:
+            return self._mean_loss(weights, batch) * samples_in(batch)
+        loss = self.loss
+
+        def one(output: Tensor, target: Tensor) -> Tensor:
+            return loss(output[None], target[None]).mean()
+
+        return vmap(one)(self._outputs(weights, batch), batch[1]).sum()
+
+    def _outputs(self, weights: dict[str, Tensor], batch: Batch) -> Any:
+        state = {**{name: b.clone() for name, b in self.model.named_buffers()}, **weights}
+        if isinstance(batch, Mapping):
+            return functional_call(self.model, state, (), dict(batch))
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise WoodfisherError(
+                "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
+                f"a {type(batch).__name__} of {len(batch)} came."
+            )
+        inputs = batch[0]
+        if isinstance(inputs, Mapping):
+            return functional_call(self.model, state, (), dict(inputs))
+        return functional_call(self.model, state, tuple(inputs) if isinstance(inputs, (tuple, list)) else inputs)
+
+    def _with_sampled_targets(self, weights: dict[str, Tensor], batch: Batch) -> Batch:
+        with torch.no_grad():
+            targets = self._sampler(self._outputs(weights, batch))
+        if isinstance(batch, Mapping):
+            return {**batch, "labels": targets}
+        return (batch[0], targets)
+
+    def _cast(self, flat: Tensor) -> dict[str, Tensor]:
+        """Flat weights → named tensors in the model's own dtypes and devices."""
+        return {name: value.to(self._parameters[name]) for name, value in self.layout.split(flat).items()}
+
+    def _flat(self, tensors: Mapping[str, Tensor], rows: int | None = None) -> Tensor:
+        """Named tensors → `(d,)`, or `(rows, d)`, in the dtype and on the device of the flat weights."""
+        lead = () if rows is None else (rows,)
+        out = torch.empty(*lead, self.layout.size, dtype=self.dtype, device=self.device)
+        for name, columns in self.layout.slices.items():
+            out[..., columns] = tensors[name].detach().reshape(*lead, -1)
+        return out
+
+    def _check_finite(self, rows: Tensor, done: int, batch: Batch) -> None:
+        if torch.isfinite(rows).all():
+            return
+        row, index = (~torch.isfinite(rows)).nonzero()[0].tolist()
+        bad = [t for t in tensors_of(batch) if t.is_floating_point() and not torch.isfinite(t[row]).all()]
+        cause = (
+            "The data of that row itself holds NaN or infinity: clean it."
+            if bad
+            else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
+            f"{str(self._parameters[self.layout.name_at(index)].dtype).removeprefix('torch.')}."
+        )
+        raise WoodfisherError(
+            f"the gradient of {self.layout.name_at(index)!r} in row {done + row} is {float(rows[row, index])}. "
+            f"{cause}"
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return map_tensors(lambda t: t.to(self.device), batch)
+
+
+@contextmanager
+def _recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Weight name → (input, output) of its module during the block; each module must be called once."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in calls:
+                raise WoodfisherError(
+                    f"the layer of {name!r} is called more than once in a forward pass, which K-FAC's factors "
+                    "don't cover: exclude it, or use WoodFisher."
+                )
+            calls[name] = (inputs[0], output)
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _plain_gradient(
+    loss: Callable[[dict[str, Tensor], Batch], Tensor], weights: dict[str, Tensor], batch: Batch
+) -> dict[str, Tensor]:
+    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+    gradients = torch.autograd.grad(loss(leaves, batch), list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if g is None else g
+        for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+    }
+
+
+def _choose(
+    model: nn.Module, params: str | Sequence[str] | None, exclude: str | Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """The chosen parameters by name, tied ones once."""
+    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if params is None:
+        weights = {
+            id(p)
+            for module in model.modules()
+            if isinstance(module, _PRUNABLE)
+            for p in module.parameters()
+            if p.ndim > 1
+        }
+        chosen = {name: p for name, p in named.items() if id(p) in weights}
+    else:
+        chosen = _matching(named, params)
+    for name in _matching(named, exclude):
+        chosen.pop(name, None)
+    if not chosen:
+        raise WoodfisherError(
+            "no weights are left to prune: name them with params=. "
+            f"The model has {', '.join(named) or 'no floating-point parameters'}."
+        )
+    return chosen
+
+
+def _matching(named: dict[str, nn.Parameter], patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not hits:
+            raise WoodfisherError(
+                f"the pattern {pattern!r} matches no parameter. The model has {', '.join(named)}."
+            )
+        matched |= hits
+    return {name: p for name, p in named.items() if name in matched}
+
+
+def _existing_masks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The masks of `torch.nn.utils.prune` (`weight_orig` beside `weight_mask`), ones elsewhere."""
+    buffers = dict(model.named_buffers())
+    return {
+        name: buffers.get(name.removesuffix("_orig") + "_mask", torch.ones_like(p))
+        if name.endswith("_orig")
+        else torch.ones_like(p)
+        for name, p in parameters.items()
+    }

@@ -1,0 +1,104 @@
+"""What a pruning run did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from woodfisher._version import __version__
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One pruned tensor: its name, weights in all, weights kept."""
+
+    name: str
+    size: int
+    kept: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return 1 - self.kept / self.size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One round of rows → curvature → surgeon.
+
+    Attributes
+    ----------
+    sparsity:
+        Reached with it.
+    predicted:
+        Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
+    """
+
+    sparsity: float
+    predicted: float | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prune` did to a model.
+
+    Attributes
+    ----------
+    sparsity:
+        Fraction of the chosen weights that are removed now.
+    size, kept:
+        Chosen weights in all, and those that remain.
+    layers, stages:
+        In the model's order; in the order that they ran.
+    masks:
+        Name → bool tensor of the weight's shape, False where removed.
+    seconds:
+        Phase → wall-clock time: `gradients`, `curvature`, `saliency`, `update`, and `total`.
+    method:
+        What was asked for, as text.
+    warnings:
+        Every fallback and warning on the way.
+    """
+
+    sparsity: float
+    size: int
+    kept: int
+    layers: list[Layer]
+    stages: list[Stage]
+    masks: dict[str, Tensor]
+    seconds: dict[str, float]
+    method: str
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report without the masks, as JSON takes it."""
+        return {
+            "woodfisher": __version__,
+            "sparsity": self.sparsity,
+            "size": self.size,
+            "kept": self.kept,
+            "method": self.method,
+            "layers": [
+                {"name": layer.name, "size": layer.size, "kept": layer.kept, "sparsity": layer.sparsity}
+                for layer in self.layers
+            ],
+            "stages": [{"sparsity": stage.sparsity, "predicted": stage.predicted} for stage in self.stages],
+            "seconds": self.seconds,
+            "warnings": self.warnings,
+        }
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [
+            f"{self.kept} of {self.size} weights kept, sparsity {self.sparsity:.2%}, "
+            f"{self.seconds['total']:.1f} s",
+            *(
+                f"  {layer.name:<{width}}  {layer.kept:>9} of {layer.size:>9}  {layer.sparsity:>7.2%}"
+                for layer in self.layers
+            ),
+            *(f"  warning: {warning}" for warning in self.warnings),
+        ]
+        return "\n".join(lines)

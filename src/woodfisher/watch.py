@@ -1,0 +1,96 @@
+"""What a long computation tells while it runs: progress, warnings, and where the time went."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.errors import WoodfisherWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Watch:
+    """A record of one computation.
+
+    Attributes
+    ----------
+    progress:
+        Called as `progress(phase, done, total)`.
+    seconds:
+        Phase → wall-clock seconds, without the phases inside it.
+    warnings:
+        Every warning once, in order.
+    """
+
+    progress: Progress | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    _running: list[str] = field(default_factory=list)
+    _since: float = 0.0
+
+    def _switch(self) -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._running:
+            phase = self._running[-1]
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
+        self._since = now
+
+
+_current: ContextVar[Watch | None] = ContextVar("woodfisher_watch", default=None)
+
+
+@contextmanager
+def watching(progress: Progress | None = None) -> Iterator[Watch]:
+    """Record what happens inside the block."""
+    watch = Watch(progress)
+    token = _current.set(watch)
+    try:
+        yield watch
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Count the block's time under `name`; an inner phase takes its time out of the outer one."""
+    watch = _current.get()
+    if watch is None:
+        yield
+        return
+    watch._switch()
+    watch._running.append(name)
+    try:
+        yield
+    finally:
+        watch._switch()
+        watch._running.pop()
+
+
+def report_progress(name: str, done: int, total: int) -> None:
+    """Tell whoever watches that `done` of `total` steps of `name` are done."""
+    watch = _current.get()
+    if watch is not None and watch.progress is not None:
+        watch.progress(name, done, total)
+
+
+def warn(message: str) -> None:
+    """Issue a `WoodfisherWarning`, and note it for the report that is being made."""
+    watch = _current.get()
+    if watch is not None:
+        if message in watch.warnings:
+            return
+        watch.warnings.append(message)
+    warnings.warn(message, WoodfisherWarning, stacklevel=3)
