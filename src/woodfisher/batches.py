@@ -112,3 +112,26 @@ def _join(pending: list[Batch]) -> Batch:
 
 def _sample_form(batch: Batch) -> list[tuple[torch.Size, torch.dtype]]:
     return [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(batch)]
+
+
+class Replay:
+    """Data that gives the same batches in the same order each time it is iterated over.
+
+    Batches are remembered as they are first drawn, so that what several runs share is read once, and what
+    nobody asks for never.
+    """
+
+    def __init__(self, data: Iterable[Batch]) -> None:
+        self._source = iter(data)
+        self._drawn: list[Batch] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        position = 0
+        while True:
+            if position == len(self._drawn):
+                batch = next(self._source, None)
+                if batch is None:
+                    return
+                self._drawn.append(batch)
+            yield self._drawn[position]
+            position += 1

@@ -89,6 +89,11 @@ class Layout:
         """Name of the tensor that holds flat index `index`."""
         return next(name for name, where in self.slices.items() if where.start <= index < where.stop)
 
+    def restricted(self, kept: Tensor) -> Layout:
+        """Layout of the flat vector of only the weights in `kept` `(d,)`; tensors left empty drop out."""
+        counts = {name: int(part.sum()) for name, part in self.split(kept).items()}
+        return Layout({name: (count,) for name, count in counts.items() if count})
+
     def check(self, flat: Tensor, what: str) -> None:
         """Raise if `flat` does not have one entry (or row) for each weight."""
         if flat.ndim == 0 or flat.shape[0] != self.size:
@@ -104,7 +109,7 @@ class Layout:
         the last block of a tensor holds what is left over. `block_size=None` is one block over all weights.
         """
         if block_size is None:
-            return [Run(0, 1, self.size)]
+            return [Run(0, 1, self.size)] if self.size else []
         spans = [slice(0, self.size)] if across_layers else self.slices.values()
         return [run for span in spans for run in _cut(span.start, span.stop, block_size)]
 

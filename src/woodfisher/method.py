@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from woodfisher.checks import check_choice, check_count
@@ -11,6 +11,7 @@ from woodfisher.curvature import (
     DiagonalFisher,
     DiagonalHessian,
     Estimator,
+    ExactHessian,
     Identity,
     WoodFisher,
 )
@@ -54,12 +55,44 @@ class Method:
         check_count("stages", self.stages)
 
 
+_FULL = WoodFisher(samples=400, block_size=None, damping=1e-3)
+_BLOCKS = WoodFisher(samples=400, block_size=2000, damping=1e-3)
+
 METHODS: dict[str, Method] = {
-    "woodfisher": Method(WoodFisher(samples=1000, block_size=None, damping=1e-3), stages=16),
+    "woodfisher": Method(_FULL, stages=16),
+    "woodfisher-block": Method(_BLOCKS, stages=16),
+    "woodtaylor": Method(_FULL, first_order=True, stages=16),
+    "woodtaylor-block": Method(_BLOCKS, first_order=True, stages=16),
+    "kfac": Method(KFAC(), update="independent"),
+    "obd": Method(DiagonalFisher(), update="none"),
+    "obd-hessian": Method(DiagonalHessian(), update="none"),
+    "hessian": Method(ExactHessian()),
+    "magnitude": Method(Identity(), update="none"),
+    "magnitude-layer": Method(Identity(), update="none", scope="layer"),
 }
+"""Name → method, each as it measures best. The full forms have one block over all weights."""
+
+PRESETS = ("paper",)
+_PAPER = {"samples": 100, "damping": 1e-5, "block_size": 2000, "group": 1, "labels": "data"}
 
 
 def method_for(criterion: str, preset: str | None = None) -> Method:
-    """The method of that name, as it measures best or as a preset wants it."""
+    """The method of that name, as it measures best, or under the protocol of a preset.
+
+    The preset `paper` is that of Singh and Alistarh (2020), one shot: 100 gradients of single samples, damping
+    1e-5, blocks of 2000 within a layer, global ranking, independent update. Methods that move no weights keep
+    to that.
+    """
     check_choice("criterion", criterion, METHODS)
-    return METHODS[criterion]
+    method = METHODS[criterion]
+    if preset is None:
+        return method
+    check_choice("preset", preset, PRESETS)
+    has = {field.name for field in fields(method.curvature)}  # type: ignore[arg-type]
+    protocol = {name: value for name, value in _PAPER.items() if name in has}
+    return replace(
+        method,
+        curvature=replace(method.curvature, **protocol),
+        update="none" if method.update == "none" else "independent",
+        stages=1,
+    )

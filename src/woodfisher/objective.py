@@ -121,19 +121,33 @@ class Objective:
             return sum(samples_in(batch) for batch in self.data)
         return None
 
-    def rows(self, samples: int, *, group: int = 1, labels: str = "data") -> Tensor:
+    def rows(
+        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
+    ) -> Tensor:
         """Gradient rows: row n is the gradient of the mean loss of `group` samples.
+
+        Parameters
+        ----------
+        samples:
+            Samples to use, from the beginning of the data.
+        group:
+            Samples a row.
+        labels:
+            `data`, or `model` to draw targets from the model's own distribution.
+        columns:
+            Flat indexes of the weights wanted, int64 `(k,)`; default all.
 
         Returns
         -------
-        `(N, d)` with N = samples // group, or fewer (with a warning) where the data ends early.
+        `(N, k)` with N = samples // group, or fewer (with a warning) where the data ends early.
         """
+        width = self.layout.size if columns is None else len(columns)
         out: Tensor | None = None
         filled = 0
         for chunk in self.iter_rows(samples, group=group, labels=labels):
             if out is None:
-                out = torch.empty(samples // group, self.layout.size, dtype=self.dtype, device=self.device)
-            out[filled : filled + len(chunk)] = chunk
+                out = torch.empty(samples // group, width, dtype=self.dtype, device=self.device)
+            out[filled : filled + len(chunk)] = chunk if columns is None else chunk[:, columns]
             filled += len(chunk)
         assert out is not None
         return out[:filled]

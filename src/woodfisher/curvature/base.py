@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,7 +10,7 @@ import torch
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -132,50 +131,51 @@ class Estimator(ABC):
         """Estimate the curvature of `objective` at its weights and return its inverse."""
 
 
-@dataclass(frozen=True)
-class _Part:
-    start: int
-    operator: InverseOperator
-
-    @property
-    def columns(self) -> slice:
-        return slice(self.start, self.start + self.operator.size)
-
-
 class BlockDiagonalInverse(InverseOperator):
-    """Operators laid end to end along the flat vector, with nothing between one and the next."""
+    """Operators on disjoint sets of weights that together are all, with nothing between one and the next.
 
-    def __init__(self, operators: list[InverseOperator]) -> None:
-        starts = [0]
-        for operator in operators:
-            starts.append(starts[-1] + operator.size)
-        self.parts = [_Part(start, operator) for start, operator in zip(starts, operators, strict=False)]
-        self.size = starts[-1]
-        self.device = operators[0].device
+    Parameters
+    ----------
+    parts:
+        Pairs of where an operator's weights lie in the flat vector (a slice, or int64 indexes) and the
+        operator.
+    """
+
+    def __init__(self, parts: Sequence[tuple[slice | Tensor, InverseOperator]]) -> None:
+        self.parts = list(parts)
+        self.size = sum(operator.size for _, operator in parts)
+        self.device = parts[0][1].device
+
+    def _each(self, like: Tensor, result: Callable[[slice | Tensor, InverseOperator], Tensor]) -> Tensor:
+        out = torch.empty_like(like)
+        for where, operator in self.parts:
+            out[where] = result(where, operator)
+        return out
 
     def _inverse_product(self, V: Tensor) -> Tensor:
-        return torch.cat([part.operator._inverse_product(V[part.columns]) for part in self.parts])
+        return self._each(V, lambda where, operator: operator._inverse_product(V[where]))
 
     def _forward_product(self, V: Tensor) -> Tensor:
-        return torch.cat([part.operator._forward_product(V[part.columns]) for part in self.parts])
+        return self._each(V, lambda where, operator: operator._forward_product(V[where]))
 
     def diag(self) -> Tensor:
-        return torch.cat([part.operator.diag() for part in self.parts])
+        like = torch.empty(self.size, dtype=torch.float64, device=self.device)
+        return self._each(like, lambda _, operator: operator.diag())
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
-        return torch.cat(
-            [part.operator._restricted_solve(keep[part.columns], b[part.columns]) for part in self.parts]
-        )
+        return self._each(b, lambda where, operator: operator._restricted_solve(keep[where], b[where]))
 
     def _submatrices(self, index: Tensor) -> Tensor:
         out = torch.zeros(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
-        for part in self.parts:
-            inside = (index >= part.start) & (index < part.columns.stop)
+        for where, operator in self.parts:
+            position = torch.full((self.size,), -1, device=self.device)
+            position[where] = torch.arange(operator.size, device=self.device)
+            local = position[index]
+            inside = local >= 0
             groups = inside.any(dim=1).nonzero().squeeze(1)
             if len(groups):
-                local = torch.where(inside, index - part.start, 0)[groups]
                 both = inside[groups, :, None] & inside[groups, None, :]
-                out[groups] += part.operator._submatrices(local) * both
+                out[groups] += operator._submatrices(local[groups].clamp(min=0)) * both
         return out
 
 

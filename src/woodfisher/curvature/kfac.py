@@ -155,8 +155,8 @@ class KFAC(Estimator):
             )
         return BlockDiagonalInverse(
             [
-                KroneckerInverse(A[name] / samples, S[name] / samples, self.damping)
-                for name in objective.layout.shapes
+                (where, KroneckerInverse(A[name] / samples, S[name] / samples, self.damping))
+                for name, where in objective.layout.slices.items()
             ]
         )
 

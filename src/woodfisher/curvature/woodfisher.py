@@ -11,6 +11,7 @@ from woodfisher.checks import check_choice, check_count, check_positive
 from woodfisher.curvature.base import (
     WORKSPACE,
     BlockDiagonalInverse,
+    DiagonalInverse,
     Estimator,
     InverseOperator,
     pieces,
@@ -24,6 +25,24 @@ if TYPE_CHECKING:
 
     from woodfisher.layout import Run
     from woodfisher.objective import Objective
+
+
+_SINGLE_TOLERANCE = 2e-4
+"""Largest relative uncertainty of a diagonal entry that float32 products may leave."""
+
+
+def _strips(rows: int) -> list[slice]:
+    """Four strips of rows of a lower triangle: products skip most of what is above the diagonal."""
+    step = max(-(-rows // 4), 32)
+    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+
+
+def _energy(lower: Tensor, G: Tensor) -> Tensor:
+    """Column sums of squares of LG for lower triangular L: `(count, N, N)`, `(count, N, B)` → `(count, B)`."""
+    total = torch.zeros(G.shape[0], G.shape[2], dtype=G.dtype, device=G.device)
+    for strip in _strips(G.shape[1]):
+        total += (lower[:, strip, : strip.stop] @ G[:, : strip.stop]).square_().sum(1)
+    return total
 
 
 class LowRankInverse(InverseOperator):
@@ -66,7 +85,8 @@ class LowRankInverse(InverseOperator):
             G = self._piece(blocks, columns)
             if keep is not None:
                 G *= keep[blocks, :, columns]
-            K[blocks] += G @ G.mT
+            for strip in _strips(N):
+                K[blocks, strip, : strip.stop] += G[:, strip] @ G[:, : strip.stop].mT
         K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
         return cholesky(K, "the Gram matrix of a block's gradient rows")
 
@@ -103,15 +123,28 @@ class LowRankInverse(InverseOperator):
         return out.reshape(V.shape)
 
     def diag(self) -> Tensor:
-        # 1 − ‖v_i‖² cancels for a weight that its block's rows explain almost whole; the exact value is never
-        # below λ/F_ii, so that bound keeps the last digits honest and the result positive.
         out = torch.empty(self._rows.shape[0], self._rows.shape[2], dtype=torch.float64, device=self.device)
         for blocks, columns in self._pieces:
-            G = self._piece(blocks, columns)
-            bound = 1 / (1 + G.square().sum(1) / (self.divisor * self.damping))
-            V = self._factor[blocks] @ G
-            out[blocks, columns] = torch.maximum(1 - V.square_().sum(1), bound)
+            out[blocks, columns] = self._explained_less(blocks, columns)
         return out.div_(self.damping).flatten()
+
+    def _explained_less(self, blocks: slice, columns: slice) -> Tensor:
+        """1 − ‖v_i‖² for a piece, from float32 products where their rounding is bounded, else float64.
+
+        With x_i = ‖g_i‖²/(nλ), float32 products leave ‖v_i‖² uncertain by about 2u√x_i, which matters where
+        ‖v_i‖² is near one. The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
+        """
+        G = self._rows[blocks, :, columns].contiguous()
+        factor = self._factor[blocks]
+        x = torch.linalg.vector_norm(G, dim=1, dtype=torch.float64).square_() / (self.divisor * self.damping)
+        floor = 1 / (1 + x)
+        if G.dtype == torch.float32:
+            uncertain = x.sqrt_() * torch.finfo(torch.float32).eps
+            if uncertain.max() <= _SINGLE_TOLERANCE:
+                left = torch.maximum(1 - _energy(factor.float(), G).double(), floor)
+                if (uncertain <= _SINGLE_TOLERANCE * left).all():
+                    return left
+        return torch.maximum(1 - _energy(factor, G.double()), floor)
 
     def _submatrices(self, index: Tensor) -> Tensor:
         N, B = self._rows.shape[1:]
@@ -193,25 +226,38 @@ class WoodFisher(Estimator):
         check_choice("labels", self.labels, ("data", "model"))
 
     def __call__(self, objective: Objective) -> BlockDiagonalInverse:
-        """Gather the rows of `objective` and factor them."""
-        runs = objective.layout.runs(self.block_size, across_layers=self.across_layers)
-        self._check_memory(objective, runs)
-        rows = objective.rows(self.samples, group=self.group, labels=self.labels)
+        """Gather the rows of `objective` and factor them.
+
+        Blocks hold kept weights; removed ones have no rows, and F is λ for each of them.
+        """
+        kept = objective.kept.nonzero().squeeze(1)
+        runs = objective.layout.restricted(objective.kept).runs(
+            self.block_size, across_layers=self.across_layers
+        )
+        self._check_memory(objective, len(kept), runs)
+        sparse = len(kept) < objective.layout.size
+        rows = objective.rows(
+            self.samples, group=self.group, labels=self.labels, columns=kept if sparse else None
+        )
         N = len(rows)
-        return BlockDiagonalInverse(
-            [
+        parts: list[tuple[slice | Tensor, InverseOperator]] = [
+            (
+                kept[run.columns] if sparse else run.columns,
                 (LowRankInverse if N < run.size else primal_blocks)(
                     rows[:, run.columns], run.count, self.damping, N / self.group
-                )
-                for run in runs
-            ]
-        )
+                ),
+            )
+            for run in runs
+        ]
+        if sparse:
+            removed = (~objective.kept).nonzero().squeeze(1)
+            parts.append((removed, DiagonalInverse(torch.full_like(removed, self.damping, dtype=torch.float64))))
+        return BlockDiagonalInverse(parts)
 
-    def _check_memory(self, objective: Objective, runs: list[Run]) -> None:
+    def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:
         N = min(self.samples, objective.known_samples or self.samples) // self.group
-        d = objective.layout.size
         factors = sum(8 * run.count * min(N, run.size) ** 2 for run in runs)
-        largest = max(8 * min(N, run.size) * run.size for run in runs)
+        largest = max((8 * min(N, run.size) * run.size for run in runs), default=0)
         check_memory(
             [
                 (f"{N} gradient rows of {d} weights", 4 * N * d),

@@ -1,0 +1,56 @@
+"""The command line: one module a command, which only calls the public API."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING
+
+import tyro
+
+from woodfisher._version import __version__
+from woodfisher.cli.compare import Compare
+from woodfisher.cli.console import note
+from woodfisher.cli.prune import Prune
+from woodfisher.errors import WoodfisherError, WoodfisherWarning
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+DESCRIPTION = """\
+Make a trained network much sparser at the least loss of accuracy, with second-order information.
+
+  woodfisher prune                                          the embedded task, end to end, in a minute
+  woodfisher prune --task my_project.tasks:resnet --sparsity 0.9 --out pruned
+  woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
+
+Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
+with one message that says what was expected, what came and what to do."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code: the entry point of `woodfisher`."""
+    args = sys.argv[1:] if args is None else list(args)
+    if args == ["--version"]:
+        sys.stdout.write(f"woodfisher {__version__}\n")
+        return 0
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"prune": Prune, "compare": Compare},
+        prog="woodfisher",
+        description=DESCRIPTION,
+        args=args,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", WoodfisherWarning)
+            warnings.showwarning = _show_warning
+            command.run()
+    except WoodfisherError as error:
+        sys.stderr.write(f"woodfisher: {error}\n")
+        return 2
+    return 0
+
+
+def _show_warning(message: Warning | str, *_details: object) -> None:
+    note(f"warning: {message}")

@@ -1,0 +1,107 @@
+"""`woodfisher compare`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from woodfisher.batches import Replay
+from woodfisher.checks import check_sparsity
+from woodfisher.cli.console import note, out, print_json, progress
+from woodfisher.cli.options import MethodOptions, TaskOptions, parse_methods
+from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.plots import plot_accuracy, require_plots
+from woodfisher.pruner import prune_objective
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Prune one network by several methods to several sparsities, under one protocol.
+
+    Every method starts from the same dense network, draws the same training samples and prunes the same
+    layers; each result is measured once on the test data. Options of the curvature (samples, damping, ...)
+    apply to every method that has them.
+
+    With --out, writes OUT/report.json and OUT/accuracy.png.
+    """
+
+    what: TaskOptions = field(default_factory=TaskOptions)
+    how: MethodOptions = field(default_factory=MethodOptions)
+
+    sparsity: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
+    """Fractions of the weights to remove, each in [0, 1)."""
+
+    methods: str = "magnitude,obd,woodfisher"
+    """Comma-separated criteria, as in `woodfisher prune`."""
+
+    out: Path | None = None
+    """Folder for the results; files there are replaced."""
+
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def run(self) -> None:
+        """Check everything, prune and evaluate method by method, write, show."""
+        for sparsity in self.sparsity:
+            check_sparsity(sparsity)
+        names = parse_methods(self.methods)
+        methods = {name: self.how.method(name, strict=False) for name in names}
+        if self.out is not None:
+            check_folder(self.out)
+            require_plots()
+        note(f"loading {self.what.task}")
+        task = self.what.load()
+        dense = task.metric(task.model, task.test)
+        note(f"dense: {task.metric_name} {dense:.2f}")
+        data = Replay(task.train)
+        results = []
+        for name, method in methods.items():
+            for sparsity in self.sparsity:
+                model = copy.deepcopy(task.model)
+                with progress(f"{name} to {sparsity:.0%}") as show:
+                    objective = self.what.objective(task, model).on(data)
+                    report = prune_objective(objective, sparsity, method, show)
+                metric = task.metric(model, task.test)
+                note(f"{name} {report.sparsity:.2%}: {task.metric_name} {metric:.2f}")
+                results.append({"criterion": name, "metric": metric, **report.to_dict()})
+        content = {
+            "task": self.what.task,
+            "metric": task.metric_name,
+            "preset": self.how.preset,
+            "seed": self.what.seed,
+            "dense": {"metric": dense},
+            "results": results,
+        }
+        if self.out is not None:
+            curves = {
+                name: [(r["sparsity"], r["metric"]) for r in results if r["criterion"] == name] for name in names
+            }
+            write_folder(
+                self.out,
+                {
+                    "report.json": lambda path: save_json(content, path),
+                    "accuracy.png": lambda path: plot_accuracy(curves, dense, task.metric_name, path),
+                },
+            )
+        if self.json:
+            print_json(content)
+        else:
+            _show(content, names)
+
+
+def _show(content: dict[str, Any], names: list[str]) -> None:
+    """One row a method, one column a sparsity."""
+    table = Table(title=f"{content['task']}: test {content['metric']}; dense {content['dense']['metric']:.2f}")
+    table.add_column("method")
+    rows = {name: [r for r in content["results"] if r["criterion"] == name] for name in names}
+    for result in rows[names[0]]:
+        table.add_column(f"{result['sparsity']:.2%}", justify="right")
+    table.add_column("time", justify="right")
+    for name, results in rows.items():
+        seconds = sum(result["seconds"]["total"] for result in results)
+        table.add_row(name, *(f"{result['metric']:.2f}" for result in results), f"{seconds:.1f} s")
+    out().print(table)

@@ -1,0 +1,129 @@
+"""The options that commands share; their field docs are the help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path  # noqa: TC003  tyro reads the annotations
+from typing import Any, Literal
+
+import torch
+
+from woodfisher.checks import check_choice
+from woodfisher.errors import WoodfisherError
+from woodfisher.method import METHODS, Method, method_for
+from woodfisher.objective import Objective
+from woodfisher.tasks import Task, load_task
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is pruned."""
+
+    task: str = "digits"
+    """digits, mlpnet-mnist, resnet20-cifar10, or module:function of your own that returns a Task."""
+
+    data_root: Path | None = None
+    """Folder of the task's data files (default: $WOODFISHER_DATA)."""
+
+    weights: Path | None = None
+    """File of the trained weights, .pt or .safetensors (default: the task's own)."""
+
+    device: str = "cpu"
+    """Where to compute: cpu, cuda or cuda:N."""
+
+    seed: int = 0
+    """Which training samples are drawn."""
+
+    params: tuple[str, ...] = ()
+    """Patterns of parameter or module names to prune (default: weights of Linear and convolution layers)."""
+
+    exclude: tuple[str, ...] = ()
+    """Patterns of what to leave dense."""
+
+    def load(self) -> Task:
+        """Load the task onto the device."""
+        try:
+            device = torch.device(self.device)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise WoodfisherError(f"the device {self.device!r} can't be used here: {error}") from error
+        task = load_task(self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
+        task.model.to(device)
+        return task
+
+    def objective(self, task: Task, model: torch.nn.Module) -> Objective:
+        """Objective of `model` on the task's training data."""
+        return Objective(model, task.train, task.loss, params=self.params or None, exclude=self.exclude)
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """How it is pruned; what is left out is as the method measures best."""
+
+    preset: Literal["paper"] | None = None
+    """paper: 100 samples, damping 1e-5, blocks within layers, independent update, one shot."""
+
+    samples: int | None = None
+    """Training samples to take gradients of, at each stage."""
+
+    group: int | None = None
+    """Samples whose gradients are averaged into one row."""
+
+    block_size: Literal["all"] | int | None = None
+    """Most weights in a block of the Fisher; all for one block over all weights."""
+
+    damping: float | None = None
+    """λ, added to the curvature's diagonal, in the units of a squared gradient."""
+
+    labels: Literal["data", "model"] | None = None
+    """data: the empirical Fisher; model: targets drawn from the model's own predictions."""
+
+    update: Literal["independent", "joint", "none"] | None = None
+    """How kept weights move: sum of single-weight updates, minimiser for the whole removed set, or not."""
+
+    scope: Literal["global", "layer"] | None = None
+    """Rank weights across all layers, or give each layer the same sparsity."""
+
+    stages: int | None = None
+    """Rounds of gradients, curvature and removal on the way to the sparsity."""
+
+    def method(self, criterion: str, *, strict: bool) -> Method:
+        """Build the method of that name with these options.
+
+        Options that its curvature doesn't have raise if `strict`, and are passed over otherwise.
+        """
+        method = method_for(criterion, self.preset)
+        block_size: dict[str, Any] = {}
+        if self.block_size is not None:
+            block_size["block_size"] = None if self.block_size == "all" else self.block_size
+        asked = {
+            **_given(samples=self.samples, group=self.group, damping=self.damping, labels=self.labels),
+            **block_size,
+        }
+        known = {field.name for field in fields(method.curvature)}  # type: ignore[arg-type]
+        foreign = asked.keys() - known
+        if foreign and strict:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
+            raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
+        curvature = replace(method.curvature, **{k: v for k, v in asked.items() if k in known})  # type: ignore[type-var]
+        parts = _given(update=self.update, scope=self.scope, stages=self.stages)
+        return replace(method, curvature=curvature, **(parts if strict else _staged(method, parts)))
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names from a comma-separated list, each checked."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise WoodfisherError(f"name at least one method: {', '.join(METHODS)}.")
+    for name in names:
+        check_choice("each method", name, METHODS)
+    return list(dict.fromkeys(names))
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _staged(method: Method, parts: dict[str, Any]) -> dict[str, Any]:
+    """Leave methods that take no curvature from data as they are: nothing changes between their stages."""
+    return parts if method.curvature.samples else {}

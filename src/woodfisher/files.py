@@ -1,0 +1,67 @@
+"""Writing results: whole files or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+
+from woodfisher._version import __version__
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import Tensor, nn
+
+
+def save_model(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
+    """Write a model's state and its masks to a safetensors file.
+
+    Every tensor of the state dict stands under its own name (tensors that share memory once), and the mask of
+    a weight, bool of its shape and False where removed, as `<name>_mask`.
+    """
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, Any]] = set()
+    for name, tensor in model.state_dict().items():
+        place = (tensor.untyped_storage().data_ptr(), (tensor.storage_offset(), tensor.shape, tensor.stride()))
+        if tensor.numel() == 0 or place not in seen:
+            seen.add(place)
+            state[name] = tensor.detach().clone().cpu().contiguous()
+    state.update({f"{name}_mask": mask.cpu().contiguous() for name, mask in masks.items()})
+    save_file(state, path, metadata={"format": "pt", "woodfisher": __version__})
+
+
+def save_json(content: Any, path: Path) -> None:
+    """Write JSON, indented; NaN and infinity are refused."""
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise, before any work, if `write_folder` could not put a folder there."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise WoodfisherError(
+            f"results go into the folder {folder}, and {existing} is not a folder that can be written to. "
+            "Choose another with --out."
+        )
+
+
+def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+    """Make a folder of files, by name; nothing appears in it before all of them are written.
+
+    Files of the same names are replaced, others stay.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        draft = Path(name)
+        for file, write in writers.items():
+            write(draft / file)
+        folder.mkdir(exist_ok=True)
+        for file in writers:
+            shutil.move(draft / file, folder / file)

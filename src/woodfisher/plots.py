@@ -1,0 +1,88 @@
+"""Pictures of results. Needs the extra `plots`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from woodfisher.report import Layer
+
+_COLOURS = ("#1b6ca8", "#b0b7bf", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
+
+
+def require_plots() -> None:
+    """Raise, before any work, where matplotlib is missing."""
+    _figure((1, 1))
+
+
+def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Path) -> None:
+    """Bars of every layer's sparsity, one colour a method, with the sparsity of the whole as a line.
+
+    Parameters
+    ----------
+    layers:
+        Method → its layers; the same layers in the same order for each.
+    overall:
+        Sparsity of all layers together, which a uniform choice would give each.
+    """
+    names = [f"{layer.name.removesuffix('.weight')}  ({layer.size:,})" for layer in next(iter(layers.values()))]
+    height = 0.8 / len(layers)
+    figure, axes = _figure((7.2, 1.6 + 0.34 * len(names)))
+    for row, (method, rows) in enumerate(layers.items()):
+        positions = [index + (row + 0.5) * height - 0.4 for index in range(len(rows))]
+        values = [100 * layer.sparsity for layer in rows]
+        axes.barh(positions, values, height * 0.92, label=method, color=_COLOURS[row % len(_COLOURS)])
+    axes.axvline(100 * overall, color="#222222", linewidth=1, linestyle="--", label=f"whole: {overall:.1%}")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.set_xlabel("sparsity, %")
+    figure.suptitle("Weights removed from each layer (its size)", fontsize=11)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def plot_accuracy(
+    curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, metric: str, path: Path
+) -> None:
+    """Lines of the metric against sparsity, one for each method, with the dense model's as a line.
+
+    Parameters
+    ----------
+    curves:
+        Method → (sparsity, metric) pairs.
+    """
+    figure, axes = _figure((7.2, 4.4))
+    for row, (method, points) in enumerate(curves.items()):
+        sparsities, values = zip(*sorted(points), strict=True)
+        axes.plot(
+            [100 * s for s in sparsities],
+            values,
+            marker="o",
+            markersize=4,
+            label=method,
+            color=_COLOURS[row % len(_COLOURS)],
+            linestyle="-" if row < len(_COLOURS) else "--",
+        )
+    axes.axhline(dense, color="#222222", linewidth=1, linestyle="--", label=f"dense: {dense:.2f}")
+    axes.set_xlabel("sparsity, %")
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise WoodfisherError("pictures need matplotlib: pip install 'woodfisher[plots]'") from error
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes

@@ -1,0 +1,119 @@
+"""The embedded task: a small network on scikit-learn's handwritten digits, trained on the spot."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, max_pool2d, relu
+from torch.utils.data import TensorDataset
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.tasks.base import Task, accuracy
+from woodfisher.tasks.loaders import in_order, rank_in_class, shuffled
+from woodfisher.tasks.weights import restored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+EPOCHS, PEAK_RATE = 30, 3e-3
+
+
+class DigitsNet(nn.Module):
+    """Two 3 × 3 convolutions (16 and 32 channels), 2 × 2 max pooling and two linear layers; 21,456 weights.
+
+    `N × 1 × 8 × 8` → logits, `N × 10`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.fc1 = nn.Linear(32 * 4 * 4, 32)
+        self.fc2 = nn.Linear(32, 10)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Logits of the ten digits."""
+        features = max_pool2d(relu(self.conv2(relu(self.conv1(inputs)))), 2)
+        logits: Tensor = self.fc2(relu(self.fc1(features.flatten(1))))
+        return logits
+
+
+def digits(*, weights: Path | None, seed: int) -> Task:
+    """`DigitsNet`, trained from a fixed start unless `weights` are given; needs no data files."""
+    train, validation, test = read_digits()
+    if weights is None:
+        model = _untrained()
+        model.load_state_dict(_trained_weights())
+    else:
+        model = restored(DigitsNet, weights)
+    return Task(
+        "digits",
+        model.eval(),
+        shuffled(train, seed),
+        in_order(validation),
+        in_order(test),
+        cross_entropy,
+        accuracy,
+    )
+
+
+def read_digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
+    """Training, validation and test samples: 60, 15 and 25 % of each digit, always the same ones.
+
+    Inputs are `N × 1 × 8 × 8`, with mean 0 and variance 1 over all training pixels.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise WoodfisherError(
+            "the task digits needs scikit-learn: pip install 'woodfisher[tasks]'"
+        ) from error
+    pixels, labels = load_digits(return_X_y=True)
+    rank = rank_in_class(labels)
+    test = rank % 4 == 3
+    validation = np.isin(rank % 20, (1, 8, 14))
+    train = ~(test | validation)
+    inputs = (pixels - pixels[train].mean()) / pixels[train].std()
+    samples = torch.from_numpy(inputs).to(torch.float32).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(labels).to(torch.int64)
+    first, second, third = (TensorDataset(samples[rows], targets[rows]) for rows in (train, validation, test))
+    return first, second, third
+
+
+def _untrained() -> DigitsNet:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return DigitsNet().float()
+
+
+@cache
+def _trained_weights() -> dict[str, Tensor]:
+    """Adam with a one-cycle rate; one thread, because the number of threads changes the rounding."""
+    batches = shuffled(read_digits()[0], seed=0)
+    model = _untrained()
+    optimizer = torch.optim.Adam(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_RATE, total_steps=EPOCHS * len(batches))
+    with _one_thread(), torch.enable_grad():
+        for _ in range(EPOCHS):
+            for inputs, targets in batches:
+                optimizer.zero_grad()
+                torch.autograd.backward(cross_entropy(model(inputs), targets))
+                optimizer.step()
+                schedule.step()
+    return model.state_dict()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
