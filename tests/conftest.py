@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from woodfisher import Objective
+from woodfisher.tasks import load_task
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
@@ -22,3 +25,10 @@ def data_root() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; set WOODFISHER_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mlpnet_rows(data_root) -> torch.Tensor:
+    """A thousand gradient rows of MLPNet on MNIST."""
+    task = load_task("mlpnet-mnist", data_root=data_root)
+    return Objective(task.model, task.train, task.loss).rows(1000)

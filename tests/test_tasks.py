@@ -722,5 +722,4 @@ def test_resnet20_cifar10_state_dict_and_accuracy(data_root):
     saved = torch.load(data_root / "resnet20_cifar10_jpeg.pt", weights_only=True)
     assert list(task.model.state_dict()) == list(saved)
     some = task.test.dataset[list(range(0, 10000, 20))]
-    print("ACC", accuracy(task.model, [some]))
-    assert accuracy(task.model, [some]) == pytest.approx(88, abs=4)
+    assert accuracy(task.model, [some]) == pytest.approx(86.8, abs=0.5)

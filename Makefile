@@ -1,0 +1,34 @@
+# Everything runs in an environment of its own, .venv; nothing has to be installed beforehand but Python.
+PYTHON ?= python3
+BIN := .venv/bin
+# A folder or page of wheels that pip is told of in PIP_FIND_LINKS serves uv too.
+UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(BIN)/uv
+
+.PHONY: setup demo test format errors clean
+
+setup: .venv/ready ## make .venv with the package and everything its development needs
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup ## prune the embedded task, end to end
+	$(BIN)/woodfisher prune
+
+test: setup ## format, lint, types, tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2
+
+format: setup ## put the code into the shape that `make test` asks for
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+errors: setup ## measure the curvature's errors against float64: docs/accuracy.md
+	$(BIN)/python benchmarks/errors.py > docs/accuracy.md
+
+clean: ## remove the environment and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,312 @@
+import copy
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
+from reference import loop_rows
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
+
+import woodfisher as wf
+from woodfisher import objective as module
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(("build", "shape"), CASES)
+def test_rows_equal_a_plain_loop(build, shape, group):
+    model, (x, y) = build().eval(), samples(20, shape)
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+    expected = loop_rows(model, cross_entropy, x, y, list(objective.layout.shapes), group)
+    rows = objective.rows(20, group=group)
+    assert rows.shape == (20 // group, objective.layout.size)
+    torch.testing.assert_close(rows, expected)
+    torch.testing.assert_close(objective.gradient(20), expected.mean(0))
+
+
+def test_rows_of_a_transformer_equal_a_plain_loop():
+    model = Transformer().eval()
+    tokens, y = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(0)), samples(6)[1]
+    objective = wf.Objective(model, [(tokens, y)], cross_entropy)
+    expected = loop_rows(model, cross_entropy, tokens, y, list(objective.layout.shapes))
+    torch.testing.assert_close(objective.rows(6), expected)
+
+
+def test_default_weights_are_those_of_linear_and_convolution_layers():
+    names = list(wf.Objective(ConvNet(), [], cross_entropy).layout.shapes)
+    assert names == ["conv.weight", "grouped.weight", "fc.weight"]
+    assert list(wf.Objective(Tied(), [], cross_entropy).layout.shapes) == ["first.weight", "head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("params", "exclude", "expected"),
+    [
+        ("fc", (), ["fc.weight", "fc.bias"]),
+        (["*.weight"], ["norm"], ["conv.weight", "grouped.weight", "fc.weight"]),
+        (None, ["conv*"], ["grouped.weight", "fc.weight"]),
+    ],
+)
+def test_weights_by_pattern(params, exclude, expected):
+    objective = wf.Objective(ConvNet(), [], cross_entropy, params=params, exclude=exclude)
+    assert list(objective.layout.shapes) == expected
+
+
+@given(cuts=st.lists(st.integers(1, 19), max_size=6, unique=True), group=st.sampled_from([1, 2, 5]))
+@settings(max_examples=20, deadline=None)
+def test_splitting_the_data_into_other_batches_changes_nothing(cuts, group):
+    model, (x, y) = mlp(torch.float64), samples(20, dtype=torch.float64)
+    edges = [0, *sorted(cuts), 20]
+    batches = [(x[a:b], y[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    whole = wf.Objective(model, [(x, y)], cross_entropy).rows(20, group=group)
+    torch.testing.assert_close(wf.Objective(model, batches, cross_entropy).rows(20, group=group), whole)
+
+
+def test_chunks_are_bounded_by_the_workspace_and_change_nothing(monkeypatch):
+    model, (x, y) = mlp(), samples(20)
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+    whole = objective.rows(20, group=2)
+    monkeypatch.setattr(module, "GRADIENT_WORKSPACE", 2000)
+    chunks = list(objective.iter_rows(20, group=2))
+    assert len(chunks) > 3
+    torch.testing.assert_close(torch.cat(chunks), whole)
+
+
+def test_recurrent_model_falls_back_once_with_equal_rows():
+    model, (x, y) = Recurrent().eval(), samples(6, (5, 3))
+    objective = wf.Objective(model, [(x, y)], cross_entropy, params=["gru.weight*", "fc.weight"])
+    with pytest.warns(wf.WoodfisherWarning, match="can't vectorise") as caught:
+        rows = objective.rows(6)
+    assert len(caught) == 1
+    expected = loop_rows(model, cross_entropy, x, y, list(objective.layout.shapes))
+    torch.testing.assert_close(rows, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective.rows(6)
+
+
+@pytest.mark.parametrize("labels", ["data", "model"])
+@pytest.mark.filterwarnings("ignore::woodfisher.WoodfisherWarning")
+@pytest.mark.parametrize("build", [Stateful, mlp])
+def test_sampling_leaves_nothing_behind(build, labels):
+    model = nn.Sequential(build(), nn.Dropout(0.5)).train()
+    model[1].eval()
+    (x, y) = samples(8)
+    cross_entropy(model(x), y).backward()
+    before = copy.deepcopy(model.state_dict())
+    gradients = [p.grad.clone() for p in model.parameters()]
+    attributes = {m: {k: v for k, v in vars(m).items() if k in ("training", "calls")} for m in model.modules()}
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+
+    def data():
+        random.random(), np.random.rand(), torch.rand(1)
+        yield x, y
+
+    with torch.no_grad():
+        wf.Objective(model, data(), cross_entropy).rows(8, labels=labels)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert {m: {k: vars(m)[k] for k in kept} for m, kept in attributes.items()} == attributes
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_rows_are_taken_in_evaluation_mode():
+    model, (x, y) = nn.Sequential(nn.Dropout(0.9), mlp()).train(), samples(8)
+    expected = loop_rows(copy.deepcopy(model).eval(), cross_entropy, x, y, ["1.0.weight", "1.2.weight"])
+    torch.testing.assert_close(wf.Objective(model, [(x, y)], cross_entropy).rows(8), expected)
+
+
+def test_dict_batches_of_a_model_with_its_own_loss():
+    model, (x, y) = DictModel(), samples(8)
+    rows = wf.Objective(model, [{"features": x, "labels": y}]).rows(8)
+    torch.testing.assert_close(rows, wf.Objective(model.net, [(x, y)], cross_entropy).rows(8))
+    torch.manual_seed(0)
+    sampled = wf.Objective(model, [{"features": x, "labels": y}]).rows(8, labels="model")
+    torch.manual_seed(0)
+    torch.testing.assert_close(
+        sampled, wf.Objective(model.net, [(x, y)], cross_entropy).rows(8, labels="model")
+    )
+
+
+def test_inputs_in_parts():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp()
+
+        def forward(self, a, b):
+            return self.net(a + b)
+
+    model, (x, y) = Two(), samples(8)
+    expected = wf.Objective(model.net, [(2 * x, y)], cross_entropy).rows(8)
+    for inputs in ((x, x), {"a": x, "b": x}):
+        torch.testing.assert_close(wf.Objective(model, [(inputs, y)], cross_entropy).rows(8), expected)
+
+
+def gauss_newton(model, x, names, output_hessian):
+    """Mean of JᵀHJ by its definition."""
+    total = 0
+    for sample in x:
+        output = model(sample[None])[0]
+        parameters = [dict(model.named_parameters())[n] for n in names]
+        J = torch.stack(
+            [
+                torch.cat([g.reshape(-1) for g in torch.autograd.grad(o, parameters, retain_graph=True)])
+                for o in output
+            ]
+        )
+        total = total + J.T @ output_hessian(output.detach()) @ J
+    return total / len(x)
+
+
+@pytest.mark.parametrize(
+    ("loss", "output_hessian", "targets"),
+    [
+        (cross_entropy, lambda o: torch.diag(o.softmax(0)) - torch.outer(o.softmax(0), o.softmax(0)), "class"),
+        (mse_loss, lambda o: 2 * torch.eye(3, dtype=o.dtype) / 3, "real"),
+    ],
+)
+def test_labels_from_the_model_give_the_gauss_newton_matrix(loss, output_hessian, targets):
+    model, (x, y) = mlp(torch.float64), samples(2, dtype=torch.float64)
+    repeat = 20000
+    many = x.repeat(repeat, 1)
+    y = y.repeat(repeat) if targets == "class" else torch.zeros(len(many), 3, dtype=torch.float64)
+    objective = wf.Objective(model, [(many, y)], loss)
+    torch.manual_seed(0)
+    G = objective.rows(len(many), labels="model")
+    expected = gauss_newton(model, x, objective.layout.shapes, output_hessian)
+    assert (G.T @ G / len(G) - expected).norm() < 0.03 * expected.norm()
+
+
+def test_labels_from_the_model_for_the_logistic_loss_and_a_sampler_of_ones_own():
+    model, (x, _) = mlp(), samples(8)
+    y = torch.zeros(8, 3)
+    assert wf.Objective(model, [(x, y)], binary_cross_entropy_with_logits).rows(8, labels="model").any()
+    one = wf.Objective(model, [(x, y)], lambda o, t: (o - t).square().mean(), sampler=lambda o: o)
+    assert not one.rows(8, labels="model").any()
+    unknown = wf.Objective(model, [(x, y)], lambda o, t: (o - t).square().mean())
+    with pytest.raises(wf.WoodfisherError, match="sampler="):
+        unknown.rows(8, labels="model")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_give_float32_rows(dtype):
+    model, (x, y) = mlp(), samples(8)
+    exact = wf.Objective(model, [(x, y)], cross_entropy).rows(8)
+    objective = wf.Objective(model.to(dtype), [(x.to(dtype), y)], cross_entropy)
+    rows = objective.rows(8)
+    assert rows.dtype == torch.float32
+    assert (rows - exact).norm() < 0.02 * exact.norm()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_on_cuda_equal_those_on_the_cpu():
+    model, (x, y) = mlp(), samples(8)
+    expected = wf.Objective(model, [(x, y)], cross_entropy).rows(8)
+    rows = wf.Objective(copy.deepcopy(model).cuda(), [(x, y)], cross_entropy).rows(8)
+    torch.testing.assert_close(rows.cpu(), expected)
+
+
+def test_removed_weights_have_no_gradient():
+    model, (x, y) = mlp(), samples(8)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+    assert objective.kept.sum() == objective.layout.size - 6
+    assert not objective.rows(8)[:, ~objective.kept].any()
+    assert not objective.gradient(8)[~objective.kept].any()
+
+
+def test_masks_of_torch_prune_count():
+    model, (x, y) = mlp(), samples(8)
+    prune.l1_unstructured(model[0], "weight", 5)
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+    assert list(objective.layout.shapes) == ["0.weight_orig", "2.weight"]
+    assert (~objective.kept).sum() == 5
+    assert objective.rows(8).isfinite().all()
+    torch.testing.assert_close(model(x), mlp_with_zeros(model)(x))
+
+
+def mlp_with_zeros(pruned):
+    plain = mlp()
+    with torch.no_grad():
+        plain[0].weight *= pruned[0].weight_mask
+    return plain
+
+
+def test_data_that_ends_early_says_so_and_n_is_what_came():
+    model, (x, y) = mlp(), samples(7)
+    with pytest.warns(wf.WoodfisherWarning, match="10 samples were asked for and the data ended after 7"):
+        rows = wf.Objective(model, [(x, y)], cross_entropy).rows(10, group=2)
+    assert len(rows) == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda x, y: ([], cross_entropy, mlp()), "no batch"),
+        (lambda x, y: ([(x[:, :5], y)], cross_entropy, mlp()), r"fails on a batch of \(1, 5\) float32, \(1,\)"),
+        (lambda x, y: ([(x, y[:3])], cross_entropy, mlp()), "samples as their first dimension"),
+        (lambda x, y: ([(x, "cat")], cross_entropy, mlp()), "holds a str"),
+        (lambda x, y: ([(x, y, y)], cross_entropy, mlp()), r"must be \(inputs, targets\)"),
+        (lambda x, y: ([{"features": x}], None, DictModel()), "model must return an object with .loss"),
+        (lambda x, y: ([(x, y)], lambda o, t: o.detach().sum(), mlp()), "does not depend on any chosen weight"),
+        (lambda x, y: ([(x, y + 7)], cross_entropy, mlp()), "fails on a batch"),
+    ],
+)
+def test_bad_data_is_explained(make, message):
+    data, loss, model = make(*samples(8))
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.Objective(model, data, loss).rows(8)
+
+
+def test_nan_names_the_parameter_and_the_row():
+    model, (x, y) = mlp(), samples(8)
+    x[5, 2] = float("nan")
+    with pytest.raises(wf.WoodfisherError, match=r"'0.weight' in row 5 is nan. The data of that row"):
+        wf.Objective(model, [(x[:4], y[:4]), (x[4:], y[4:])], cross_entropy).rows(8)
+
+    def loss(outputs, targets):
+        return nll_loss((0 * outputs).log(), targets)
+
+    with pytest.raises(wf.WoodfisherError, match=r"in row 0 is .*logarithm"):
+        wf.Objective(model, [(-x[:2].abs(), y[:2])], loss).rows(2)
+
+
+def test_rows_of_batches_of_other_shapes():
+    model = nn.Sequential(nn.AdaptiveAvgPool1d(6), mlp(torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randn(4, n, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
+        for n in (6, 9, 12)
+    ]
+    objective = wf.Objective(model, batches, cross_entropy)
+    assert len(objective.rows(12)) == 12
+    assert len(objective.rows(12, group=4)) == 3
+    with pytest.raises(wf.WoodfisherError, match="batches of different shapes"):
+        objective.rows(12, group=3)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [("decoder.*", "'decoder.\\*' matches no parameter. The model has 0.weight"), ([], "no weights are left")],
+)
+def test_patterns_that_match_nothing(params, message):
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.Objective(mlp(), [], cross_entropy, params=params)
+
+
+def test_write_refuses_values_that_overflow_the_models_dtype():
+    model = mlp(torch.float16)
+    before = copy.deepcopy(model.state_dict())
+    objective = wf.Objective(model, [], cross_entropy)
+    with pytest.raises(wf.WoodfisherError, match="not finite in torch.float16; the model is unchanged"):
+        objective.at(objective.weights * 1e9, objective.kept).write()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
