@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ConvNet, mlp, samples
-from reference import cut, fisher, loop_rows, recursion
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import woodfisher as wf
+from models import ConvNet, mlp, samples
+from reference import cut, fisher, loop_rows, recursion
 from woodfisher.curvature import base
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
 from woodfisher.curvature.dense import DenseInverse, triangular_inverse
@@ -72,7 +72,9 @@ def composed():
     rest = torch.tensor([0, 2, 3, 4, 6, 7])
     values = random(6).square() + 0.1
     F[rest, rest] = values
-    return BlockDiagonalInverse([(scattered, DenseInverse(spd(3)[None], "F")), (rest, DiagonalInverse(values))]), F
+    return BlockDiagonalInverse(
+        [(scattered, DenseInverse(spd(3)[None], "F")), (rest, DiagonalInverse(values))]
+    ), F
 
 
 OPERATORS = [dual, dual_from_float32_rows, primal, dense, diagonal, kronecker, composed]
@@ -295,7 +297,9 @@ def test_what_does_not_fit_is_refused_before_any_gradient(monkeypatch):
 
     monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 10_000)
     objective = wf.Objective(mlp(), data(), cross_entropy)
-    with pytest.raises(wf.WoodfisherError, match=r"400 gradient rows of 36 weights 56.2 KiB.*9.77 KiB is avail"):
+    with pytest.raises(
+        wf.WoodfisherError, match=r"400 gradient rows of 36 weights 56.2 KiB.*9.77 KiB is avail"
+    ):
         wf.WoodFisher(400, 20)(objective)
     with pytest.raises(wf.WoodfisherError, match="the Hessian of 36 weights"):
         wf.ExactHessian()(objective)

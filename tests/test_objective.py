@@ -1,4 +1,5 @@
 import copy
+import itertools
 import random
 import warnings
 
@@ -7,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
-from reference import loop_rows
 from torch import nn
-from torch.nn.utils import prune
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
+from torch.nn.utils import prune
 
 import woodfisher as wf
+from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
+from reference import loop_rows
 from woodfisher import objective as module
 
 
@@ -61,7 +62,7 @@ def test_weights_by_pattern(params, exclude, expected):
 def test_splitting_the_data_into_other_batches_changes_nothing(cuts, group):
     model, (x, y) = mlp(torch.float64), samples(20, dtype=torch.float64)
     edges = [0, *sorted(cuts), 20]
-    batches = [(x[a:b], y[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    batches = [(x[a:b], y[a:b]) for a, b in itertools.pairwise(edges)]
     whole = wf.Objective(model, [(x, y)], cross_entropy).rows(20, group=group)
     torch.testing.assert_close(wf.Objective(model, batches, cross_entropy).rows(20, group=group), whole)
 
@@ -99,7 +100,9 @@ def test_sampling_leaves_nothing_behind(build, labels):
     cross_entropy(model(x), y).backward()
     before = copy.deepcopy(model.state_dict())
     gradients = [p.grad.clone() for p in model.parameters()]
-    attributes = {m: {k: v for k, v in vars(m).items() if k in ("training", "calls")} for m in model.modules()}
+    attributes = {
+        m: {k: v for k, v in vars(m).items() if k in ("training", "calls")} for m in model.modules()
+    }
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
 
     def data():
@@ -168,7 +171,11 @@ def gauss_newton(model, x, names, output_hessian):
 @pytest.mark.parametrize(
     ("loss", "output_hessian", "targets"),
     [
-        (cross_entropy, lambda o: torch.diag(o.softmax(0)) - torch.outer(o.softmax(0), o.softmax(0)), "class"),
+        (
+            cross_entropy,
+            lambda o: torch.diag(o.softmax(0)) - torch.outer(o.softmax(0), o.softmax(0)),
+            "class",
+        ),
         (mse_loss, lambda o: 2 * torch.eye(3, dtype=o.dtype) / 3, "real"),
     ],
 )
@@ -252,12 +259,18 @@ def test_data_that_ends_early_says_so_and_n_is_what_came():
     ("make", "message"),
     [
         (lambda x, y: ([], cross_entropy, mlp()), "no batch"),
-        (lambda x, y: ([(x[:, :5], y)], cross_entropy, mlp()), r"fails on a batch of \(1, 5\) float32, \(1,\)"),
+        (
+            lambda x, y: ([(x[:, :5], y)], cross_entropy, mlp()),
+            r"fails on a batch of \(1, 5\) float32, \(1,\)",
+        ),
         (lambda x, y: ([(x, y[:3])], cross_entropy, mlp()), "samples as their first dimension"),
         (lambda x, y: ([(x, "cat")], cross_entropy, mlp()), "holds a str"),
         (lambda x, y: ([(x, y, y)], cross_entropy, mlp()), r"must be \(inputs, targets\)"),
         (lambda x, y: ([{"features": x}], None, DictModel()), "model must return an object with .loss"),
-        (lambda x, y: ([(x, y)], lambda o, t: o.detach().sum(), mlp()), "does not depend on any chosen weight"),
+        (
+            lambda x, y: ([(x, y)], lambda o, t: o.detach().sum(), mlp()),
+            "does not depend on any chosen weight",
+        ),
         (lambda x, y: ([(x, y + 7)], cross_entropy, mlp()), "fails on a batch"),
     ],
 )
@@ -296,7 +309,10 @@ def test_rows_of_batches_of_other_shapes():
 
 @pytest.mark.parametrize(
     ("params", "message"),
-    [("decoder.*", "'decoder.\\*' matches no parameter. The model has 0.weight"), ([], "no weights are left")],
+    [
+        ("decoder.*", "'decoder.\\*' matches no parameter. The model has 0.weight"),
+        ([], "no weights are left"),
+    ],
 )
 def test_patterns_that_match_nothing(params, message):
     with pytest.raises(wf.WoodfisherError, match=message):

@@ -170,7 +170,7 @@ def test_missing_data_is_explained(name, source, tmp_path, monkeypatch):
 
 def test_digits_task_is_good_repeatable_and_leaves_no_trace():
     torch.manual_seed(1)
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
+    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
     threads = torch.get_num_threads()
     with torch.no_grad():
         task = load_task("digits")
@@ -183,7 +183,7 @@ def test_digits_task_is_good_repeatable_and_leaves_no_trace():
         assert targets.dtype == torch.int64
         assert inputs.shape == (len(targets), 1, 8, 8)
     assert torch.equal(states[0], torch.get_rng_state())
-    assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+    assert states[1:] == (np.random.get_state()[1].tolist(), random.getstate())
     assert torch.get_num_threads() == threads
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)

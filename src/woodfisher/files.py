@@ -29,7 +29,10 @@ def save_model(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> Non
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, Any]] = set()
     for name, tensor in model.state_dict().items():
-        place = (tensor.untyped_storage().data_ptr(), (tensor.storage_offset(), tensor.shape, tensor.stride()))
+        place = (
+            tensor.untyped_storage().data_ptr(),
+            (tensor.storage_offset(), tensor.shape, tensor.stride()),
+        )
         if tensor.numel() == 0 or place not in seen:
             seen.add(place)
             state[name] = tensor.detach().clone().cpu().contiguous()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
 
 def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], Tensor]:
@@ -27,7 +27,7 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any],
         if any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds):
             return sampler
 
-    def unknown(outputs: Any) -> Tensor:  # noqa: ARG001
+    def unknown(outputs: Any) -> Tensor:
         raise WoodfisherError(
             'labels="model" has to draw targets from the model\'s distribution, which is not known for the loss '
             f"{getattr(loss, '__name__', type(loss).__name__)}: pass sampler=, a function of the outputs."

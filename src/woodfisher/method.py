@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import (
@@ -16,6 +16,9 @@ from woodfisher.curvature import (
     WoodFisher,
 )
 from woodfisher.update import independent_update, joint_update, no_update
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 Update = Literal["independent", "joint", "none"]
 Scope = Literal["global", "layer"]
@@ -88,11 +91,20 @@ def method_for(criterion: str, preset: str | None = None) -> Method:
     if preset is None:
         return method
     check_choice("preset", preset, PRESETS)
-    has = {field.name for field in fields(method.curvature)}  # type: ignore[arg-type]
-    protocol = {name: value for name, value in _PAPER.items() if name in has}
+    protocol = {name: value for name, value in _PAPER.items() if name in options_of(method.curvature)}
     return replace(
         method,
-        curvature=replace(method.curvature, **protocol),
+        curvature=with_options(method.curvature, protocol),
         update="none" if method.update == "none" else "independent",
         stages=1,
     )
+
+
+def options_of(curvature: Estimator) -> set[str]:
+    """Names of the options that an estimator has."""
+    return {field.name for field in fields(cast("Any", curvature))}
+
+
+def with_options(curvature: Estimator, options: Mapping[str, Any]) -> Estimator:
+    """Make the same kind of estimator with some options replaced."""
+    return cast("Estimator", replace(cast("Any", curvature), **options))

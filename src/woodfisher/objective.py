@@ -91,9 +91,7 @@ class Objective:
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.weights = self._flat(self._parameters)
         self.kept = (self.weights != 0) & self._flat(_existing_masks(model, self._parameters)).bool()
-        self._modules = {
-            name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters
-        }
+        self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
         self._sampler = sampler or target_sampler(loss)
         self._vectorised = True
 
@@ -276,7 +274,9 @@ class Objective:
         if seen < samples:
             message = f"{samples} samples were asked for and the data ended after {seen}"
             if not used:
-                raise WoodfisherError(f"{message}; a row averages {group}. Give more data or a smaller group.")
+                raise WoodfisherError(
+                    f"{message}; a row averages {group}. Give more data or a smaller group."
+                )
             warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
 
     def _rows_per_chunk(self, row: Batch) -> int:
@@ -357,7 +357,9 @@ class Objective:
         inputs = batch[0]
         if isinstance(inputs, Mapping):
             return functional_call(self.model, state, (), dict(inputs))
-        return functional_call(self.model, state, tuple(inputs) if isinstance(inputs, (tuple, list)) else inputs)
+        return functional_call(
+            self.model, state, tuple(inputs) if isinstance(inputs, (tuple, list)) else inputs
+        )
 
     def _with_sampled_targets(self, weights: dict[str, Tensor], batch: Batch) -> Batch:
         with torch.no_grad():

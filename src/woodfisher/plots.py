@@ -30,7 +30,9 @@ def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Pat
     overall:
         Sparsity of all layers together, which a uniform choice would give each.
     """
-    names = [f"{layer.name.removesuffix('.weight')}  ({layer.size:,})" for layer in next(iter(layers.values()))]
+    names = [
+        f"{layer.name.removesuffix('.weight')}  ({layer.size:,})" for layer in next(iter(layers.values()))
+    ]
     height = 0.8 / len(layers)
     figure, axes = _figure((7.2, 1.6 + 0.34 * len(names)))
     for row, (method, rows) in enumerate(layers.items()):

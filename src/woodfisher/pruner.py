@@ -73,7 +73,7 @@ def prune(
         On bad input or a numerical failure; the model is then as it was.
     """
     check_sparsity(sparsity)
-    asked = {"curvature": curvature, "update": update, "scope": scope, "stages": stages}
+    asked: dict[str, Any] = {"curvature": curvature, "update": update, "scope": scope, "stages": stages}
     method = replace(
         method_for(criterion, preset), **{key: value for key, value in asked.items() if value is not None}
     )

@@ -36,7 +36,7 @@ def joint_update(point: Tensor, finv: InverseOperator, keep: Tensor) -> Tensor:
     return torch.where(keep, point + finv.restricted_solve(keep, pull), 0)
 
 
-def no_update(point: Tensor, finv: InverseOperator, keep: Tensor) -> Tensor:  # noqa: ARG001
+def no_update(point: Tensor, finv: InverseOperator, keep: Tensor) -> Tensor:
     """Kept weights stay as they are."""
     return torch.where(keep, point.double(), 0)
 

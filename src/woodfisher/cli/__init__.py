@@ -44,7 +44,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", WoodfisherWarning)
-            warnings.showwarning = _show_warning
+            warnings.showwarning = _show_warning  # type: ignore[assignment]
             command.run()
     except WoodfisherError as error:
         sys.stderr.write(f"woodfisher: {error}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  tyro reads the annotations
 from typing import Any
 
 from rich.table import Table
@@ -78,7 +78,8 @@ class Compare:
         }
         if self.out is not None:
             curves = {
-                name: [(r["sparsity"], r["metric"]) for r in results if r["criterion"] == name] for name in names
+                name: [(r["sparsity"], r["metric"]) for r in results if r["criterion"] == name]
+                for name in names
             }
             write_folder(
                 self.out,
@@ -95,7 +96,9 @@ class Compare:
 
 def _show(content: dict[str, Any], names: list[str]) -> None:
     """One row a method, one column a sparsity."""
-    table = Table(title=f"{content['task']}: test {content['metric']}; dense {content['dense']['metric']:.2f}")
+    table = Table(
+        title=f"{content['task']}: test {content['metric']}; dense {content['dense']['metric']:.2f}"
+    )
     table.add_column("method")
     rows = {name: [r for r in content["results"] if r["criterion"] == name] for name in names}
     for result in rows[names[0]]:

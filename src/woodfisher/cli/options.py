@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path  # noqa: TC003  tyro reads the annotations
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import torch
 
 from woodfisher.checks import check_choice
 from woodfisher.errors import WoodfisherError
-from woodfisher.method import METHODS, Method, method_for
+from woodfisher.method import METHODS, Method, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.tasks import Task, load_task
 
@@ -100,12 +100,12 @@ class MethodOptions:
             **_given(samples=self.samples, group=self.group, damping=self.damping, labels=self.labels),
             **block_size,
         }
-        known = {field.name for field in fields(method.curvature)}  # type: ignore[arg-type]
+        known = options_of(method.curvature)
         foreign = asked.keys() - known
         if foreign and strict:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
             raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
-        curvature = replace(method.curvature, **{k: v for k, v in asked.items() if k in known})  # type: ignore[type-var]
+        curvature = with_options(method.curvature, {k: v for k, v in asked.items() if k in known})
         parts = _given(update=self.update, scope=self.scope, stages=self.stages)
         return replace(method, curvature=curvature, **(parts if strict else _staged(method, parts)))
 

@@ -84,7 +84,7 @@ class LowRankInverse(InverseOperator):
         for blocks, columns in self._pieces:
             G = self._piece(blocks, columns)
             if keep is not None:
-                G *= keep[blocks, :, columns]
+                G = G * keep[blocks, :, columns]
             for strip in _strips(N):
                 K[blocks, strip, : strip.stop] += G[:, strip] @ G[:, : strip.stop].mT
         K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
@@ -93,8 +93,8 @@ class LowRankInverse(InverseOperator):
     def _blocked(self, V: Tensor) -> Tensor:
         return V.reshape(self._rows.shape[0], self._rows.shape[2], -1)
 
-    def _correct(self, V: Tensor, factor: Tensor, keep: Tensor | None = None) -> Tensor:
-        """(V − Gᵀ K⁻¹ G V)/λ a block, with K⁻¹ = L⁻ᵀL⁻¹ and only the columns in `keep` of G."""
+    def _correct(self, V: Tensor, factor: Tensor) -> Tensor:
+        """(V − Gᵀ K⁻¹ G V)/λ a block, with K⁻¹ = L⁻ᵀL⁻¹."""
         V = self._blocked(V)
         Y = self._rows_times(V)
         Y = factor.mT @ (factor @ Y)
@@ -243,7 +243,7 @@ class WoodFisher(Estimator):
         parts: list[tuple[slice | Tensor, InverseOperator]] = [
             (
                 kept[run.columns] if sparse else run.columns,
-                (LowRankInverse if N < run.size else primal_blocks)(
+                (LowRankInverse if run.size > N else primal_blocks)(
                     rows[:, run.columns], run.count, self.damping, N / self.group
                 ),
             )
@@ -251,7 +251,9 @@ class WoodFisher(Estimator):
         ]
         if sparse:
             removed = (~objective.kept).nonzero().squeeze(1)
-            parts.append((removed, DiagonalInverse(torch.full_like(removed, self.damping, dtype=torch.float64))))
+            parts.append(
+                (removed, DiagonalInverse(torch.full_like(removed, self.damping, dtype=torch.float64)))
+            )
         return BlockDiagonalInverse(parts)
 
     def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:

@@ -83,7 +83,7 @@ def _function(where: str) -> Callable[..., Any]:
         raise WoodfisherError(
             f"the task {where!r} must name a function that returns a Task; {module_name} {found}."
         )
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _declared(build: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
