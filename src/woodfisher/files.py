@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +59,16 @@ def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) ->
 
     Files of the same names are replaced, others stay.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        draft = Path(name)
-        for file, write in writers.items():
-            write(draft / file)
-        folder.mkdir(exist_ok=True)
-        for file in writers:
-            shutil.move(draft / file, folder / file)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            draft = Path(name)
+            for file, write in writers.items():
+                write(draft / file)
+            folder.mkdir(exist_ok=True)
+            for file in writers:
+                (draft / file).replace(folder / file)
+    except OSError as error:
+        raise WoodfisherError(
+            f"the results could not be written to {folder}: {error}. Make room or choose another with --out."
+        ) from error

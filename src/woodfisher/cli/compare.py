@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path  # noqa: TC003  tyro reads the annotations
 from typing import Any
 
 from rich.table import Table
@@ -12,7 +11,7 @@ from rich.table import Table
 from woodfisher.batches import Replay
 from woodfisher.checks import check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
-from woodfisher.cli.options import MethodOptions, TaskOptions, parse_methods
+from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.plots import plot_accuracy, require_plots
 from woodfisher.pruner import prune_objective
@@ -29,8 +28,8 @@ class Compare:
     With --out, writes OUT/report.json and OUT/accuracy.png.
     """
 
-    what: TaskOptions = field(default_factory=TaskOptions)
-    how: MethodOptions = field(default_factory=MethodOptions)
+    model: TaskOptions = field(default_factory=TaskOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
 
     sparsity: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
     """Fractions of the weights to remove, each in [0, 1)."""
@@ -38,7 +37,7 @@ class Compare:
     methods: str = "magnitude,obd,woodfisher"
     """Comma-separated criteria, as in `woodfisher prune`."""
 
-    out: Path | None = None
+    out: Folder = None
     """Folder for the results; files there are replaced."""
 
     json: bool = False
@@ -49,12 +48,12 @@ class Compare:
         for sparsity in self.sparsity:
             check_sparsity(sparsity)
         names = parse_methods(self.methods)
-        methods = {name: self.how.method(name, strict=False) for name in names}
+        methods = {name: self.method.method(name, strict=False) for name in names}
         if self.out is not None:
             check_folder(self.out)
             require_plots()
-        note(f"loading {self.what.task}")
-        task = self.what.load()
+        note(f"loading {self.model.task}")
+        task = self.model.load()
         dense = task.metric(task.model, task.test)
         note(f"dense: {task.metric_name} {dense:.2f}")
         data = Replay(task.train)
@@ -63,16 +62,23 @@ class Compare:
             for sparsity in self.sparsity:
                 model = copy.deepcopy(task.model)
                 with progress(f"{name} to {sparsity:.0%}") as show:
-                    objective = self.what.objective(task, model).on(data)
+                    objective = self.model.objective(task, model).on(data)
                     report = prune_objective(objective, sparsity, method, show)
                 metric = task.metric(model, task.test)
                 note(f"{name} {report.sparsity:.2%}: {task.metric_name} {metric:.2f}")
-                results.append({"criterion": name, "metric": metric, **report.to_dict()})
+                results.append(
+                    {
+                        "criterion": name,
+                        "requested_sparsity": sparsity,
+                        "metric": metric,
+                        **report.to_dict(),
+                    }
+                )
         content = {
-            "task": self.what.task,
+            "task": self.model.task,
             "metric": task.metric_name,
-            "preset": self.how.preset,
-            "seed": self.what.seed,
+            "preset": self.method.preset,
+            "seed": self.model.seed,
             "dense": {"metric": dense},
             "results": results,
         }

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path  # noqa: TC003  tyro reads the annotations
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from tyro.conf import arg
 
 from woodfisher.checks import check_choice
 from woodfisher.errors import WoodfisherError
-from woodfisher.method import METHODS, Method, method_for, options_of, with_options
+from woodfisher.method import METHODS, Method, Scope, Update, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.tasks import Task, load_task
+
+Labels = Literal["data", "model"]
+Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
+File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
+Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+Number = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
+Patterns = Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -22,10 +30,10 @@ class TaskOptions:
     task: str = "digits"
     """digits, mlpnet-mnist, resnet20-cifar10, or module:function of your own that returns a Task."""
 
-    data_root: Path | None = None
+    data_root: Folder = None
     """Folder of the task's data files (default: $WOODFISHER_DATA)."""
 
-    weights: Path | None = None
+    weights: File = None
     """File of the trained weights, .pt or .safetensors (default: the task's own)."""
 
     device: str = "cpu"
@@ -34,10 +42,10 @@ class TaskOptions:
     seed: int = 0
     """Which training samples are drawn."""
 
-    params: tuple[str, ...] = ()
+    params: Patterns = ()
     """Patterns of parameter or module names to prune (default: weights of Linear and convolution layers)."""
 
-    exclude: tuple[str, ...] = ()
+    exclude: Patterns = ()
     """Patterns of what to leave dense."""
 
     def load(self) -> Task:
@@ -60,31 +68,31 @@ class TaskOptions:
 class MethodOptions:
     """How it is pruned; what is left out is as the method measures best."""
 
-    preset: Literal["paper"] | None = None
-    """paper: 100 samples, damping 1e-5, blocks within layers, independent update, one shot."""
+    preset: Annotated[Literal["paper"] | None, arg(metavar="paper", help_behavior_hint="")] = None
+    """The paper's protocol: 100 samples, damping 1e-5, blocks within layers, independent update, one shot."""
 
-    samples: int | None = None
+    samples: Count = None
     """Training samples to take gradients of, at each stage."""
 
-    group: int | None = None
+    group: Count = None
     """Samples whose gradients are averaged into one row."""
 
-    block_size: Literal["all"] | int | None = None
+    block_size: Annotated[Literal["all"] | int | None, arg(metavar="N|all", help_behavior_hint="")] = None
     """Most weights in a block of the Fisher; all for one block over all weights."""
 
-    damping: float | None = None
+    damping: Number = None
     """λ, added to the curvature's diagonal, in the units of a squared gradient."""
 
-    labels: Literal["data", "model"] | None = None
+    labels: Annotated[Labels | None, arg(metavar="data|model", help_behavior_hint="")] = None
     """data: the empirical Fisher; model: targets drawn from the model's own predictions."""
 
-    update: Literal["independent", "joint", "none"] | None = None
+    update: Annotated[Update | None, arg(metavar="independent|joint|none", help_behavior_hint="")] = None
     """How kept weights move: sum of single-weight updates, minimiser for the whole removed set, or not."""
 
-    scope: Literal["global", "layer"] | None = None
+    scope: Annotated[Scope | None, arg(metavar="global|layer", help_behavior_hint="")] = None
     """Rank weights across all layers, or give each layer the same sparsity."""
 
-    stages: int | None = None
+    stages: Count = None
     """Rounds of gradients, curvature and removal on the way to the sparsity."""
 
     def method(self, criterion: str, *, strict: bool) -> Method:

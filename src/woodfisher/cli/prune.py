@@ -12,7 +12,7 @@ from rich.table import Table
 
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
-from woodfisher.cli.options import MethodOptions, TaskOptions
+from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
 from woodfisher.plots import plot_layers, require_plots
@@ -36,8 +36,8 @@ class Prune:
     Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json and OUT/layers.png.
     """
 
-    what: TaskOptions = field(default_factory=TaskOptions)
-    how: MethodOptions = field(default_factory=MethodOptions)
+    model: TaskOptions = field(default_factory=TaskOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
 
     sparsity: float = 0.95
     """Fraction of the weights to remove, in [0, 1)."""
@@ -47,7 +47,7 @@ class Prune:
     in stages; their blockwise forms woodfisher-block and woodtaylor-block; kfac, obd (diagonal Fisher),
     obd-hessian (diagonal of the exact Hessian), hessian (exact; small networks), magnitude, magnitude-layer."""
 
-    out: Path | None = None
+    out: Folder = None
     """Folder for the results (default: runs/TASK-CRITERION-SPARSITY-seedSEED); files there are replaced."""
 
     json: bool = False
@@ -57,29 +57,29 @@ class Prune:
         """Check everything, prune, evaluate, write, show."""
         check_sparsity(self.sparsity)
         check_choice("criterion", self.criterion, METHODS)
-        method = self.how.method(self.criterion, strict=True)
+        method = self.method.method(self.criterion, strict=True)
         folder = self.out or Path("runs") / (
-            f"{self.what.task.replace(':', '-')}-{self.criterion}-{self.sparsity:g}-seed{self.what.seed}"
+            f"{self.model.task.replace(':', '-')}-{self.criterion}-{self.sparsity:g}-seed{self.model.seed}"
         )
         check_folder(folder)
         require_plots()
-        note(f"loading {self.what.task}")
-        task = self.what.load()
+        note(f"loading {self.model.task}")
+        task = self.model.load()
         baseline = copy.deepcopy(task.model)
         dense = _evaluate(task, task.model, "dense")
         with progress(f"{self.criterion} to {self.sparsity:.0%}") as show:
-            report = prune_objective(self.what.objective(task, task.model), self.sparsity, method, show)
-        magnitude = prune_objective(self.what.objective(task, baseline), self.sparsity, METHODS["magnitude"])
+            report = prune_objective(self.model.objective(task, task.model), self.sparsity, method, show)
+        magnitude = prune_objective(self.model.objective(task, baseline), self.sparsity, METHODS["magnitude"])
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
 
         content = {
-            "task": self.what.task,
+            "task": self.model.task,
             "metric": task.metric_name,
             "criterion": self.criterion,
-            "preset": self.how.preset,
+            "preset": self.method.preset,
             "requested_sparsity": self.sparsity,
-            "seed": self.what.seed,
+            "seed": self.model.seed,
             "dense": {"metric": dense},
             "magnitude": {"metric": by_magnitude, "sparsity": magnitude.sparsity},
             "pruned": {"metric": pruned},

@@ -1,0 +1,204 @@
+"""The commands, as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from woodfisher.cli import main
+from woodfisher.method import METHODS
+from woodfisher.tasks import load_task
+
+QUICK = ["--stages", "2", "--samples", "50"]
+
+USER_TASK = """
+import torch
+from torch.nn.functional import cross_entropy
+from woodfisher.tasks import Task, accuracy
+
+def build(inputs=6, nan=False, empty=False, fail=None):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+    x, y = torch.randn(40, inputs), torch.randint(3, (40,))
+    good = [(torch.randn(40, 6), y)]
+    if nan:
+        x[3, 1] = float("nan")
+    train = [] if empty else [(x, y)]
+    return Task("mine", model, train, good, good, cross_entropy, accuracy)
+
+def good():
+    return build()
+
+def nan():
+    return build(nan=True)
+
+def narrow():
+    return build(inputs=5)
+
+def empty():
+    return build(empty=True)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_tasks.py").write_text(USER_TASK)
+    yield tmp_path
+    sys.modules.pop("my_tasks", None)
+
+
+def test_prune_shows_a_table_and_writes_its_results(folder, capsys):
+    assert main(["prune", "--sparsity", "0.9", "--out", "results/first", *QUICK]) == 0
+    shown = capsys.readouterr()
+    for word in ("dense", "magnitude", "woodfisher", "conv1.weight", "kept weights", "results/first"):
+        assert word in shown.out
+    assert "loading digits" in shown.err
+    out = folder / "results" / "first"
+    assert sorted(p.name for p in out.iterdir()) == ["layers.png", "model.safetensors", "report.json"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["first"]
+    report = json.loads((out / "report.json").read_text())
+    tensors = load_file(out / "model.safetensors")
+    kept = 0
+    for layer in report["layers"]:
+        mask = tensors[layer["name"] + "_mask"]
+        assert mask.dtype == torch.bool
+        assert int(mask.sum()) == layer["kept"]
+        assert torch.equal(mask, tensors[layer["name"]] != 0)
+        kept += layer["kept"]
+    assert kept == report["kept"] == round(0.1 * report["size"])
+    again = load_task("digits", weights=out / "model.safetensors")
+    assert again.metric(again.model, again.test) == pytest.approx(report["pruned"]["metric"])
+
+
+def test_json_is_one_object_and_nothing_else(folder, capsys):
+    assert main(["prune", "--sparsity", "0.5", "--json", "--seed", "3", *QUICK]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["task"] == "digits"
+    assert content["sparsity"] == pytest.approx(0.5)
+    assert 90 < content["dense"]["metric"] <= 100
+    assert content["pruned"]["metric"] > 50
+    assert {"gradients", "curvature", "saliency", "update", "total"} <= content["seconds"].keys()
+    assert {"name", "size", "kept"} <= content["layers"][0].keys()
+    assert content["out"] == "runs/digits-woodfisher-0.5-seed3"
+    assert (folder / content["out"] / "report.json").exists()
+
+
+def test_equal_seeds_give_equal_results(folder, capsys):
+    metrics = []
+    for seed in (1, 1, 2):
+        main(["prune", "--sparsity", "0.97", "--json", "--seed", str(seed), *QUICK])
+        metrics.append(json.loads(capsys.readouterr().out)["stages"])
+    assert metrics[0] == metrics[1] != metrics[2]
+
+
+def test_compare(folder, capsys):
+    methods = "magnitude, magnitude-layer,obd,kfac,woodfisher,woodtaylor-block"
+    arguments = ["compare", "--sparsity", "0.5", "0.9", "--methods", methods, "--out", "out", *QUICK]
+    assert main([*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    names = [name.strip() for name in methods.split(",")]
+    assert [(r["criterion"], r["requested_sparsity"]) for r in content["results"]] == [
+        (name, sparsity) for name in names for sparsity in (0.5, 0.9)
+    ]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == ["accuracy.png", "report.json"]
+    assert main([*arguments, "--task", "my_tasks:good"]) == 0
+    assert "50.00%" in capsys.readouterr().out
+
+
+def test_a_task_of_ones_own(folder, capsys):
+    assert main(["prune", "--task", "my_tasks:good", "--sparsity", "0.5", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["size"] == 72
+    assert "warning: 400 samples were asked for and the data ended after 40" in shown.err
+
+
+@pytest.mark.parametrize("command", [[], ["prune"], ["compare"]])
+def test_help_reads_like_a_manual(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: woodfisher" in text
+    if command == ["prune"]:
+        assert all(name in text for name in METHODS)
+        assert "{None" not in text
+        assert "(default: None)" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "--sparsity", "1.5"], "in [0, 1)"),
+        (["prune", "--criterion", "fisher"], "criterion must be one of woodfisher"),
+        (
+            ["prune", "--preset", "paper", "--criterion", "obd", "--block-size", "7"],
+            "--block-size does not apply",
+        ),
+        (["prune", "--damping", "0"], "damping must be a finite number above 0"),
+        (["prune", "--damping", "-1e-3"], "damping must be"),
+        (["prune", "--block-size", "0"], "block_size must be"),
+        (["prune", "--samples", "0"], "samples must be"),
+        (["prune", "--samples", "1000000000000", "--task", "my_tasks:good"], "this needs"),
+        (["prune", "--params", "decoder.*"], "matches no parameter"),
+        (["prune", "--exclude", "decoder"], "matches no parameter"),
+        (["prune", "--task", "cifar100"], "there is no task"),
+        (["prune", "--task", "nowhere:build"], "cannot be imported"),
+        (["prune", "--task", "my_tasks:nan"], "in row 3 is nan"),
+        (["prune", "--task", "my_tasks:narrow"], "fails on a batch of (1, 5) float32"),
+        (["prune", "--task", "my_tasks:empty"], "no batch"),
+        (["prune", "--task", "mlpnet-mnist", "--data-root", "nowhere"], "MNIST"),
+        (["prune", "--weights", "missing.pt"], "no such file"),
+        (["prune", "--weights", "truncated.safetensors"], "truncated.safetensors"),
+        (["prune", "--weights", "other.safetensors"], "conv1.weight must have shape"),
+        (["prune", "--out", "my_tasks.py"], "is not a folder"),
+        (["prune", "--device", "gpu"], "device 'gpu' can't be used"),
+        (["compare", "--methods", "magnitude,best"], "each method must be one of"),
+        (["compare", "--methods", ","], "name at least one method"),
+        (["compare", "--sparsity", "0.5", "2"], "in [0, 1)"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(arguments, message, folder, capsys):
+    state = load_task("digits").model.state_dict()
+    save_file({**state, "conv1.weight": torch.zeros(3, 3)}, folder / "other.safetensors")
+    (folder / "truncated.safetensors").write_bytes((folder / "other.safetensors").read_bytes()[:1000])
+    before = sorted(folder.iterdir())
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err.replace("\n", " ")
+    assert "Traceback" not in shown.err
+    assert sorted(p for p in folder.iterdir() if p.name != "__pycache__") == before
+
+
+@pytest.mark.parametrize(
+    "arguments", [["prune", "--sparsty", "0.5"], ["prune", "--sparsity", "half"], ["pune"]]
+)
+def test_unknown_options_exit_with_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+
+
+def test_the_installed_command_and_the_module(folder):
+    for command in (["woodfisher"], [sys.executable, "-m", "woodfisher"]):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("woodfisher ")
+
+
+def test_what_cannot_be_written_leaves_the_old_results(folder, capsys, monkeypatch):
+    out = folder / "out"
+    assert main(["prune", "--sparsity", "0.5", "--out", "out", *QUICK]) == 0
+    old = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("woodfisher.cli.prune.plot_layers", fail)
+    assert main(["prune", "--sparsity", "0.9", "--out", "out", *QUICK]) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == old
+    assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == ["my_tasks.py", "out"]

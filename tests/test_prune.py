@@ -1,0 +1,243 @@
+"""`prune` from end to end."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+
+import woodfisher as wf
+from models import ConvNet, DictModel, Recurrent, Transformer, mlp, samples
+from woodfisher.curvature.base import DiagonalInverse, Estimator
+from woodfisher.method import METHODS, method_for
+from woodfisher.pruner import _draws
+from woodfisher.tasks import load_task
+
+SMALL = {"samples": 12, "damping": 1e-2}
+
+
+def curvature_of(name):
+    method = METHODS[name].curvature
+    if isinstance(method, wf.Identity):
+        return method
+    if isinstance(method, (wf.ExactHessian, wf.DiagonalHessian)):
+        return type(method)(12, 1.0)
+    return type(method)(**SMALL)
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75])
+def test_every_method_keeps_exactly_the_asked_number(name, sparsity):
+    model, data = mlp(), [samples(12)]
+    before = copy.deepcopy(model.state_dict())
+    report = wf.prune(
+        model, data, cross_entropy, sparsity, criterion=name, curvature=curvature_of(name), stages=2
+    )
+    kept = round((1 - sparsity) * 36)
+    assert int(weights_of(model).count_nonzero()) == report.kept == kept
+    assert report.sparsity == 1 - kept / 36
+    assert sum(layer.kept for layer in report.layers) == kept
+    for layer, (key, mask) in zip(report.layers, report.masks.items(), strict=True):
+        assert layer.name == key
+        assert torch.equal(mask, model.get_parameter(key) != 0)
+    for key in ("0.bias", "2.bias"):
+        assert torch.equal(model.get_parameter(key), before[key])
+    assert report.seconds["total"] >= report.seconds["gradients"] >= 0
+    assert str(kept) in str(report)
+
+
+def test_magnitude_keeps_the_largest_as_they_are():
+    model = mlp()
+    before = weights_of(model)
+    wf.prune(model, [], sparsity=0.5, criterion="magnitude")
+    largest = torch.zeros(36, dtype=torch.bool)
+    largest[before.abs().topk(18).indices] = True
+    assert torch.equal(weights_of(model), torch.where(largest, before, 0))
+    model = mlp()
+    report = wf.prune(model, [], sparsity=0.5, criterion="magnitude-layer")
+    assert [layer.kept for layer in report.layers] == [12, 6]
+
+
+@given(first=st.floats(0, 0.95), second=st.floats(0, 0.95))
+@settings(max_examples=15, deadline=None)
+def test_a_removed_weight_never_returns(first, second):
+    model, data = mlp(), [samples(12)]
+    one = wf.prune(model, data, cross_entropy, first, criterion="magnitude")
+    removed = weights_of(model) == 0
+    if round((1 - second) * 36) <= one.kept:
+        two = wf.prune(model, data, cross_entropy, second, curvature=wf.WoodFisher(**SMALL), stages=3)
+        assert two.kept == round((1 - second) * 36)
+    assert not weights_of(model)[removed].any()
+
+
+def test_more_zeros_than_asked_for_are_left_as_they_are():
+    model = mlp()
+    wf.prune(model, [], sparsity=0.8, criterion="magnitude")
+    before = weights_of(model)
+    with pytest.warns(wf.WoodfisherWarning, match="80.56% of the chosen weights are zero already"):
+        report = wf.prune(model, [], sparsity=0.5, criterion="magnitude")
+    assert report.sparsity == 1 - 7 / 36
+    assert torch.equal(weights_of(model), before)
+
+
+def test_a_layer_removed_whole_is_reported():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight *= 1e-6
+    with pytest.warns(wf.WoodfisherWarning, match="every weight of '0.weight' is removed"):
+        report = wf.prune(model, [], sparsity=0.9, criterion="magnitude")
+    assert len(report.warnings) == 1
+
+
+@pytest.mark.parametrize(
+    ("build", "batch", "params"),
+    [
+        (ConvNet, lambda: samples(12, (2, 6, 6)), None),
+        (Transformer, lambda: (torch.arange(60).reshape(12, 5) % 11, samples(12)[1]), None),
+        (DictModel, lambda: dict(zip(("features", "labels"), samples(12), strict=True)), None),
+        (Recurrent, lambda: samples(12, (5, 3)), ["gru.weight*", "fc.weight"]),
+        (lambda: mlp(torch.bfloat16), lambda: samples(12, dtype=torch.bfloat16), None),
+        (lambda: mlp(torch.float64), lambda: samples(12, dtype=torch.float64), None),
+    ],
+    ids=["convolution", "transformer", "dict", "recurrent", "bfloat16", "float64"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_models_of_every_kind(build, batch, params):
+    model, batch = build(), batch()
+    loss = None if isinstance(batch, dict) else cross_entropy
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    report = wf.prune(model, [batch], loss, 0.5, curvature=wf.WoodFisher(**SMALL), stages=2, params=params)
+    assert report.sparsity == pytest.approx(0.5, abs=0.5 / report.size)
+    assert {name: p.dtype for name, p in model.named_parameters()} == dtypes
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@dataclass(frozen=True)
+class Failing(Estimator):
+    """Fails, or gives a curvature without a usable inverse, the second time it is asked."""
+
+    samples: int = 4
+    how: str = "raise"
+    calls: list = None
+
+    def __call__(self, objective):
+        self.calls.append(1)
+        ones = torch.ones(objective.layout.size)
+        if len(self.calls) == 1:
+            return DiagonalInverse(ones)
+        if self.how == "raise":
+            raise wf.WoodfisherError("second time")
+        return DiagonalInverse(ones * float("nan"))
+
+
+@pytest.mark.parametrize("how", ["raise", "nan"])
+def test_a_late_failure_leaves_the_model_as_it_was(how):
+    model = mlp().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(wf.WoodfisherError):
+        wf.prune(model, [samples(12)], cross_entropy, 0.5, curvature=Failing(how=how, calls=[]), stages=2)
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sparsity": 1.0}, r"in \[0, 1\): 0.9 for 90 %; 1.0 came"),
+        ({"sparsity": -0.1}, r"in \[0, 1\)"),
+        ({"sparsity": float("nan")}, r"in \[0, 1\)"),
+        ({"sparsity": 90}, "90 came"),
+        ({"criterion": "fisher"}, "criterion must be one of woodfisher, .*'fisher' came"),
+        ({"preset": "papers"}, "preset must be one of paper"),
+        ({"update": "all"}, "update must be one of independent, joint, none"),
+        ({"scope": "channel"}, "scope must be one of global, layer"),
+        ({"stages": 0}, "stages must be a whole number"),
+        ({"params": "3.*"}, "matches no parameter"),
+        ({"data": []}, "the data holds no batch"),
+    ],
+)
+def test_bad_input_is_explained_and_changes_nothing(options, message):
+    model = mlp()
+    before = weights_of(model)
+    arguments = {"data": [samples(12)], "loss": cross_entropy, "sparsity": 0.5, **options}
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.prune(model, **arguments)
+    assert torch.equal(weights_of(model), before)
+
+
+def test_stages_draw_new_samples_until_the_data_ends():
+    data = [torch.arange(4) + 4 * i for i in range(5)]
+    draws = _draws(data, 8)
+    first = [[int(t[0]) for t in next(draws)] for _ in range(3)]
+    assert first == [[0, 4], [8, 12], [0, 4]]
+    once = _draws(iter(data), 8)
+    assert [[int(t[0]) for t in next(once)] for _ in range(4)] == [[0, 4], [8, 12], [16], [16]]
+
+
+def test_data_of_one_pass_serves_all_stages():
+    report = wf.prune(
+        mlp(), iter([samples(12)]), cross_entropy, 0.5, curvature=wf.WoodFisher(**SMALL), stages=3
+    )
+    assert len(report.stages) == 3
+    assert report.stages[-1].sparsity == 0.5
+    assert all(stage.predicted >= 0 for stage in report.stages)
+
+
+def test_progress_is_told():
+    seen = []
+    wf.prune(
+        mlp(),
+        [samples(12)],
+        cross_entropy,
+        0.5,
+        curvature=wf.WoodFisher(**SMALL),
+        stages=2,
+        progress=lambda *event: seen.append(event),
+    )
+    assert seen[0] == ("stages", 0, 2)
+    assert seen[-1] == ("stages", 2, 2)
+    assert ("gradients", 12, 12) in seen
+
+
+def test_the_paper_preset_is_the_papers_protocol():
+    method = method_for("woodfisher", "paper")
+    assert method.curvature == wf.WoodFisher(samples=100, block_size=2000, damping=1e-5)
+    assert (method.first_order, method.update, method.scope, method.stages) == (
+        False,
+        "independent",
+        "global",
+        1,
+    )
+    assert method_for("kfac", "paper").curvature == wf.KFAC(samples=100, damping=1e-5)
+    assert method_for("woodtaylor", "paper").first_order
+    assert method_for("magnitude", "paper") == METHODS["magnitude"]
+
+
+@pytest.mark.data
+def test_the_paper_is_reproduced(data_root):
+    """The authors' log says 84.18 for this checkpoint at 95 %, dense 93.97."""
+    accuracies = []
+    for seed in range(5):
+        task = load_task("mlpnet-mnist", data_root=data_root, seed=seed)
+        if seed == 0:
+            assert task.metric(task.model, task.test) == pytest.approx(93.97, abs=0.005)
+        report = wf.prune(task.model, task.train, task.loss, 0.95, preset="paper")
+        assert report.kept == 1618
+        accuracies.append(task.metric(task.model, task.test))
+    assert sum(accuracies) / 5 == pytest.approx(84.2, abs=0.6)
+
+
+def test_the_default_beats_magnitude_on_the_embedded_task():
+    task, baseline = load_task("digits"), load_task("digits")
+    wf.prune(baseline.model, [], sparsity=0.9, criterion="magnitude")
+    wf.prune(task.model, task.train, task.loss, 0.9)
+    assert (
+        task.metric(task.model, task.validation) > baseline.metric(baseline.model, baseline.validation) + 10
+    )
