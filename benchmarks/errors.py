@@ -36,7 +36,7 @@ that are not positive (an inverse Fisher has none) or not numbers.
 
 ## First layer
 
-{columns}"""  # noqa: E501
+{columns}"""
 
 COLUMNS = """\
 | λ | block | rows | diag, norm | diag, worst entry | F⁻¹v, random | F⁻¹v, gradient row | float32 recursion: diag, norm | not positive or NaN |
@@ -75,7 +75,9 @@ def truth(G: Tensor, damping: float, V: Tensor) -> tuple[Tensor, Tensor]:
     N, B = G.shape
     if B > 2000:
         U, scale = recursion_as_rows(G, damping)
-        return 1 / damping - (U.square() / scale[:, None]).sum(0), V / damping - U.T @ ((U @ V) / scale[:, None])
+        return 1 / damping - (U.square() / scale[:, None]).sum(0), V / damping - U.T @ (
+            (U @ V) / scale[:, None]
+        )
     F = damping * torch.eye(B, dtype=torch.float64) + G.T @ G / N
     return torch.linalg.inv(F).diagonal(), torch.linalg.solve(F, V)
 

@@ -348,3 +348,14 @@ def test_errors_on_real_rows(mlpnet_rows, samples_count, damping, block_size):
     assert (diag - exact).norm() <= 1e-5 * exact.norm()
     assert ((diag - exact).abs() / exact).max() <= 1e-3
     assert ((finv @ v - product).norm(dim=0) <= 1e-5 * product.norm(dim=0)).all()
+
+
+def test_kfac_with_a_loss_that_cannot_be_vectorised():
+    def loss(outputs, targets):
+        return cross_entropy(outputs, targets) * (1.0 if targets[0].item() >= 0 else 2.0)
+
+    data = [samples(5, dtype=torch.float64)]
+    exact = wf.KFAC(5, DAMPING)(wf.Objective(mlp(torch.float64), data, cross_entropy)).dense()
+    with pytest.warns(wf.WoodfisherWarning, match="can't vectorise"):
+        finv = wf.KFAC(5, DAMPING)(wf.Objective(mlp(torch.float64), data, loss))
+    torch.testing.assert_close(finv.dense(), exact)

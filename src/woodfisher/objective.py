@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
 from woodfisher.likelihood import target_sampler
+from woodfisher.parameters import choose, existing_masks
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
 
+_VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError)
+
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
-
-_PRUNABLE = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 class Objective:
@@ -84,13 +84,13 @@ class Objective:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
         self.model, self.data, self.loss = model, data, loss
-        self._parameters = _choose(model, params, exclude)
+        self._parameters = choose(model, params, exclude)
         self.layout = Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
         first = next(iter(self._parameters.values()))
         self.device = first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.weights = self._flat(self._parameters)
-        self.kept = (self.weights != 0) & self._flat(_existing_masks(model, self._parameters)).bool()
+        self.kept = (self.weights != 0) & self._flat(existing_masks(model, self._parameters)).bool()
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
         self._sampler = sampler or target_sampler(loss)
         self._vectorised = True
@@ -309,13 +309,8 @@ class Objective:
         if self._vectorised:
             try:
                 return vmap(grad(self._mean_loss), in_dims=(None, 0))(weights, rows)
-            except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
-                self._vectorised = False
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-                warn(
-                    "torch.func can't vectorise this model, so gradients are taken sample by sample: the same "
-                    f"result, more slowly. ({reason})"
-                )
+            except _VMAP_ERRORS as error:
+                self._give_up_vectorising(error)
         one_by_one = [
             _plain_gradient(self._mean_loss, weights, map_tensors(lambda t, i=i: t[i], rows))
             for i in range(count)
@@ -340,10 +335,25 @@ class Objective:
             return self._mean_loss(weights, batch) * samples_in(batch)
         loss = self.loss
 
-        def one(output: Tensor, target: Tensor) -> Tensor:
-            return loss(output[None], target[None]).mean()
+        def one(output: Any, target: Any) -> Tensor:
+            return loss(map_tensors(lambda t: t[None], output), map_tensors(lambda t: t[None], target)).mean()
 
-        return vmap(one)(self._outputs(weights, batch), batch[1]).sum()
+        outputs, targets = self._outputs(weights, batch), batch[1]
+        if self._vectorised:
+            try:
+                return vmap(one)(outputs, targets).sum()
+            except _VMAP_ERRORS as error:
+                self._give_up_vectorising(error)
+        each = range(samples_in(batch))
+        return torch.stack([one(*map_tensors(lambda t, i=i: t[i], (outputs, targets))) for i in each]).sum()
+
+    def _give_up_vectorising(self, error: Exception) -> None:
+        self._vectorised = False
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warn(
+            "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
+            f"result, more slowly. ({reason})"
+        )
 
     def _outputs(self, weights: dict[str, Tensor], batch: Batch) -> Any:
         state = {**{name: b.clone() for name, b in self.model.named_buffers()}, **weights}
@@ -432,53 +442,4 @@ def _plain_gradient(
     return {
         name: torch.zeros_like(leaf) if g is None else g
         for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
-    }
-
-
-def _choose(
-    model: nn.Module, params: str | Sequence[str] | None, exclude: str | Sequence[str]
-) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name, tied ones once."""
-    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
-    if params is None:
-        weights = {
-            id(p)
-            for module in model.modules()
-            if isinstance(module, _PRUNABLE)
-            for p in module.parameters()
-            if p.ndim > 1
-        }
-        chosen = {name: p for name, p in named.items() if id(p) in weights}
-    else:
-        chosen = _matching(named, params)
-    for name in _matching(named, exclude):
-        chosen.pop(name, None)
-    if not chosen:
-        raise WoodfisherError(
-            "no weights are left to prune: name them with params=. "
-            f"The model has {', '.join(named) or 'no floating-point parameters'}."
-        )
-    return chosen
-
-
-def _matching(named: dict[str, nn.Parameter], patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    matched: set[str] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
-        if not hits:
-            raise WoodfisherError(
-                f"the pattern {pattern!r} matches no parameter. The model has {', '.join(named)}."
-            )
-        matched |= hits
-    return {name: p for name, p in named.items() if name in matched}
-
-
-def _existing_masks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """The masks of `torch.nn.utils.prune` (`weight_orig` beside `weight_mask`), ones elsewhere."""
-    buffers = dict(model.named_buffers())
-    return {
-        name: buffers.get(name.removesuffix("_orig") + "_mask", torch.ones_like(p))
-        if name.endswith("_orig")
-        else torch.ones_like(p)
-        for name, p in parameters.items()
     }

@@ -1,0 +1,69 @@
+"""Which parameters of a model are pruned, and what of them is pruned already."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def choose(
+    model: nn.Module, params: str | Sequence[str] | None, exclude: str | Sequence[str]
+) -> dict[str, nn.Parameter]:
+    """Choose parameters by name, tied ones once.
+
+    Without `params` these are the weights of Linear and convolution layers; patterns are those of a shell, and
+    match the name of a parameter or of a module that holds it.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    if params is None:
+        weights = {
+            id(p)
+            for module in model.modules()
+            if isinstance(module, _LAYERS)
+            for p in module.parameters()
+            if p.ndim > 1
+        }
+        chosen = {name: p for name, p in named.items() if id(p) in weights}
+    else:
+        chosen = _matching(named, params)
+    for name in _matching(named, exclude):
+        chosen.pop(name, None)
+    if not chosen:
+        raise WoodfisherError(
+            "no weights are left to prune: name them with params=. "
+            f"The model has {', '.join(named) or 'no floating-point parameters'}."
+        )
+    return chosen
+
+
+def _matching(named: dict[str, nn.Parameter], patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
+    matched: set[str] = set()
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        hits = {name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        if not hits:
+            raise WoodfisherError(
+                f"the pattern {pattern!r} matches no parameter. The model has {', '.join(named)}."
+            )
+        matched |= hits
+    return {name: p for name, p in named.items() if name in matched}
+
+
+def existing_masks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The masks of `torch.nn.utils.prune` (`weight_orig` beside `weight_mask`), ones elsewhere."""
+    buffers = dict(model.named_buffers())
+    return {
+        name: buffers.get(name.removesuffix("_orig") + "_mask", torch.ones_like(p))
+        if name.endswith("_orig")
+        else torch.ones_like(p)
+        for name, p in parameters.items()
+    }

@@ -1,0 +1,60 @@
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import woodfisher as wf
+from models import Tied
+from woodfisher.files import check_folder, save_json, save_model, write_folder
+from woodfisher.memory import available_memory, check_memory
+from woodfisher.plots import plot_accuracy, plot_layers
+from woodfisher.report import Layer
+
+
+def test_a_saved_model_loads_back_to_the_same_bits(tmp_path):
+    model = Tied()
+    report = wf.prune(model, [], sparsity=0.5, criterion="magnitude")
+    save_model(model, report.masks, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert set(tensors) == {"first.weight", "head.weight", "first.weight_mask", "head.weight_mask"}
+    other = Tied()
+    other.load_state_dict({k: v for k, v in tensors.items() if not k.endswith("_mask")}, strict=False)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value)
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "deep" / "results"
+    write_folder(folder, {"a.json": lambda path: save_json({"a": 1}, path)})
+
+    def fail(path):
+        path.write_text("half")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_folder(folder, {"a.json": lambda path: save_json({"a": 2}, path), "b": fail})
+    assert [p.name for p in folder.parent.iterdir()] == ["results"]
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("a.json", '{\n  "a": 1\n}\n')]
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "deeper"):
+        with pytest.raises(wf.WoodfisherError, match="not a folder that can be written to"):
+            check_folder(place)
+    check_folder(tmp_path / "new" / "deeper")
+
+
+def test_memory_is_known_and_asked_for():
+    free = available_memory(torch.device("cpu"))
+    assert free is None or free > 2**20
+    check_memory([("a little", 1)], torch.device("cpu"), "")
+    with pytest.raises(wf.WoodfisherError, match=r"this needs .* TiB .*\(rows .* TiB\).*Less, please"):
+        check_memory([("rows", 2**60)], torch.device("cpu"), "Less, please.")
+
+
+def test_pictures_are_drawn(tmp_path):
+    layers = [Layer("conv.weight", 100, 30), Layer("fc.weight", 200, 2)]
+    plot_layers({"woodfisher": layers, "magnitude": layers}, 0.89, tmp_path / "layers.png")
+    plot_accuracy({"a": [(0.5, 90.0), (0.9, 70.0)]}, 95.0, "accuracy, %", tmp_path / "accuracy.png")
+    for name in ("layers.png", "accuracy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
