@@ -271,7 +271,10 @@ def test_data_that_ends_early_says_so_and_n_is_what_came():
             lambda x, y: ([(x, y)], lambda o, t: o.detach().sum(), mlp()),
             "does not depend on any chosen weight",
         ),
-        (lambda x, y: ([(x, y + 7)], cross_entropy, mlp()), "fails on a batch"),
+        (lambda x, y: ([(x, y + 7)], cross_entropy, mlp()), "fails on a batch.*IndexError"),
+        (lambda x, y: ([(x, y + torch.arange(8) // 7 * 9)], cross_entropy, mlp()), "fails on a batch"),
+        (lambda x, y: ([{"features": x, "labels": y}], cross_entropy, DictModel()), "without loss="),
+        (lambda x, y: ([(x, y)], lambda o, t: 1.0, mlp()), "has no attribute 'mean'"),
     ],
 )
 def test_bad_data_is_explained(make, message):

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
 
-_VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError)
+_VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
@@ -144,7 +144,8 @@ class Objective:
         filled = 0
         for chunk in self.iter_rows(samples, group=group, labels=labels):
             if out is None:
-                out = torch.empty(samples // group, width, dtype=self.dtype, device=self.device)
+                most = min(samples, self.known_samples or samples) // group
+                out = torch.empty(most, width, dtype=self.dtype, device=self.device)
             out[filled : filled + len(chunk)] = chunk if columns is None else chunk[:, columns]
             filled += len(chunk)
         assert out is not None
@@ -287,15 +288,8 @@ class Objective:
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            try:
-                value = self._mean_loss(self._cast(self.weights.clone().requires_grad_()), row)
-            except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError) as error:
-                raise WoodfisherError(
-                    f"the model or the loss fails on a batch of {describe(row)}: {error}\n"
-                    "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that "
-                    "returns .loss."
-                ) from error
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _explained(row):
+            value = self._mean_loss(self._cast(self.weights.clone().requires_grad_()), row)
         if value.grad_fn is None:
             raise WoodfisherError(
                 "the loss does not depend on any chosen weight: check that the loss is computed from the "
@@ -306,22 +300,28 @@ class Objective:
 
     def _gradients(self, weights: dict[str, Tensor], rows: Batch, count: int) -> dict[str, Tensor]:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → (count, *shape)."""
+        refused = None
         if self._vectorised:
             try:
                 return vmap(grad(self._mean_loss), in_dims=(None, 0))(weights, rows)
             except _VMAP_ERRORS as error:
-                self._give_up_vectorising(error)
-        one_by_one = [
-            _plain_gradient(self._mean_loss, weights, map_tensors(lambda t, i=i: t[i], rows))
-            for i in range(count)
-        ]
+                refused = error
+        each = (map_tensors(lambda t, i=i: t[i], rows) for i in range(count))
+        one_by_one = [_plain_gradient(self._mean_loss, weights, row) for row in each]
+        if refused is not None:
+            self._give_up_vectorising(refused)
         return {name: torch.stack([g[name] for g in one_by_one]) for name in weights}
 
     def _mean_loss(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
+        if self.loss is not None and isinstance(batch, Mapping):
+            raise WoodfisherError(
+                "a dict batch goes to a model that returns .loss, without loss=; for a loss of your own give "
+                "batches (inputs, targets), where inputs may be a dict."
+            )
         outputs = self._outputs(weights, batch)
         if self.loss is not None:
             return self.loss(outputs, batch[1]).mean()
-        value = outputs["loss"] if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if not isinstance(value, Tensor):
             raise WoodfisherError(
                 f"without loss= the model must return an object with .loss; it returned a "
@@ -411,6 +411,20 @@ class Objective:
 
 
 @contextmanager
+def _explained(batch: Batch) -> Iterator[None]:
+    """Turn what a model or a loss raises on a batch into a message that shows the batch."""
+    try:
+        yield
+    except WoodfisherError:
+        raise
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+        raise WoodfisherError(
+            f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
+            "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
+        ) from error
+
+
+@contextmanager
 def _recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Weight name → (input, output) of its module during the block; each module must be called once."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
@@ -438,7 +452,9 @@ def _plain_gradient(
     loss: Callable[[dict[str, Tensor], Batch], Tensor], weights: dict[str, Tensor], batch: Batch
 ) -> dict[str, Tensor]:
     leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    gradients = torch.autograd.grad(loss(leaves, batch), list(leaves.values()), allow_unused=True)
+    with _explained(batch):
+        value = loss(leaves, batch)
+    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     return {
         name: torch.zeros_like(leaf) if g is None else g
         for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
