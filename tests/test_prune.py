@@ -1,7 +1,7 @@
 """`prune` from end to end."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
 from models import ConvNet, DictModel, Recurrent, Transformer, mlp, samples
+from woodfisher.batches import Stream
 from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.method import METHODS, method_for
-from woodfisher.pruner import _draws
 from woodfisher.tasks import load_task
 
 SMALL = {"samples": 12, "damping": 1e-2}
@@ -174,11 +174,10 @@ def test_bad_input_is_explained_and_changes_nothing(options, message):
 
 def test_stages_draw_new_samples_until_the_data_ends():
     data = [torch.arange(4) + 4 * i for i in range(5)]
-    draws = _draws(data, 8)
-    first = [[int(t[0]) for t in next(draws)] for _ in range(3)]
-    assert first == [[0, 4], [8, 12], [0, 4]]
-    once = _draws(iter(data), 8)
-    assert [[int(t[0]) for t in next(once)] for _ in range(4)] == [[0, 4], [8, 12], [16], [16]]
+    stream, once = Stream(data), Stream(iter(data))
+    assert [[int(t[0]) for t in stream.draw(8)] for _ in range(3)] == [[0, 4], [8, 12], [0, 4]]
+    assert [[int(t[0]) for t in once.draw(8)] for _ in range(4)] == [[0, 4], [8, 12], [16], [16]]
+    assert stream.draw(0) == []
 
 
 def test_data_of_one_pass_serves_all_stages():
@@ -217,7 +216,8 @@ def test_the_paper_preset_is_the_papers_protocol():
     )
     assert method_for("kfac", "paper").curvature == wf.KFAC(samples=100, damping=1e-5)
     assert method_for("woodtaylor", "paper").first_order
-    assert method_for("magnitude", "paper") == METHODS["magnitude"]
+    assert method_for("magnitude", "paper") == replace(METHODS["magnitude"], recalibrate=0)
+    assert method.recalibrate == 0
 
 
 @pytest.mark.data
@@ -241,3 +241,31 @@ def test_the_default_beats_magnitude_on_the_embedded_task():
     assert (
         task.metric(task.model, task.validation) > baseline.metric(baseline.model, baseline.validation) + 10
     )
+
+
+def test_statistics_of_batch_normalisation_are_taken_anew():
+    model, (x, y) = ConvNet().train(), samples(500, (2, 6, 6))
+    x = x * 3 + 1
+    batches = [(x[:300], y[:300]), (x[300:], y[300:])]
+    report = wf.prune(
+        model, batches, cross_entropy, 0.5, curvature=wf.WoodFisher(**SMALL), stages=1, recalibrate=500
+    )
+    assert report.seconds["recalibration"] > 0
+    assert model.training
+    assert model.norm.momentum == 0.1
+    values = model.conv(x).detach()
+    torch.testing.assert_close(model.norm.running_mean, values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    halves = [part.var((0, 2, 3)) for part in (values[:250], values[250:])]
+    torch.testing.assert_close(model.norm.running_var, sum(halves) / 2, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_stay_where_they_should():
+    before = ConvNet().state_dict()["norm.running_mean"]
+    for options in ({"preset": "paper"}, {"recalibrate": 0}):
+        model = ConvNet()
+        with pytest.warns(wf.WoodfisherWarning, match="data ended after 12"):
+            wf.prune(model, [samples(12, (2, 6, 6))], cross_entropy, 0.5, **options)
+        assert torch.equal(model.norm.running_mean, before)
+    with pytest.warns(wf.WoodfisherWarning, match="no data to take statistics"):
+        wf.prune(model, None, sparsity=0.5, criterion="magnitude", params="*.weight", recalibrate=10)
+    assert torch.equal(model.norm.running_mean, before)

@@ -135,3 +135,26 @@ class Replay:
                 self._drawn.append(batch)
             yield self._drawn[position]
             position += 1
+
+
+class Stream:
+    """Data drawn a few samples at a time: new ones until it ends, then again from its start.
+
+    Data that can be read only once gives its last samples again.
+    """
+
+    def __init__(self, data: Iterable[Batch]) -> None:
+        self._data = data
+        self._current = iter(data)
+        self._last: list[Batch] = []
+
+    def draw(self, samples: int) -> list[Batch]:
+        """Batches of `samples` samples together; fewer where all the data is fewer."""
+        if samples == 0:
+            return []
+        drawn = list(take(self._current, samples))
+        if sum(map(samples_in, drawn)) < samples:
+            self._current = iter(self._data)
+            drawn = list(take(self._current, samples)) or drawn or self._last
+        self._last = drawn
+        return drawn

@@ -44,6 +44,9 @@ class Method:
         Rank weights over all layers (`global`) or give each layer the same sparsity (`layer`).
     stages:
         Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity.
+    recalibrate:
+        Samples on whose forward passes the statistics of batch normalisation are taken anew after the last
+        stage, in models that have them; 0 to leave them.
     """
 
     curvature: Estimator
@@ -51,21 +54,27 @@ class Method:
     update: Update = "joint"
     scope: Scope = "global"
     stages: int = 1
+    recalibrate: int = 2000
 
     def __post_init__(self) -> None:
         check_choice("update", self.update, UPDATES)
         check_choice("scope", self.scope, SCOPES)
         check_count("stages", self.stages)
+        if self.recalibrate:
+            check_count("recalibrate", self.recalibrate)
 
 
 _FULL = WoodFisher(samples=400, block_size=None, damping=1e-3)
 _BLOCKS = WoodFisher(samples=400, block_size=2000, damping=1e-3)
 
+# The gradient of a few hundred samples is mostly noise, and a Newton step fits it: average more of them.
+_MANY: dict[str, Any] = {"samples": 4000, "group": 10, "damping": 1e-2}
+
 METHODS: dict[str, Method] = {
     "woodfisher": Method(_FULL, stages=16),
     "woodfisher-block": Method(_BLOCKS, stages=16),
-    "woodtaylor": Method(_FULL, first_order=True, stages=16),
-    "woodtaylor-block": Method(_BLOCKS, first_order=True, stages=16),
+    "woodtaylor": Method(replace(_FULL, **_MANY), first_order=True, stages=16),
+    "woodtaylor-block": Method(replace(_BLOCKS, **_MANY), first_order=True, stages=16),
     "kfac": Method(KFAC(), update="independent"),
     "obd": Method(DiagonalFisher(), update="none"),
     "obd-hessian": Method(DiagonalHessian(), update="none"),
@@ -97,6 +106,7 @@ def method_for(criterion: str, preset: str | None = None) -> Method:
         curvature=with_options(method.curvature, protocol),
         update="none" if method.update == "none" else "independent",
         stages=1,
+        recalibrate=0,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from woodfisher.batches import describe, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from woodfisher.batches import Batch
 
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+
+RECALIBRATION_BATCH = 250
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
@@ -47,7 +50,7 @@ class Objective:
         float64 model).
     data:
         Iterable of batches: `(inputs, targets)`, or dicts for a model that returns `.loss`. Where `inputs`
-        is itself a tuple or a dict, the model is called with its parts.
+        is itself a tuple or a dict, the model is called with its parts. None for methods that use no data.
     loss:
         `loss(outputs, targets)`, the mean over the samples of a batch (or one value a sample, which is then
         averaged). None for models that compute their own.
@@ -66,6 +69,8 @@ class Objective:
         Names, shapes and order of the chosen weights; `d = layout.size`.
     weights:
         Their values, `(d,)`.
+    buffers:
+        Name → the model's buffers, as the objective sees them.
     kept:
         Bool `(d,)`: False where a weight is exactly zero or masked out by `torch.nn.utils.prune`. Such a
         weight counts as removed and takes part in no gradient row.
@@ -74,7 +79,7 @@ class Objective:
     def __init__(
         self,
         model: nn.Module,
-        data: Iterable[Batch],
+        data: Iterable[Batch] | None,
         loss: Callable[[Any, Any], Tensor] | None = None,
         *,
         params: str | Sequence[str] | None = None,
@@ -83,7 +88,8 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
-        self.model, self.data, self.loss = model, data, loss
+        self.model, self.loss = model, loss
+        self.data: Iterable[Batch] = [] if data is None else data
         self._parameters = choose(model, params, exclude)
         self.layout = Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
         first = next(iter(self._parameters.values()))
@@ -91,6 +97,7 @@ class Objective:
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.weights = self._flat(self._parameters)
         self.kept = (self.weights != 0) & self._flat(existing_masks(model, self._parameters)).bool()
+        self.buffers = dict(model.named_buffers())
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
         self._sampler = sampler or target_sampler(loss)
         self._vectorised = True
@@ -107,6 +114,41 @@ class Objective:
         """The same objective on other data."""
         other = copy.copy(self)
         other.data = data
+        return other
+
+    def recalibrated(self, samples: int) -> Objective:
+        """The same objective with the statistics of batch normalisation taken anew at its weights.
+
+        Running means and variances become their plain averages over batches of the first `samples` samples,
+        from forward passes alone. Models without such layers stay as they are.
+        """
+        norms = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+        fresh = {
+            f"{name}.{key}": buffer.clone()
+            for name, module in norms.items()
+            for key, buffer in module.named_buffers(recurse=False)
+        }
+        done = 0
+        with phase("recalibration"), isolated(self.model), torch.no_grad():
+            weights = self._cast(self.weights)
+            for name, module in norms.items():
+                module.train()
+                module.momentum = None
+                fresh[f"{name}.num_batches_tracked"].zero_()
+            for chunk in rechunk(take(self.data, samples), RECALIBRATION_BATCH, 1) if norms else ():
+                with _explained(chunk):
+                    self._outputs(weights, self._to_device(chunk), fresh)
+                done += samples_in(chunk)
+                report_progress("recalibration", done, samples)
+        if norms and not done:
+            warn("there is no data to take statistics of batch normalisation from; they stay as they were.")
+            return self
+        other = copy.copy(self)
+        other.buffers = {**self.buffers, **fresh}
         return other
 
     @property
@@ -237,7 +279,10 @@ class Objective:
         return total / count * self.kept[:, None] * self.kept[index]
 
     def write(self) -> None:
-        """Put `weights` into the model, removed ones exactly zero; raises before the first change."""
+        """Put `weights` (removed ones exactly zero) and `buffers` into the model.
+
+        Raises before the first change.
+        """
         values = {
             name: torch.where(kept, value, 0).to(self._parameters[name].dtype)
             for (name, value), kept in zip(
@@ -253,6 +298,9 @@ class Objective:
         with torch.no_grad():
             for name, value in values.items():
                 self._parameters[name].copy_(value)
+            for name, buffer in self.model.named_buffers():
+                if self.buffers[name] is not buffer:
+                    buffer.copy_(self.buffers[name])
 
     def _chunks(self, samples: int, group: int) -> Iterator[Batch]:
         """The first `samples` samples in chunks of bounded memory, on the model's device."""
@@ -355,8 +403,12 @@ class Objective:
             f"result, more slowly. ({reason})"
         )
 
-    def _outputs(self, weights: dict[str, Tensor], batch: Batch) -> Any:
-        state = {**{name: b.clone() for name, b in self.model.named_buffers()}, **weights}
+    def _outputs(
+        self, weights: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor] | None = None
+    ) -> Any:
+        """Run the model on copies of its buffers, or of all but `buffers`, which it then may change."""
+        copies = {name: buffer.clone() for name, buffer in self.buffers.items()}
+        state = {**copies, **(buffers or {}), **weights}
         if isinstance(batch, Mapping):
             return functional_call(self.model, state, (), dict(batch))
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.batches import samples_in, take
+from woodfisher.batches import Stream
 from woodfisher.checks import check_sparsity
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
@@ -19,7 +19,7 @@ from woodfisher.update import quadratic_change
 from woodfisher.watch import phase, report_progress, warn, watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 def prune(
     model: nn.Module,
-    data: Iterable[Batch],
+    data: Iterable[Batch] | None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     sparsity: float = 0.9,
     *,
@@ -41,6 +41,7 @@ def prune(
     update: Update | None = None,
     scope: Scope | None = None,
     stages: int | None = None,
+    recalibrate: int | None = None,
     params: str | Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -62,7 +63,7 @@ def prune(
     preset:
         `paper` for the protocol of Singh and Alistarh (2020): 100 gradients of single samples, damping 1e-5,
         blocks within a layer, global ranking, independent update, one shot.
-    curvature, update, scope, stages:
+    curvature, update, scope, stages, recalibrate:
         Replace that part of the method (see `Method`).
     progress:
         Called as `progress(phase, done, total)`.
@@ -73,7 +74,13 @@ def prune(
         On bad input or a numerical failure; the model is then as it was.
     """
     check_sparsity(sparsity)
-    asked: dict[str, Any] = {"curvature": curvature, "update": update, "scope": scope, "stages": stages}
+    asked: dict[str, Any] = {
+        "curvature": curvature,
+        "update": update,
+        "scope": scope,
+        "stages": stages,
+        "recalibrate": recalibrate,
+    }
     method = replace(
         method_for(criterion, preset), **{key: value for key, value in asked.items() if value is not None}
     )
@@ -123,13 +130,15 @@ def _run_stages(objective: Objective, sparsity: float, method: Method) -> tuple[
             f"{1 - now / size:.2%} of the chosen weights are zero already, more than the sparsity "
             f"{sparsity:.2%} asks for; nothing is removed."
         )
-    draw = _draws(objective.data, method.curvature.samples)
+    stream = Stream(objective.data)
     stages = []
     targets = exponential(now, final, method.stages)
     for number, count in enumerate(targets):
         report_progress("stages", number, len(targets))
-        objective, predicted = _stage(objective.on(next(draw)), count, method)
+        objective, predicted = _stage(objective.on(stream.draw(method.curvature.samples)), count, method)
         stages.append(Stage(1 - count / size, predicted))
+    if method.recalibrate:
+        objective = objective.on(stream.draw(method.recalibrate)).recalibrated(method.recalibrate)
     report_progress("stages", len(targets), len(targets))
     return objective, stages
 
@@ -154,22 +163,3 @@ def _stage(objective: Objective, count: int, method: Method) -> tuple[Objective,
         estimated = method.curvature.samples > 0
         predicted = quadratic_change(new - weights, finv, gradient) if estimated else None
     return objective.at(new, keep), predicted
-
-
-def _draws(data: Iterable[Batch], samples: int) -> Iterator[list[Batch]]:
-    """Lists of batches of `samples` samples, new ones each time until the data ends, then from its start.
-
-    Data that is shorter comes whole each time.
-    """
-    if samples == 0:
-        while True:
-            yield []
-    current = iter(data)
-    last: list[Batch] = []
-    while True:
-        drawn = list(take(current, samples))
-        if sum(map(samples_in, drawn)) < samples:
-            current = iter(data)
-            drawn = list(take(current, samples)) or drawn or last
-        last = drawn
-        yield drawn

@@ -95,10 +95,14 @@ class MethodOptions:
     stages: Count = None
     """Rounds of gradients, curvature and removal on the way to the sparsity."""
 
+    recalibrate: Count = None
+    """Samples to take the statistics of batch normalisation from, after pruning; 0 leaves them."""
+
     def method(self, criterion: str, *, strict: bool) -> Method:
         """Build the method of that name with these options.
 
-        Options that its curvature doesn't have raise if `strict`, and are passed over otherwise.
+        Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update,
+        scope and stages for methods that take no samples.
         """
         method = method_for(criterion, self.preset)
         block_size: dict[str, Any] = {}
@@ -114,8 +118,12 @@ class MethodOptions:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
             raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
         curvature = with_options(method.curvature, {k: v for k, v in asked.items() if k in known})
-        parts = _given(update=self.update, scope=self.scope, stages=self.stages)
-        return replace(method, curvature=curvature, **(parts if strict else _staged(method, parts)))
+        moves = _given(update=self.update, scope=self.scope, stages=self.stages)
+        parts = {
+            **(moves if strict or method.curvature.samples else {}),
+            **_given(recalibrate=self.recalibrate),
+        }
+        return replace(method, curvature=curvature, **parts)
 
 
 def parse_methods(text: str) -> list[str]:
@@ -130,8 +138,3 @@ def parse_methods(text: str) -> list[str]:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _staged(method: Method, parts: dict[str, Any]) -> dict[str, Any]:
-    """Leave methods that take no curvature from data as they are: nothing changes between their stages."""
-    return parts if method.curvature.samples else {}

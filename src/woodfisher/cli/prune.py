@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +69,8 @@ class Prune:
         dense = _evaluate(task, task.model, "dense")
         with progress(f"{self.criterion} to {self.sparsity:.0%}") as show:
             report = prune_objective(self.model.objective(task, task.model), self.sparsity, method, show)
-        magnitude = prune_objective(self.model.objective(task, baseline), self.sparsity, METHODS["magnitude"])
+        by_size = replace(METHODS["magnitude"], recalibrate=method.recalibrate)
+        magnitude = prune_objective(self.model.objective(task, baseline), self.sparsity, by_size)
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
 
