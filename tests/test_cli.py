@@ -41,6 +41,17 @@ def narrow():
 
 def empty():
     return build(empty=True)
+
+def broken():
+    return 1 / 0
+
+def bad_metric():
+    task = build()
+    return Task("mine", task.model, task.train, [], task.test, task.loss, lambda model, data: float("nan"))
+
+def read_once():
+    task = build()
+    return Task("mine", task.model, task.train, [], iter([]), task.loss)
 """
 
 
@@ -107,7 +118,26 @@ def test_compare(folder, capsys):
     ]
     assert sorted(p.name for p in (folder / "out").iterdir()) == ["accuracy.png", "report.json"]
     assert main([*arguments, "--task", "my_tasks:good"]) == 0
-    assert "50.00%" in capsys.readouterr().out
+    assert "50 %" in capsys.readouterr().out
+
+
+def test_compare_goes_on_after_a_failure(folder, capsys):
+    arguments = ["compare", "--task", "my_tasks:good", "--methods", "hessian,magnitude", "--sparsity", "0.5"]
+    assert main([*arguments, "--damping", "1e-9", "--out", "out"]) == 0
+    shown = capsys.readouterr()
+    assert "failed" in shown.out
+    assert "not positive definite" in shown.err
+    results = json.loads((folder / "out" / "report.json").read_text())["results"]
+    assert ["error" in result for result in results] == [True, False]
+
+
+def test_interruption_is_one_line(folder, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("woodfisher.cli.prune.prune_objective", interrupt)
+    assert main(["prune", "--task", "my_tasks:good", "--out", "out"]) == 130
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_a_task_of_ones_own(folder, capsys):
@@ -150,6 +180,11 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--task", "my_tasks:nan"], "in row 3 is nan"),
         (["prune", "--task", "my_tasks:narrow"], "fails on a batch of (1, 5) float32"),
         (["prune", "--task", "my_tasks:empty"], "no batch"),
+        (["prune", "--task", "my_tasks:broken"], "ZeroDivisionError: division by zero"),
+        (["prune", "--task", "my_tasks:bad_metric"], "must be a finite float; nan came"),
+        (["prune", "--task", "my_tasks:read_once"], "accuracy of no samples"),
+        (["compare", "--task", "my_tasks:nan", "--methods", "woodfisher"], "every run failed"),
+        (["compare", "--sparsity", "--methods", "magnitude"], "name at least one sparsity"),
         (["prune", "--task", "mlpnet-mnist", "--data-root", "nowhere"], "MNIST"),
         (["prune", "--weights", "missing.pt"], "no such file"),
         (["prune", "--weights", "truncated.safetensors"], "truncated.safetensors"),

@@ -274,7 +274,7 @@ def test_data_that_ends_early_says_so_and_n_is_what_came():
         (lambda x, y: ([(x, y + 7)], cross_entropy, mlp()), "fails on a batch.*IndexError"),
         (lambda x, y: ([(x, y + torch.arange(8) // 7 * 9)], cross_entropy, mlp()), "fails on a batch"),
         (lambda x, y: ([{"features": x, "labels": y}], cross_entropy, DictModel()), "without loss="),
-        (lambda x, y: ([(x, y)], lambda o, t: 1.0, mlp()), "has no attribute 'mean'"),
+        (lambda x, y: ([(x, y)], lambda o, t: 1.0, mlp()), "must return a real tensor.*a float came"),
     ],
 )
 def test_bad_data_is_explained(make, message):
@@ -329,3 +329,34 @@ def test_write_refuses_values_that_overflow_the_models_dtype():
     with pytest.raises(wf.WoodfisherError, match="not finite in torch.float16; the model is unchanged"):
         objective.at(objective.weights * 1e9, objective.kept).write()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tied_weights_answer_to_all_their_names():
+    for pattern in ("first", "second"):
+        assert list(wf.Objective(Tied(), [], params=pattern).layout.shapes) == ["first.weight"]
+
+
+def test_a_loss_that_sums_is_warned_of_where_it_matters():
+    def total(outputs, targets):
+        return cross_entropy(outputs, targets, reduction="sum")
+
+    objective = wf.Objective(mlp(), [samples(8)], total)
+    objective.rows(8)
+    for call in (lambda: objective.gradient(8), lambda: objective.rows(8, group=4)):
+        with pytest.warns(wf.WoodfisherWarning, match="seems to sum"):
+            call()
+
+
+def test_models_that_cannot_be_used_are_explained():
+    broken = mlp()
+    with torch.no_grad():
+        broken[2].weight[0, 0] = float("nan")
+    with pytest.raises(wf.WoodfisherError, match="own weight '2.weight' holds NaN"):
+        wf.Objective(broken, [])
+    with torch.inference_mode():
+        made_inside = mlp()
+        objective = wf.Objective(mlp(), [samples(4)], cross_entropy)
+        with pytest.raises(wf.WoodfisherError, match="inference_mode"):
+            objective.rows(4)
+    with pytest.raises(wf.WoodfisherError, match="can't be changed"):
+        wf.prune(made_inside, None, sparsity=0.5, criterion="magnitude")

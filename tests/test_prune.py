@@ -65,6 +65,7 @@ def test_magnitude_keeps_the_largest_as_they_are():
     assert [layer.kept for layer in report.layers] == [12, 6]
 
 
+@pytest.mark.filterwarnings("ignore:every weight of")
 @given(first=st.floats(0, 0.95), second=st.floats(0, 0.95))
 @settings(max_examples=15, deadline=None)
 def test_a_removed_weight_never_returns(first, second):
@@ -85,6 +86,19 @@ def test_more_zeros_than_asked_for_are_left_as_they_are():
         report = wf.prune(model, [], sparsity=0.5, criterion="magnitude")
     assert report.sparsity == 1 - 7 / 36
     assert torch.equal(weights_of(model), before)
+    with pytest.warns(wf.WoodfisherWarning, match="nothing is removed"):
+        assert wf.prune(model, None, sparsity=0.5, criterion="magnitude-layer").kept == 7
+    assert torch.equal(weights_of(model), before)
+
+
+def test_layers_with_zeros_leave_their_share_to_the_others():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[1:] = 0
+    report = wf.prune(model, None, sparsity=0.5, criterion="magnitude-layer")
+    assert [layer.kept for layer in report.layers] == [6, 12]
+    report = wf.prune(model, None, sparsity=0.6, criterion="magnitude-layer")
+    assert [layer.kept for layer in report.layers] == [6, 8]
 
 
 def test_a_layer_removed_whole_is_reported():
@@ -161,6 +175,11 @@ def test_a_late_failure_leaves_the_model_as_it_was(how):
         ({"stages": 0}, "stages must be a whole number"),
         ({"params": "3.*"}, "matches no parameter"),
         ({"data": []}, "the data holds no batch"),
+        ({"data": samples(4)}, "one batch came: put it into a list"),
+        ({"data": 3}, "data must be an iterable of batches; a int came"),
+        ({"data": torch.utils.data.TensorDataset(*samples(4))}, "DataLoader"),
+        ({"sparsity": 0.999}, "keeps none of 36 weights"),
+        ({"curvature": "woodfisher"}, "curvature must be an estimator"),
     ],
 )
 def test_bad_input_is_explained_and_changes_nothing(options, message):

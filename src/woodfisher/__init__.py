@@ -10,16 +10,21 @@ from woodfisher.curvature import (
     WoodFisher,
 )
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
+from woodfisher.method import METHODS, Method
 from woodfisher.objective import Objective
 from woodfisher.pruner import prune
+from woodfisher.report import Report
 
 __all__ = [
     "KFAC",
+    "METHODS",
     "DiagonalFisher",
     "DiagonalHessian",
     "ExactHessian",
     "Identity",
+    "Method",
     "Objective",
+    "Report",
     "WoodFisher",
     "WoodfisherError",
     "WoodfisherWarning",

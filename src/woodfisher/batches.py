@@ -19,6 +19,21 @@ Batch = Any
 dimension, the samples."""
 
 
+def check_data(data: object) -> None:
+    """Raise unless `data` is an iterable of batches, and not a single one."""
+    if isinstance(data, (Tensor, Mapping)) or (
+        isinstance(data, tuple) and any(isinstance(part, (Tensor, np.ndarray)) for part in data)
+    ):
+        raise WoodfisherError("data is an iterable of batches, and one batch came: put it into a list.")
+    if not hasattr(data, "__iter__"):
+        hint = (
+            "wrap it in a torch.utils.data.DataLoader"
+            if hasattr(data, "__getitem__")
+            else "as a DataLoader is"
+        )
+        raise WoodfisherError(f"data must be an iterable of batches; a {type(data).__name__} came: {hint}.")
+
+
 def map_tensors(function: Callable[..., Tensor], *batches: Batch) -> Batch:
     """Apply `function` to the corresponding tensors of batches of the same structure."""
     first = batches[0]
@@ -110,8 +125,9 @@ def _join(pending: list[Batch]) -> Batch:
     return map_tensors(lambda *parts: torch.cat(parts), *pending) if len(pending) > 1 else pending[0]
 
 
-def _sample_form(batch: Batch) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(batch)]
+def _sample_form(batch: Batch) -> Any:
+    keys = tuple(batch) if isinstance(batch, Mapping) else None
+    return keys, [(tensor.shape[1:], tensor.dtype) for tensor in tensors_of(batch)]
 
 
 class Replay:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from typing import TYPE_CHECKING
 
 from woodfisher.errors import WoodfisherError
@@ -15,14 +16,14 @@ def check_count(name: str, value: object, *, or_none: str = "") -> None:
     """Raise unless `value` is a whole number of at least 1 (or None, where `or_none` says what it means)."""
     if value is None and or_none:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         allowed = f", or None for {or_none}" if or_none else ""
         raise WoodfisherError(f"{name} must be a whole number of at least 1{allowed}; {value!r} came.")
 
 
 def check_positive(name: str, value: object, why: str) -> None:
     """Raise unless `value` is a finite number above zero."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
+    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
         raise WoodfisherError(f"{name} must be a finite number above 0, {why}; {value!r} came.")
 
 
@@ -35,7 +36,7 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 def check_sparsity(value: object) -> None:
     """Raise unless `value` is a fraction in [0, 1)."""
-    if not isinstance(value, (int, float)) or not 0 <= value < 1:
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
         raise WoodfisherError(
             f"sparsity is the fraction of weights to remove, in [0, 1): 0.9 for 90 %; {value!r} came."
         )

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from torch import Tensor, nn
+    from torch import nn
 
 
 def save_model(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
@@ -28,6 +30,9 @@ def save_model(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> Non
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, Any]] = set()
     for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            warn(f"the model's {name!r} is no tensor, and is not saved.")
+            continue
         place = (
             tensor.untyped_storage().data_ptr(),
             (tensor.storage_offset(), tensor.shape, tensor.stride()),
@@ -60,12 +65,11 @@ def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) ->
     Files of the same names are replaced, others stay.
     """
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder) as name:
             draft = Path(name)
             for file, write in writers.items():
                 write(draft / file)
-            folder.mkdir(exist_ok=True)
             for file in writers:
                 (draft / file).replace(folder / file)
     except OSError as error:

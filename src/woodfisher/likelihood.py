@@ -1,4 +1,4 @@
-"""Drawing targets from the model's own distribution, for the Fisher proper (method.md §2)."""
+"""Drawing targets from the model's own distribution, for the Fisher proper (docs/method.md §2)."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from woodfisher.checks import check_choice, check_count
@@ -15,6 +15,7 @@ from woodfisher.curvature import (
     Identity,
     WoodFisher,
 )
+from woodfisher.errors import WoodfisherError
 from woodfisher.update import independent_update, joint_update, no_update
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class Method:
     curvature:
         What F is.
     first_order:
-        Whether the gradient takes part: WoodTaylor, which scores and updates at the Newton point w − F⁻¹g.
+        Whether the gradient takes part: WoodTaylor, which scores and updates at the Newton point w − F⁻¹g
+        (so that weights move even where none is removed).
     update:
         `independent` (the paper's sum of single-weight updates), `joint` (the minimiser of the quadratic for
         the whole removed set) or `none`.
@@ -57,11 +59,22 @@ class Method:
     recalibrate: int = 2000
 
     def __post_init__(self) -> None:
+        if not isinstance(self.curvature, Estimator):
+            raise WoodfisherError(
+                "curvature must be an estimator, as in wf.WoodFisher(samples=400); "
+                f"{self.curvature!r} came. Methods are named by criterion=."
+            )
         check_choice("update", self.update, UPDATES)
         check_choice("scope", self.scope, SCOPES)
         check_count("stages", self.stages)
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options, as JSON takes them."""
+        curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**parts, "curvature": curvature}
 
 
 _FULL = WoodFisher(samples=400, block_size=None, damping=1e-3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from itertools import chain
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from woodfisher.batches import describe, map_tensors, rechunk, samples_in, take, tensors_of
+from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
@@ -56,7 +58,9 @@ class Objective:
         averaged). None for models that compute their own.
     params:
         Patterns (as in a shell: `encoder.*`, `*.weight`) of parameter names, or of names of modules that
-        hold them. Default: the weights of Linear and convolution layers; no biases, no norms.
+        hold them. Default: the weights of Linear and convolution layers; no biases, no norms, and not the
+        packed weights of attention and recurrent layers (`in_proj_weight`, `weight_ih_l0`, ...), which patterns
+        choose.
     exclude:
         Patterns of what to leave out.
     sampler:
@@ -90,12 +94,16 @@ class Objective:
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
         self.model, self.loss = model, loss
         self.data: Iterable[Batch] = [] if data is None else data
+        check_data(self.data)
         self._parameters = choose(model, params, exclude)
         self.layout = Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
         first = next(iter(self._parameters.values()))
         self.device = first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.weights = self._flat(self._parameters)
+        if not torch.isfinite(self.weights).all():
+            bad = self.layout.name_at(int((~torch.isfinite(self.weights)).nonzero()[0]))
+            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
         self.kept = (self.weights != 0) & self._flat(existing_masks(model, self._parameters)).bool()
         self.buffers = dict(model.named_buffers())
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
@@ -222,7 +230,7 @@ class Objective:
         count = 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, 1):
+            for chunk in self._chunks(samples, 1, mean=True):
                 gradients = _plain_gradient(self._mean_loss, weights, chunk)
                 flat = self._flat(gradients)
                 self._check_finite(flat[None], count, map_tensors(lambda t: t[None], chunk))
@@ -267,14 +275,21 @@ class Objective:
         index = torch.arange(columns.start, columns.stop, device=self.device)
         total = torch.zeros(self.layout.size, len(index), dtype=torch.float64, device=self.device)
         count = 0
-        with phase("gradients"), isolated(self.model), torch.enable_grad():
-            for chunk in self._chunks(samples, 1):
+        eye = torch.nn.functional.one_hot(index, self.layout.size).to(self.weights)
+        with (
+            phase("gradients"),
+            isolated(self.model),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
+        ):
+            for chunk in self._chunks(samples, 1, mean=True):
                 flat = self.weights.clone().requires_grad_()
-                loss = self._mean_loss(self._cast(flat), chunk)
-                (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
-                eye = torch.nn.functional.one_hot(index, self.layout.size).to(gradient)
-                (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
-                total += product.mT.double() * samples_in(chunk)
+                with _explained(chunk):
+                    loss = self._mean_loss(self._cast(flat), chunk)
+                    (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
+                    if gradient.requires_grad:
+                        (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
+                        total += product.mT.double() * samples_in(chunk)
                 count += samples_in(chunk)
         return total / count * self.kept[:, None] * self.kept[index]
 
@@ -283,6 +298,11 @@ class Objective:
 
         Raises before the first change.
         """
+        if any(p.is_inference() for p in self._parameters.values()):
+            raise WoodfisherError(
+                "the model was made in torch.inference_mode, so its weights can't be changed: make or load it "
+                "outside."
+            )
         values = {
             name: torch.where(kept, value, 0).to(self._parameters[name].dtype)
             for (name, value), kept in zip(
@@ -302,13 +322,24 @@ class Objective:
                 if self.buffers[name] is not buffer:
                     buffer.copy_(self.buffers[name])
 
-    def _chunks(self, samples: int, group: int) -> Iterator[Batch]:
-        """The first `samples` samples in chunks of bounded memory, on the model's device."""
+    def _chunks(self, samples: int, group: int, *, mean: bool = False) -> Iterator[Batch]:
+        """The first `samples` samples in chunks of bounded memory, on the model's device.
+
+        With `mean` the loss of several samples matters, and one that sums over them is warned of.
+        """
+        check_count("samples", samples)
+        if torch.is_inference_mode_enabled():
+            raise WoodfisherError(
+                "gradients can't be taken in torch.inference_mode: call this outside of it."
+            )
         batches = iter(take(self.data, samples))
         first = next(batches, None)
         if first is None:
             raise WoodfisherError("the data holds no batch; at least one sample is needed.")
-        rows = self._rows_per_chunk(self._to_device(map_tensors(lambda t: t[:group], first)))
+        row = self._to_device(map_tensors(lambda t: t[:group], first))
+        rows = self._rows_per_chunk(row)
+        if mean or group > 1:
+            self._check_mean(row)
         seen = used = 0
 
         def counted() -> Iterator[Batch]:
@@ -346,12 +377,25 @@ class Objective:
         gradient = self.layout.size * self.weights.element_size()
         return max(1, min(GRADIENT_WORKSPACE // (2 * (sum(saved.values()) + gradient)), 512))
 
+    def _check_mean(self, row: Batch) -> None:
+        weights = self._cast(self.weights)
+        with torch.no_grad(), _explained(row):
+            once = float(self._mean_loss(weights, row))
+            twice = float(self._mean_loss(weights, map_tensors(lambda t: torch.cat([t, t]), row)))
+        if once and abs(twice / once - 2) < 1e-3:
+            warn(
+                "the loss seems to sum over the samples of a batch, and a mean is expected: gradients of several "
+                "samples come out too large. Use reduction='mean' (or 'none')."
+            )
+
     def _gradients(self, weights: dict[str, Tensor], rows: Batch, count: int) -> dict[str, Tensor]:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → (count, *shape)."""
         refused = None
         if self._vectorised:
             try:
-                return vmap(grad(self._mean_loss), in_dims=(None, 0))(weights, rows)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    return vmap(grad(self._mean_loss), in_dims=(None, 0))(weights, rows)
             except _VMAP_ERRORS as error:
                 refused = error
         each = (map_tensors(lambda t, i=i: t[i], rows) for i in range(count))
@@ -368,14 +412,21 @@ class Objective:
             )
         outputs = self._outputs(weights, batch)
         if self.loss is not None:
-            return self.loss(outputs, batch[1]).mean()
-        value = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if not isinstance(value, Tensor):
+            value: object = self.loss(outputs, batch[1])
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise WoodfisherError(
+                    f"loss(outputs, targets) must return a real tensor, as torch.nn.functional.cross_entropy does; "
+                    f"a {kind} came."
+                )
+            return value.mean()
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if not isinstance(own, Tensor):
             raise WoodfisherError(
                 f"without loss= the model must return an object with .loss; it returned a "
                 f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
             )
-        return value.mean()
+        return own.mean()
 
     def _sum_of_losses(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
         """The sum of the samples' own losses, from one forward pass of the whole batch."""
@@ -469,7 +520,7 @@ def _explained(batch: Batch) -> Iterator[None]:
         yield
     except WoodfisherError:
         raise
-    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
+    except Exception as error:
         raise WoodfisherError(
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."

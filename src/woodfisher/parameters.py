@@ -35,27 +35,39 @@ def choose(
         }
         chosen = {name: p for name, p in named.items() if id(p) in weights}
     else:
-        chosen = _matching(named, params)
-    for name in _matching(named, exclude):
+        chosen = _matching(model, named, params)
+    for name in _matching(model, named, exclude):
         chosen.pop(name, None)
     if not chosen:
         raise WoodfisherError(
             "no weights are left to prune: name them with params=. "
-            f"The model has {', '.join(named) or 'no floating-point parameters'}."
+            f"The model has {_listed(named) or 'no floating-point parameters'}."
         )
     return chosen
 
 
-def _matching(named: dict[str, nn.Parameter], patterns: str | Sequence[str]) -> dict[str, nn.Parameter]:
-    matched: set[str] = set()
+def _matching(
+    model: nn.Module, named: dict[str, nn.Parameter], patterns: str | Sequence[str]
+) -> dict[str, nn.Parameter]:
+    every = dict(model.named_parameters(remove_duplicate=False))
+    matched: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        hits = {name for name in named if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
+        hits = {
+            id(p)
+            for name, p in every.items()
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+        }
         if not hits:
             raise WoodfisherError(
-                f"the pattern {pattern!r} matches no parameter. The model has {', '.join(named)}."
+                f"the pattern {pattern!r} matches no parameter. The model has {_listed(named)}."
             )
         matched |= hits
-    return {name: p for name, p in named.items() if name in matched}
+    return {name: p for name, p in named.items() if id(p) in matched}
+
+
+def _listed(named: dict[str, nn.Parameter]) -> str:
+    names = list(named)
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def existing_masks(model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from woodfisher.report import Layer
 
-_COLOURS = ("#1b6ca8", "#b0b7bf", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
+_COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
 
 
 def require_plots() -> None:
@@ -61,6 +61,8 @@ def plot_accuracy(
     """
     figure, axes = _figure((7.2, 4.4))
     for row, (method, points) in enumerate(curves.items()):
+        if not points:
+            continue
         sparsities, values = zip(*sorted(points), strict=True)
         axes.plot(
             [100 * s for s in sparsities],

@@ -43,6 +43,7 @@ def prune(
     stages: int | None = None,
     recalibrate: int | None = None,
     params: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Report:
     """Remove a fraction of a trained model's weights, in place, and make up for it with the rest.
@@ -52,12 +53,12 @@ def prune(
 
     Parameters
     ----------
-    model, data, loss, params:
+    model, data, loss, params, exclude:
         As for `Objective`. A few hundred training samples are enough; they are drawn from the beginning of
         `data`, so shuffle it. Every stage draws new ones while there are any.
     sparsity:
         Fraction of the chosen weights to remove, in [0, 1). The number kept is exactly the nearest integer to
-        `(1 − sparsity) · d`.
+        `(1 − sparsity) · d`, which has to be one at least.
     criterion:
         Name of the method: see `woodfisher.METHODS`.
     preset:
@@ -84,7 +85,9 @@ def prune(
     method = replace(
         method_for(criterion, preset), **{key: value for key, value in asked.items() if value is not None}
     )
-    return prune_objective(Objective(model, data, loss, params=params), sparsity, method, progress)
+    return prune_objective(
+        Objective(model, data, loss, params=params, exclude=exclude), sparsity, method, progress
+    )
 
 
 def prune_objective(
@@ -117,7 +120,7 @@ def prune_objective(
             **watch.seconds,
             "total": sum(watch.seconds.values()),
         },
-        method=str(method),
+        method=method.to_dict(),
         warnings=watch.warnings,
     )
 
@@ -125,18 +128,21 @@ def prune_objective(
 def _run_stages(objective: Objective, sparsity: float, method: Method) -> tuple[Objective, list[Stage]]:
     size, now = objective.layout.size, int(objective.kept.sum())
     final = round((1 - sparsity) * size)
+    if final == 0:
+        raise WoodfisherError(f"a sparsity of {sparsity:g} keeps none of {size} weights: ask for less.")
     if final > now:
         warn(
             f"{1 - now / size:.2%} of the chosen weights are zero already, more than the sparsity "
             f"{sparsity:.2%} asks for; nothing is removed."
         )
+        return objective, []
     stream = Stream(objective.data)
     stages = []
     targets = exponential(now, final, method.stages)
     for number, count in enumerate(targets):
         report_progress("stages", number, len(targets))
         objective, predicted = _stage(objective.on(stream.draw(method.curvature.samples)), count, method)
-        stages.append(Stage(1 - count / size, predicted))
+        stages.append(Stage(1 - int(objective.kept.sum()) / size, predicted))
     if method.recalibrate:
         objective = objective.on(stream.draw(method.recalibrate)).recalibrated(method.recalibrate)
     report_progress("stages", len(targets), len(targets))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from woodfisher._version import __version__
@@ -58,7 +58,7 @@ class Report:
     seconds:
         Phase → wall-clock time: `gradients`, `curvature`, `saliency`, `update`, and `total`.
     method:
-        What was asked for, as text.
+        The options of the `Method` that ran.
     warnings:
         Every fallback and warning on the way.
     """
@@ -68,9 +68,9 @@ class Report:
     kept: int
     layers: list[Layer]
     stages: list[Stage]
-    masks: dict[str, Tensor]
+    masks: dict[str, Tensor] = field(repr=False)
     seconds: dict[str, float]
-    method: str
+    method: dict[str, Any]
     warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:

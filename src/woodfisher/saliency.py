@@ -1,4 +1,4 @@
-"""What the loss rises by when weights are removed (method.md §4 and §5), for any curvature."""
+"""What the loss rises by when weights are removed (docs/method.md §4 and §5), for any curvature."""
 
 from __future__ import annotations
 

@@ -37,8 +37,8 @@ def survivors(scores: Tensor, kept: Tensor, count: int) -> Tensor:
 def select(scores: Tensor, kept: Tensor, count: int, layout: Layout, scope: str) -> Tensor:
     """Mask of the `count` survivors, ranked over all weights (`global`) or within each tensor (`layer`).
 
-    With `layer` every tensor keeps the same fraction of its weights, to rounding, and the counts still add
-    up to `count`.
+    With `layer` every tensor keeps the same fraction of its weights, to rounding, or all that it has left where
+    that is less; the counts add up to `count`.
     """
     if torch.isnan(scores).any():
         raise WoodfisherError(
@@ -47,11 +47,34 @@ def select(scores: Tensor, kept: Tensor, count: int, layout: Layout, scope: str)
         )
     if scope == "global":
         return survivors(scores, kept, count)
-    stops = torch.tensor([where.stop for where in layout.slices.values()], dtype=torch.float64)
-    edges = [0, *(stops * (count / layout.size)).round().long().tolist()]
-    return torch.cat(
-        [
-            survivors(scores[where], kept[where], right - left)
-            for where, left, right in zip(layout.slices.values(), edges, edges[1:], strict=False)
-        ]
-    )
+    spans = list(layout.slices.values())
+    counts = _counts(layout.sizes, [int(kept[where].sum()) for where in spans], count)
+    parts = zip(spans, counts, strict=True)
+    return torch.cat([survivors(scores[where], kept[where], number) for where, number in parts])
+
+
+def _counts(sizes: list[int], available: list[int], count: int) -> list[int]:
+    """Share `count` out in proportion to `sizes`, none more than `available`; what one can't take the rest do.
+
+    >>> _counts([10, 10], [10, 10], 10), _counts([10, 10], [2, 10], 10)
+    ([5, 5], [2, 8])
+    """
+    counts = [0] * len(sizes)
+    open_ = set(range(len(sizes)))
+    left = min(count, sum(available))
+    while open_:
+        whole = sum(sizes[i] for i in open_)
+        full = {i for i in open_ if sizes[i] * left > available[i] * whole}
+        if not full:
+            break
+        for i in full:
+            counts[i] = available[i]
+        left -= sum(available[i] for i in full)
+        open_ -= full
+    shares = {i: sizes[i] * left / sum(sizes[j] for j in open_) for i in sorted(open_)}
+    for i, share in shares.items():
+        counts[i] = int(share)
+    rest = left - sum(counts[i] for i in open_)
+    for i in sorted(open_, key=lambda i: counts[i] - shares[i])[:rest]:
+        counts[i] += 1
+    return counts

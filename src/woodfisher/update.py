@@ -1,4 +1,4 @@
-"""How the kept weights move when others are removed (method.md §4), for any curvature.
+"""How the kept weights move when others are removed (docs/method.md §4), for any curvature.
 
 `point` is where the quadratic model has its minimum: the weights themselves, or the Newton point. `keep` is
 True for the weights that stay. Results are float64 `(d,)`, exactly zero where a weight is removed.

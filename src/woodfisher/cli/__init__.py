@@ -47,8 +47,11 @@ def main(args: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             command.run()
     except WoodfisherError as error:
-        sys.stderr.write(f"woodfisher: {error}\n")
+        note(f"woodfisher: {error}")
         return 2
+    except KeyboardInterrupt:
+        note("woodfisher: interrupted; nothing was written")
+        return 130
     return 0
 
 

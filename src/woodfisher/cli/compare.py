@@ -12,6 +12,7 @@ from woodfisher.batches import Replay
 from woodfisher.checks import check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
+from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.plots import plot_accuracy, require_plots
 from woodfisher.pruner import prune_objective
@@ -45,6 +46,8 @@ class Compare:
 
     def run(self) -> None:
         """Check everything, prune and evaluate method by method, write, show."""
+        if not self.sparsity:
+            raise WoodfisherError("name at least one sparsity, as in --sparsity 0.5 0.9.")
         for sparsity in self.sparsity:
             check_sparsity(sparsity)
         names = parse_methods(self.methods)
@@ -54,26 +57,27 @@ class Compare:
             require_plots()
         note(f"loading {self.model.task}")
         task = self.model.load()
-        dense = task.metric(task.model, task.test)
+        dense = task.evaluate(task.model)
         note(f"dense: {task.metric_name} {dense:.2f}")
         data = Replay(task.train)
-        results = []
+        results: list[dict[str, Any]] = []
         for name, method in methods.items():
             for sparsity in self.sparsity:
                 model = copy.deepcopy(task.model)
-                with progress(f"{name} to {sparsity:.0%}") as show:
-                    objective = self.model.objective(task, model).on(data)
-                    report = prune_objective(objective, sparsity, method, show)
-                metric = task.metric(model, task.test)
+                cell = {"criterion": name, "requested_sparsity": sparsity}
+                try:
+                    with progress(f"{name} to {sparsity:g}") as show:
+                        objective = self.model.objective(task, model).on(data)
+                        report = prune_objective(objective, sparsity, method, show)
+                    metric = task.evaluate(model)
+                except WoodfisherError as error:
+                    note(f"{name} at {sparsity:g} failed: {error}")
+                    results.append({**cell, "error": str(error)})
+                    continue
                 note(f"{name} {report.sparsity:.2%}: {task.metric_name} {metric:.2f}")
-                results.append(
-                    {
-                        "criterion": name,
-                        "requested_sparsity": sparsity,
-                        "metric": metric,
-                        **report.to_dict(),
-                    }
-                )
+                results.append({**cell, "metric": metric, **report.to_dict()})
+        if all("error" in result for result in results):
+            raise WoodfisherError("every run failed, as told above.")
         content = {
             "task": self.model.task,
             "metric": task.metric_name,
@@ -84,7 +88,9 @@ class Compare:
         }
         if self.out is not None:
             curves = {
-                name: [(r["sparsity"], r["metric"]) for r in results if r["criterion"] == name]
+                name: [
+                    (r["sparsity"], r["metric"]) for r in results if r["criterion"] == name and "metric" in r
+                ]
                 for name in names
             }
             write_folder(
@@ -108,9 +114,10 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
     table.add_column("method")
     rows = {name: [r for r in content["results"] if r["criterion"] == name] for name in names}
     for result in rows[names[0]]:
-        table.add_column(f"{result['sparsity']:.2%}", justify="right")
+        table.add_column(f"{100 * result['requested_sparsity']:g} %", justify="right")
     table.add_column("time", justify="right")
     for name, results in rows.items():
-        seconds = sum(result["seconds"]["total"] for result in results)
-        table.add_row(name, *(f"{result['metric']:.2f}" for result in results), f"{seconds:.1f} s")
+        seconds = sum(result["seconds"]["total"] for result in results if "seconds" in result)
+        cells = [f"{result['metric']:.2f}" if "metric" in result else "failed" for result in results]
+        table.add_row(name, *cells, f"{seconds:.1f} s")
     out().print(table)

@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 
 def out() -> Console:
     """Standard output, for results."""
-    return Console()
+    return Console(markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
 def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar for each phase on standard error; plain files and pipes get none."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
+    if not console.is_terminal:
+        note(title)
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(bar_width=30),

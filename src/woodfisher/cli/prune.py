@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.errors import WoodfisherWarning
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
 from woodfisher.plots import plot_layers, require_plots
@@ -70,7 +72,9 @@ class Prune:
         with progress(f"{self.criterion} to {self.sparsity:.0%}") as show:
             report = prune_objective(self.model.objective(task, task.model), self.sparsity, method, show)
         by_size = replace(METHODS["magnitude"], recalibrate=method.recalibrate)
-        magnitude = prune_objective(self.model.objective(task, baseline), self.sparsity, by_size)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", WoodfisherWarning)
+            magnitude = prune_objective(self.model.objective(task, baseline), self.sparsity, by_size)
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
 
@@ -104,7 +108,7 @@ class Prune:
 
 def _evaluate(task: Task, model: Any, name: str) -> float:
     start = time.perf_counter()
-    value = task.metric(model, task.test)
+    value = task.evaluate(model)
     note(f"{name}: {task.metric_name} {value:.2f} on test data ({time.perf_counter() - start:.1f} s)")
     return value
 
@@ -133,4 +137,4 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
         cells = [f"{value:.1%}" for value in values]
         layers.add_row(layer.name, f"{layer.size:,}", *cells, "█" * round(20 * layer.sparsity))
     console.print(layers)
-    console.print(f"Results are in {content['out']}", highlight=False, soft_wrap=True)
+    console.print(f"Results are in {content['out']}", soft_wrap=True)

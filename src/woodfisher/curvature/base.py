@@ -67,9 +67,9 @@ class InverseOperator(ABC):
         """Forward product Fv, of the curvature itself, for `v` of shape `(size,)` or `(size, k)`."""
         return self._apply(self._forward_product, v)
 
-    def submatrix(self, index: Tensor) -> Tensor:
+    def submatrix(self, index: Tensor | Sequence[int]) -> Tensor:
         """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""
-        return self.submatrices(index.reshape(1, -1))[0]
+        return self.submatrices(torch.as_tensor(index).reshape(1, -1))[0]
 
     def submatrices(self, index: Tensor) -> Tensor:
         """[F⁻¹]_{QQ} for `m` groups of `k` flat indexes, int64 `(m, k)`: float64 `(m, k, k)`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -99,9 +100,9 @@ class DiagonalHessian(Estimator):
         return DiagonalInverse(damped)
 
 
-def _check(samples: int, damping: float) -> None:
+def _check(samples: int, damping: object) -> None:
     check_count("samples", samples)
-    if not 0 <= damping < float("inf"):
+    if not isinstance(damping, numbers.Real) or not 0 <= float(damping) < float("inf"):
         raise WoodfisherError(f"damping must be a finite number of at least 0; {damping!r} came.")
 
 

@@ -151,7 +151,8 @@ class KFAC(Estimator):
         missing = objective.layout.shapes.keys() - A.keys()
         if missing:
             raise WoodfisherError(
-                f"K-FAC covers layers that the forward pass calls; {', '.join(sorted(missing))} was not."
+                "K-FAC needs layers that the forward pass calls as modules, and it bypasses those of "
+                f"{', '.join(sorted(missing))}: exclude them, or use WoodFisher."
             )
         return BlockDiagonalInverse(
             [

@@ -1,4 +1,4 @@
-"""The empirical Fisher in blocks, inverted by one factorisation a block (method.md §3)."""
+"""The empirical Fisher in blocks, inverted by one factorisation a block (docs/method.md §3)."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def primal_blocks(rows: Tensor, count: int, damping: float, divisor: float) -> D
 
 @dataclass(frozen=True)
 class WoodFisher(Estimator):
-    """The empirical Fisher F = λI + (m/N) Σ gₙgₙᵀ in diagonal blocks, inverted exactly (method.md §3).
+    """The empirical Fisher F = λI + (m/N) Σ gₙgₙᵀ in diagonal blocks, inverted exactly (docs/method.md §3).
 
     Row gₙ is the mean gradient of m samples. The factor m makes the matrix estimate the Fisher of single
     samples whatever m is, so that λ and the first-order term mean the same for every grouping (§2).

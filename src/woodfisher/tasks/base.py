@@ -2,15 +2,42 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from woodfisher.errors import WoodfisherError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
+
+
+def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Top-1 accuracy in per cent, in evaluation mode; the model's training flags are left as they were."""
+    flags = {module: module.training for module in model.modules()}
+    device = next(model.parameters()).device
+    correct = total = 0
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for inputs, targets in batches:
+                predicted = model(inputs.to(device)).argmax(dim=-1)
+                correct += int((predicted == targets.to(device)).sum())
+                total += targets.numel()
+    finally:
+        for module, training in flags.items():
+            module.training = training
+    if not total:
+        raise WoodfisherError(
+            "the accuracy of no samples was asked for: the data is empty, or can be read only once. Give a list of "
+            "batches or a DataLoader."
+        )
+    return 100.0 * correct / total
 
 
 @dataclass(frozen=True)
@@ -41,23 +68,14 @@ class Task:
     validation: Iterable[Any]
     test: Iterable[Any]
     loss: Callable[[Any, Any], Tensor] | None
-    metric: Callable[[nn.Module, Iterable[Any]], float]
+    metric: Callable[[nn.Module, Iterable[Any]], float] = accuracy
     metric_name: str = "accuracy, %"
 
-
-def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in per cent, in evaluation mode; the model's training flags are left as they were."""
-    flags = {module: module.training for module in model.modules()}
-    device = next(model.parameters()).device
-    correct = total = 0
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for inputs, targets in batches:
-                predicted = model(inputs.to(device)).argmax(dim=-1)
-                correct += int((predicted == targets.to(device)).sum())
-                total += targets.numel()
-    finally:
-        for module, training in flags.items():
-            module.training = training
-    return 100.0 * correct / max(total, 1)
+    def evaluate(self, model: nn.Module) -> float:
+        """Metric of `model` on the test data; raises unless it is a finite number."""
+        value: object = self.metric(model, self.test)
+        if not isinstance(value, numbers.Real) or not math.isfinite(value):
+            raise WoodfisherError(
+                f"the metric of the task {self.name} must be a finite float; {value!r} came on the test data."
+            )
+        return float(value)
