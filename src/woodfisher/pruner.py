@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -167,5 +168,5 @@ def _stage(objective: Objective, count: int, method: Method) -> tuple[Objective,
                 "the update gives weights that are not finite; the model is unchanged. Raise the damping."
             )
         estimated = method.curvature.samples > 0
-        predicted = quadratic_change(new - weights, finv, gradient) if estimated else None
-    return objective.at(new, keep), predicted
+        predicted = quadratic_change(new - weights, finv, gradient) if estimated else math.nan
+    return objective.at(new, keep), predicted if math.isfinite(predicted) else None

@@ -125,10 +125,10 @@ class LowRankInverse(InverseOperator):
     def diag(self) -> Tensor:
         out = torch.empty(self._rows.shape[0], self._rows.shape[2], dtype=torch.float64, device=self.device)
         for blocks, columns in self._pieces:
-            out[blocks, columns] = self._explained_less(blocks, columns)
+            out[blocks, columns] = self._unexplained(blocks, columns)
         return out.div_(self.damping).flatten()
 
-    def _explained_less(self, blocks: slice, columns: slice) -> Tensor:
+    def _unexplained(self, blocks: slice, columns: slice) -> Tensor:
         """1 − ‖v_i‖² for a piece, from float32 products where their rounding is bounded, else float64.
 
         With x_i = ‖g_i‖²/(nλ), float32 products leave ‖v_i‖² uncertain by about 2u√x_i, which matters where
