@@ -192,12 +192,13 @@ class Objective:
         width = self.layout.size if columns is None else len(columns)
         out: Tensor | None = None
         filled = 0
-        for chunk in self.iter_rows(samples, group=group, labels=labels):
-            if out is None:
-                most = min(samples, self.known_samples or samples) // group
-                out = torch.empty(most, width, dtype=self.dtype, device=self.device)
-            out[filled : filled + len(chunk)] = chunk if columns is None else chunk[:, columns]
-            filled += len(chunk)
+        with phase("gradients"):
+            for chunk in self.iter_rows(samples, group=group, labels=labels):
+                if out is None:
+                    most = min(samples, self.known_samples or samples) // group
+                    out = torch.empty(most, width, dtype=self.dtype, device=self.device)
+                out[filled : filled + len(chunk)] = chunk if columns is None else chunk[:, columns]
+                filled += len(chunk)
         assert out is not None
         return out[:filled]
 

@@ -32,9 +32,16 @@ _SINGLE_TOLERANCE = 2e-4
 
 
 def _strips(rows: int) -> list[slice]:
-    """Four strips of rows of a lower triangle: products skip most of what is above the diagonal."""
-    step = max(-(-rows // 4), 32)
-    return [slice(first, min(first + step, rows)) for first in range(0, rows, step)]
+    """Two strips of rows of a lower triangle: a product by them skips a quarter of the work, all above it."""
+    half = max(-(-rows // 2), 32)
+    return [slice(first, min(first + half, rows)) for first in range(0, rows, half)]
+
+
+def _gram(G: Tensor, out: Tensor) -> Tensor:
+    """Write the lower triangles of GGᵀ `(count, N, N)`, and some of what is above, to `out`."""
+    for strip in _strips(G.shape[1]):
+        out[:, strip, : strip.stop] = G[:, strip] @ G[:, : strip.stop].mT
+    return out
 
 
 def _energy(lower: Tensor, G: Tensor) -> Tensor:
@@ -80,13 +87,15 @@ class LowRankInverse(InverseOperator):
     def _gram_factor(self, keep: Tensor | None) -> Tensor:
         """L of K = nλI + GGᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
         count, N, _ = self._rows.shape
-        K = torch.zeros(count, N, N, dtype=torch.float64, device=self.device)
+        K = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
         for blocks, columns in self._pieces:
             G = self._piece(blocks, columns)
             if keep is not None:
                 G = G * keep[blocks, :, columns]
-            for strip in _strips(N):
-                K[blocks, strip, : strip.stop] += G[:, strip] @ G[:, : strip.stop].mT
+            if columns.start == 0:
+                _gram(G, K[blocks])
+            else:
+                K[blocks] += _gram(G, torch.empty_like(K[blocks]))
         K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
         return cholesky(K, "the Gram matrix of a block's gradient rows")
 
@@ -134,9 +143,9 @@ class LowRankInverse(InverseOperator):
         With x_i = ‖g_i‖²/(nλ), float32 products leave ‖v_i‖² uncertain by about 2u√x_i, which matters where
         ‖v_i‖² is near one. The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
         """
-        G = self._rows[blocks, :, columns].contiguous()
+        G = self._rows[blocks, :, columns]
         factor = self._factor[blocks]
-        x = torch.linalg.vector_norm(G, dim=1, dtype=torch.float64).square_() / (self.divisor * self.damping)
+        x = torch.linalg.vector_norm(G, dim=1).double().square_() / (self.divisor * self.damping)
         floor = 1 / (1 + x)
         if G.dtype == torch.float32:
             uncertain = x.sqrt_() * torch.finfo(torch.float32).eps
