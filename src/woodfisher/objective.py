@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Mapping
-from contextlib import contextmanager
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
+from woodfisher.batches import check_data, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
 from woodfisher.errors import WoodfisherError
+from woodfisher.forward import Forward, explained, recorded_calls
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
-from woodfisher.likelihood import target_sampler
 from woodfisher.parameters import choose, existing_masks
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from woodfisher.batches import Batch
-
-_VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 RECALIBRATION_BATCH = 250
 
@@ -107,8 +101,7 @@ class Objective:
         self.kept = (self.weights != 0) & self._flat(existing_masks(model, self._parameters)).bool()
         self.buffers = dict(model.named_buffers())
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
-        self._sampler = sampler or target_sampler(loss)
-        self._vectorised = True
+        self._forward = Forward(model, loss, sampler)
 
     def at(self, weights: Tensor, kept: Tensor) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
@@ -135,27 +128,26 @@ class Objective:
             for name, module in self.model.named_modules()
             if isinstance(module, _BatchNorm) and module.running_mean is not None
         }
-        fresh = {
-            f"{name}.{key}": buffer.clone()
-            for name, module in norms.items()
-            for key, buffer in module.named_buffers(recurse=False)
-        }
+        if not norms:
+            return self
+        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
         done = 0
         with phase("recalibration"), isolated(self.model), torch.no_grad():
             weights = self._cast(self.weights)
             for name, module in norms.items():
                 module.train()
                 module.momentum = None
-                fresh[f"{name}.num_batches_tracked"].zero_()
-            for chunk in rechunk(take(self.data, samples), RECALIBRATION_BATCH, 1) if norms else ():
-                with _explained(chunk):
-                    self._outputs(weights, self._to_device(chunk), fresh)
+                buffers[f"{name}.num_batches_tracked"].zero_()
+            for chunk in rechunk(take(self.data, samples), RECALIBRATION_BATCH, 1):
+                with explained(chunk):
+                    self._forward.outputs(weights, buffers, self._to_device(chunk))
                 done += samples_in(chunk)
                 report_progress("recalibration", done, samples)
-        if norms and not done:
+        if not done:
             warn("there is no data to take statistics of batch normalisation from; they stay as they were.")
             return self
         other = copy.copy(self)
+        fresh = {key: buffer for key, buffer in buffers.items() if key.rpartition(".")[0] in norms}
         other.buffers = {**self.buffers, **fresh}
         return other
 
@@ -215,10 +207,12 @@ class Objective:
             for chunk in self._chunks(samples, group):
                 with phase("gradients"):
                     if labels == "model":
-                        chunk = self._with_sampled_targets(weights, chunk)
+                        chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
                     count = samples_in(chunk) // group
                     grouped = map_tensors(lambda t, c=count: t.reshape(c, group, *t.shape[1:]), chunk)
-                    flat = self._flat(self._gradients(weights, grouped, count), rows=count)
+                    flat = self._flat(
+                        self._forward.row_gradients(weights, self.buffers, grouped, count), rows=count
+                    )
                     self._check_finite(flat, done, grouped)
                     flat *= self.kept
                 yield flat
@@ -232,7 +226,7 @@ class Objective:
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
             for chunk in self._chunks(samples, 1, mean=True):
-                gradients = _plain_gradient(self._mean_loss, weights, chunk)
+                gradients = self._forward.gradient(weights, self.buffers, chunk)
                 flat = self._flat(gradients)
                 self._check_finite(flat[None], count, map_tensors(lambda t: t[None], chunk))
                 total += flat * samples_in(chunk)
@@ -255,9 +249,9 @@ class Objective:
             for chunk in self._chunks(samples, 1):
                 with phase("gradients"):
                     if labels == "model":
-                        chunk = self._with_sampled_targets(weights, chunk)
-                    with _recorded_calls(self._modules) as calls:
-                        total = self._sum_of_losses(weights, chunk)
+                        chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
+                    with recorded_calls(self._modules) as calls:
+                        total = self._forward.sum_of_losses(weights, self.buffers, chunk)
                     outputs = [output for _, output in calls.values()]
                     gradients = torch.autograd.grad(total, outputs)
                     signals = {
@@ -285,7 +279,7 @@ class Objective:
         ):
             for chunk in self._chunks(samples, 1, mean=True):
                 flat = self.weights.clone().requires_grad_()
-                with _explained(chunk):
+                with explained(chunk):
                     loss = self._mean_loss(self._cast(flat), chunk)
                     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
                     if gradient.requires_grad:
@@ -368,7 +362,7 @@ class Objective:
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), _explained(row):
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
             value = self._mean_loss(self._cast(self.weights.clone().requires_grad_()), row)
         if value.grad_fn is None:
             raise WoodfisherError(
@@ -380,7 +374,7 @@ class Objective:
 
     def _check_mean(self, row: Batch) -> None:
         weights = self._cast(self.weights)
-        with torch.no_grad(), _explained(row):
+        with torch.no_grad(), explained(row):
             once = float(self._mean_loss(weights, row))
             twice = float(self._mean_loss(weights, map_tensors(lambda t: torch.cat([t, t]), row)))
         if once and abs(twice / once - 2) < 1e-3:
@@ -389,98 +383,8 @@ class Objective:
                 "samples come out too large. Use reduction='mean' (or 'none')."
             )
 
-    def _gradients(self, weights: dict[str, Tensor], rows: Batch, count: int) -> dict[str, Tensor]:
-        """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → (count, *shape)."""
-        refused = None
-        if self._vectorised:
-            try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")
-                    return vmap(grad(self._mean_loss), in_dims=(None, 0))(weights, rows)
-            except _VMAP_ERRORS as error:
-                refused = error
-        each = (map_tensors(lambda t, i=i: t[i], rows) for i in range(count))
-        one_by_one = [_plain_gradient(self._mean_loss, weights, row) for row in each]
-        if refused is not None:
-            self._give_up_vectorising(refused)
-        return {name: torch.stack([g[name] for g in one_by_one]) for name in weights}
-
     def _mean_loss(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-        if self.loss is not None and isinstance(batch, Mapping):
-            raise WoodfisherError(
-                "a dict batch goes to a model that returns .loss, without loss=; for a loss of your own give "
-                "batches (inputs, targets), where inputs may be a dict."
-            )
-        outputs = self._outputs(weights, batch)
-        if self.loss is not None:
-            value: object = self.loss(outputs, batch[1])
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise WoodfisherError(
-                    f"loss(outputs, targets) must return a real tensor, as torch.nn.functional.cross_entropy does; "
-                    f"a {kind} came."
-                )
-            return value.mean()
-        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if not isinstance(own, Tensor):
-            raise WoodfisherError(
-                f"without loss= the model must return an object with .loss; it returned a "
-                f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
-            )
-        return own.mean()
-
-    def _sum_of_losses(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-        """The sum of the samples' own losses, from one forward pass of the whole batch."""
-        if self.loss is None:
-            return self._mean_loss(weights, batch) * samples_in(batch)
-        loss = self.loss
-
-        def one(output: Any, target: Any) -> Tensor:
-            return loss(map_tensors(lambda t: t[None], output), map_tensors(lambda t: t[None], target)).mean()
-
-        outputs, targets = self._outputs(weights, batch), batch[1]
-        if self._vectorised:
-            try:
-                return vmap(one)(outputs, targets).sum()
-            except _VMAP_ERRORS as error:
-                self._give_up_vectorising(error)
-        each = range(samples_in(batch))
-        return torch.stack([one(*map_tensors(lambda t, i=i: t[i], (outputs, targets))) for i in each]).sum()
-
-    def _give_up_vectorising(self, error: Exception) -> None:
-        self._vectorised = False
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        warn(
-            "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
-            f"result, more slowly. ({reason})"
-        )
-
-    def _outputs(
-        self, weights: dict[str, Tensor], batch: Batch, buffers: dict[str, Tensor] | None = None
-    ) -> Any:
-        """Run the model on copies of its buffers, or of all but `buffers`, which it then may change."""
-        copies = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        state = {**copies, **(buffers or {}), **weights}
-        if isinstance(batch, Mapping):
-            return functional_call(self.model, state, (), dict(batch))
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise WoodfisherError(
-                "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
-                f"a {type(batch).__name__} of {len(batch)} came."
-            )
-        inputs = batch[0]
-        if isinstance(inputs, Mapping):
-            return functional_call(self.model, state, (), dict(inputs))
-        return functional_call(
-            self.model, state, tuple(inputs) if isinstance(inputs, (tuple, list)) else inputs
-        )
-
-    def _with_sampled_targets(self, weights: dict[str, Tensor], batch: Batch) -> Batch:
-        with torch.no_grad():
-            targets = self._sampler(self._outputs(weights, batch))
-        if isinstance(batch, Mapping):
-            return {**batch, "labels": targets}
-        return (batch[0], targets)
+        return self._forward.mean_loss(weights, self.buffers, batch)
 
     def _cast(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat weights → named tensors in the model's own dtypes and devices."""
@@ -512,54 +416,3 @@ class Objective:
 
     def _to_device(self, batch: Batch) -> Batch:
         return map_tensors(lambda t: t.to(self.device), batch)
-
-
-@contextmanager
-def _explained(batch: Batch) -> Iterator[None]:
-    """Turn what a model or a loss raises on a batch into a message that shows the batch."""
-    try:
-        yield
-    except WoodfisherError:
-        raise
-    except Exception as error:
-        raise WoodfisherError(
-            f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
-            "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
-        ) from error
-
-
-@contextmanager
-def _recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Weight name → (input, output) of its module during the block; each module must be called once."""
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in calls:
-                raise WoodfisherError(
-                    f"the layer of {name!r} is called more than once in a forward pass, which K-FAC's factors "
-                    "don't cover: exclude it, or use WoodFisher."
-                )
-            calls[name] = (inputs[0], output)
-
-        return record
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _plain_gradient(
-    loss: Callable[[dict[str, Tensor], Batch], Tensor], weights: dict[str, Tensor], batch: Batch
-) -> dict[str, Tensor]:
-    leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
-    with _explained(batch):
-        value = loss(leaves, batch)
-    gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if g is None else g
-        for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
-    }

@@ -1,0 +1,196 @@
+"""A model and its loss as functions of named weights: batch → outputs → loss → gradients of samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from woodfisher.batches import describe, map_tensors, samples_in
+from woodfisher.errors import WoodfisherError
+from woodfisher.likelihood import target_sampler
+from woodfisher.watch import warn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from woodfisher.batches import Batch
+
+    Tensors = dict[str, Tensor]
+
+_VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
+
+
+class Forward:
+    """A model with its loss, run on weights and buffers that are given by name.
+
+    Parameters
+    ----------
+    model, loss, sampler:
+        As for `Objective`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor] | None,
+        sampler: Callable[[Any], Tensor] | None,
+    ) -> None:
+        self.model, self.loss = model, loss
+        self._sampler = sampler or target_sampler(loss)
+        self._vectorised = True
+
+    def outputs(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Any:
+        """What the model returns for a batch; it may change `buffers`."""
+        state = {**buffers, **weights}
+        if isinstance(batch, Mapping):
+            return functional_call(self.model, state, (), dict(batch))
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise WoodfisherError(
+                "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
+                f"a {type(batch).__name__} of {len(batch)} came."
+            )
+        inputs = batch[0]
+        if isinstance(inputs, Mapping):
+            return functional_call(self.model, state, (), dict(inputs))
+        return functional_call(
+            self.model, state, tuple(inputs) if isinstance(inputs, (tuple, list)) else inputs
+        )
+
+    def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+        """Mean loss of the samples of a batch, on copies of `buffers`."""
+        if self.loss is not None and isinstance(batch, Mapping):
+            raise WoodfisherError(
+                "a dict batch goes to a model that returns .loss, without loss=; for a loss of your own give "
+                "batches (inputs, targets), where inputs may be a dict."
+            )
+        outputs = self.outputs(weights, _copies(buffers), batch)
+        if self.loss is not None:
+            value: object = self.loss(outputs, batch[1])
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise WoodfisherError(
+                    f"loss(outputs, targets) must return a real tensor, as torch.nn.functional.cross_entropy does; "
+                    f"a {kind} came."
+                )
+            return value.mean()
+        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+        if not isinstance(own, Tensor):
+            raise WoodfisherError(
+                f"without loss= the model must return an object with .loss; it returned a "
+                f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
+            )
+        return own.mean()
+
+    def sum_of_losses(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+        """Sum of the samples' own losses, from one forward pass of the whole batch."""
+        if self.loss is None:
+            return self.mean_loss(weights, buffers, batch) * samples_in(batch)
+        loss = self.loss
+
+        def one(output: Any, target: Any) -> Tensor:
+            return loss(map_tensors(lambda t: t[None], output), map_tensors(lambda t: t[None], target)).mean()
+
+        outputs, targets = self.outputs(weights, _copies(buffers), batch), batch[1]
+        if self._vectorised:
+            try:
+                return vmap(one)(outputs, targets).sum()
+            except _VMAP_ERRORS as error:
+                self._give_up_vectorising(error)
+        each = range(samples_in(batch))
+        return torch.stack([one(*map_tensors(lambda t, i=i: t[i], (outputs, targets))) for i in each]).sum()
+
+    def with_sampled_targets(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Batch:
+        """The batch with targets drawn from the model's own distribution."""
+        with torch.no_grad():
+            targets = self._sampler(self.outputs(weights, _copies(buffers), batch))
+        if isinstance(batch, Mapping):
+            return {**batch, "labels": targets}
+        return (batch[0], targets)
+
+    def row_gradients(self, weights: Tensors, buffers: Tensors, rows: Batch, count: int) -> Tensors:
+        """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
+        loss = partial(self._loss_at, buffers)
+        refused = None
+        if self._vectorised:
+            try:
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "There is a performance drop")
+                    return vmap(grad(loss), in_dims=(None, 0))(weights, rows)
+            except _VMAP_ERRORS as error:
+                refused = error
+        each = (map_tensors(lambda t, i=i: t[i], rows) for i in range(count))
+        one_by_one = [self.gradient(weights, buffers, row) for row in each]
+        if refused is not None:
+            self._give_up_vectorising(refused)
+        return {name: torch.stack([g[name] for g in one_by_one]) for name in weights}
+
+    def gradient(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensors:
+        """Gradient of the mean loss of a batch, by name; zero for weights that it doesn't depend on."""
+        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        with explained(batch):
+            value = self.mean_loss(leaves, buffers, batch)
+        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        return {
+            name: torch.zeros_like(leaf) if g is None else g
+            for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+        }
+
+    def _loss_at(self, buffers: Tensors, weights: Tensors, batch: Batch) -> Tensor:
+        return self.mean_loss(weights, buffers, batch)
+
+    def _give_up_vectorising(self, error: Exception) -> None:
+        self._vectorised = False
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warn(
+            "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
+            f"result, more slowly. ({reason})"
+        )
+
+
+def _copies(buffers: Tensors) -> Tensors:
+    return {name: buffer.clone() for name, buffer in buffers.items()}
+
+
+@contextmanager
+def explained(batch: Batch) -> Iterator[None]:
+    """Turn what a model or a loss raises on a batch into a message that shows the batch."""
+    try:
+        yield
+    except WoodfisherError:
+        raise
+    except Exception as error:
+        raise WoodfisherError(
+            f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
+            "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
+        ) from error
+
+
+@contextmanager
+def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+    """Weight name → (input, output) of its module during the block; each module must be called once."""
+    calls: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if name in calls:
+                raise WoodfisherError(
+                    f"the layer of {name!r} is called more than once in a forward pass, which K-FAC's factors "
+                    "don't cover: exclude it, or use WoodFisher."
+                )
+            calls[name] = (inputs[0], output)
+
+        return record
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
