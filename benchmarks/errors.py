@@ -32,7 +32,7 @@ HEAD = """\
 (float32 rows; {torch}). Errors are relative: of the diagonal by norm and for the worst entry, of the product with
 a random vector, and of the product with a gradient row, the hardest, which the inverse shrinks most. On the right
 stands the diagonal from the paper's rank-one recursion in float32 on the same rows, and the share of its entries
-that are not positive (an inverse Fisher has none) or not numbers (none came out so on these rows).
+that are not positive (an inverse Fisher has none) or not numbers (no NaN came out on these rows).
 
 ## First layer
 
