@@ -45,7 +45,7 @@ COLUMNS = """\
 SECOND = """
 ## Second layer, less damping
 
-The weights of the second layer that have any gradient. Here the float32 recursion loses every digit, and
+The weights of the second layer that have any gradient. Here the float32 recursion loses its digits, and
 its diagonal the sign: such weights would be scored by a negative or an infinite rise of the loss.
 """
 
