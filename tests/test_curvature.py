@@ -83,8 +83,7 @@ OPERATORS = [dual, dual_from_float32_rows, primal, dense, diagonal, kronecker, c
 @pytest.fixture(params=[None, 400], ids=["", "small-workspace"])
 def _workspace(request, monkeypatch):
     if request.param:
-        for module in (base, __import__("woodfisher.curvature.woodfisher", fromlist=["_"])):
-            monkeypatch.setattr(module, "WORKSPACE", request.param)
+        monkeypatch.setattr(base, "WORKSPACE", request.param)
 
 
 @pytest.mark.usefixtures("_workspace")

@@ -27,6 +27,12 @@ def check_positive(name: str, value: object, why: str) -> None:
         raise WoodfisherError(f"{name} must be a finite number above 0, {why}; {value!r} came.")
 
 
+def check_not_negative(name: str, value: object) -> None:
+    """Raise unless `value` is a finite number of at least zero."""
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+        raise WoodfisherError(f"{name} must be a finite number of at least 0; {value!r} came.")
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     choices = list(choices)

@@ -151,15 +151,15 @@ class Objective:
         other.buffers = {**self.buffers, **fresh}
         return other
 
-    @property
-    def known_samples(self) -> int | None:
-        """Samples in the data where that can be told without reading them, or None."""
+    def most_rows(self, samples: int, group: int) -> int:
+        """Rows that `samples` samples can make at most, given what the data tells of its length unread."""
         dataset = getattr(self.data, "dataset", None)
+        known = 0
         if dataset is not None and hasattr(dataset, "__len__"):
-            return len(dataset)
-        if isinstance(self.data, (list, tuple)):
-            return sum(samples_in(batch) for batch in self.data)
-        return None
+            known = len(dataset)
+        elif isinstance(self.data, (list, tuple)):
+            known = sum(samples_in(batch) for batch in self.data)
+        return min(samples, known or samples) // group
 
     def rows(
         self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
@@ -187,7 +187,7 @@ class Objective:
         with phase("gradients"):
             for chunk in self.iter_rows(samples, group=group, labels=labels):
                 if out is None:
-                    most = min(samples, self.known_samples or samples) // group
+                    most = self.most_rows(samples, group)
                     out = torch.empty(most, width, dtype=self.dtype, device=self.device)
                 out[filled : filled + len(chunk)] = chunk if columns is None else chunk[:, columns]
                 filled += len(chunk)

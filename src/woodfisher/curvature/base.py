@@ -38,6 +38,7 @@ class InverseOperator(ABC):
 
     size: int
     device: torch.device
+    _known_diagonal: Tensor | None = None
 
     @abstractmethod
     def _inverse_product(self, V: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ class InverseOperator(ABC):
         """FV for float64 `V` of shape `(size, k)`."""
 
     @abstractmethod
-    def diag(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         """Diagonal of F⁻¹, float64 `(size,)`, every entry positive."""
 
     @abstractmethod
@@ -66,6 +67,12 @@ class InverseOperator(ABC):
     def forward(self, v: Tensor) -> Tensor:
         """Forward product Fv, of the curvature itself, for `v` of shape `(size,)` or `(size, k)`."""
         return self._apply(self._forward_product, v)
+
+    def diag(self) -> Tensor:
+        """Diagonal of F⁻¹, float64 `(size,)`, every entry positive; computed once, for scores and update alike."""
+        if self._known_diagonal is None:
+            self._known_diagonal = self._diagonal()
+        return self._known_diagonal.clone()
 
     def submatrix(self, index: Tensor | Sequence[int]) -> Tensor:
         """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""
@@ -158,24 +165,27 @@ class BlockDiagonalInverse(InverseOperator):
     def _forward_product(self, V: Tensor) -> Tensor:
         return self._each(V, lambda where, operator: operator._forward_product(V[where]))
 
-    def diag(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         like = torch.empty(self.size, dtype=torch.float64, device=self.device)
-        return self._each(like, lambda _, operator: operator.diag())
+        return self._each(like, lambda _, operator: operator._diagonal())
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return self._each(b, lambda where, operator: operator._restricted_solve(keep[where], b[where]))
 
     def _submatrices(self, index: Tensor) -> Tensor:
         out = torch.zeros(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
-        for where, operator in self.parts:
-            position = torch.full((self.size,), -1, device=self.device)
+        owner = torch.empty(self.size, dtype=torch.int64, device=self.device)
+        position = torch.empty_like(owner)
+        for number, (where, operator) in enumerate(self.parts):
+            owner[where] = number
             position[where] = torch.arange(operator.size, device=self.device)
-            local = position[index]
-            inside = local >= 0
+        owners, local = owner[index], position[index]
+        for number in owners.unique().tolist():
+            inside = owners == number
             groups = inside.any(dim=1).nonzero().squeeze(1)
-            if len(groups):
-                both = inside[groups, :, None] & inside[groups, None, :]
-                out[groups] += operator._submatrices(local[groups].clamp(min=0)) * both
+            both = inside[groups, :, None] & inside[groups, None, :]
+            within = torch.where(inside, local, 0)[groups]
+            out[groups] += self.parts[number][1]._submatrices(within) * both
         return out
 
 
@@ -199,7 +209,7 @@ class DiagonalInverse(InverseOperator):
     def _forward_product(self, V: Tensor) -> Tensor:
         return V * self.curvature[:, None]
 
-    def diag(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         return 1 / self.curvature
 
     def _submatrices(self, index: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class DenseInverse(InverseOperator):
     def _forward_product(self, V: Tensor) -> Tensor:
         return (self._factor @ (self._factor.mT @ self._blocked(V))).reshape(V.shape)
 
-    def diag(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         out = torch.empty(self._shape[:2], dtype=torch.float64, device=self.device)
         for blocks in self._batches:
             out[blocks] = triangular_inverse(self._factor[blocks]).square().sum(1)

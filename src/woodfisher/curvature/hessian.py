@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.checks import check_count
+from woodfisher.checks import check_count, check_not_negative
 from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.errors import WoodfisherError
@@ -26,7 +25,19 @@ _COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class ExactHessian(Estimator):
+class _HessianEstimator(Estimator):
+    """The options that both forms have, and document."""
+
+    samples: int = 400
+    damping: float = 1e-3
+
+    def __post_init__(self) -> None:
+        check_count("samples", self.samples)
+        check_not_negative("damping", self.damping)
+
+
+@dataclass(frozen=True)
+class ExactHessian(_HessianEstimator):
     """F = H + λI with the Hessian H of the mean loss, in float64, for networks of some thousand weights.
 
     A Hessian is indefinite away from a minimum; where the damping doesn't lift its smallest eigenvalue above
@@ -39,12 +50,6 @@ class ExactHessian(Estimator):
     damping:
         λ ≥ 0, in the units of the Hessian.
     """
-
-    samples: int = 400
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        _check(self.samples, self.damping)
 
     def __call__(self, objective: Objective) -> DenseInverse:
         """Compute the Hessian of `objective` column by column and factor it."""
@@ -61,7 +66,7 @@ class ExactHessian(Estimator):
 
 
 @dataclass(frozen=True)
-class DiagonalHessian(Estimator):
+class DiagonalHessian(_HessianEstimator):
     """F_ii = H_ii + λ with the exact diagonal of the Hessian: Optimal Brain Damage as first published.
 
     Every entry takes a Hessian-vector product, so this is for small networks too. Raises where an entry,
@@ -79,12 +84,6 @@ class DiagonalHessian(Estimator):
     LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989.
     """
 
-    samples: int = 400
-    damping: float = 1e-3
-
-    def __post_init__(self) -> None:
-        _check(self.samples, self.damping)
-
     def __call__(self, objective: Objective) -> DiagonalInverse:
         """Compute the Hessian of `objective` column by column and keep its diagonal."""
         diagonal = torch.cat(
@@ -98,12 +97,6 @@ class DiagonalHessian(Estimator):
                 f"at damping {self.damping:g} (the smallest is {worst:.3g}). Take a damping above {-worst:.3g}."
             )
         return DiagonalInverse(damped)
-
-
-def _check(samples: int, damping: object) -> None:
-    check_count("samples", samples)
-    if not isinstance(damping, numbers.Real) or not 0 <= float(damping) < float("inf"):
-        raise WoodfisherError(f"damping must be a finite number of at least 0; {damping!r} came.")
 
 
 def _columns(objective: Objective, samples: int) -> Iterator[tuple[slice, Tensor]]:

@@ -54,7 +54,7 @@ class KroneckerInverse(InverseOperator):
     def _forward_product(self, V: Tensor) -> Tensor:
         return self._in_eigenbasis(V, self._spectrum)
 
-    def diag(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         return (self._W.square() @ (1 / self._spectrum) @ self._U.square().mT).flatten()
 
     def _submatrices(self, index: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ class LowRankInverse(InverseOperator):
             out[blocks, columns] += self._piece(blocks, columns).mT @ Y[blocks] / self.divisor
         return out.reshape(V.shape)
 
-    def diag(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         out = torch.empty(self._rows.shape[0], self._rows.shape[2], dtype=torch.float64, device=self.device)
         for blocks, columns in self._pieces:
             out[blocks, columns] = self._unexplained(blocks, columns)
@@ -158,9 +158,8 @@ class LowRankInverse(InverseOperator):
     def _submatrices(self, index: Tensor) -> Tensor:
         N, B = self._rows.shape[1:]
         out = torch.empty(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
-        step = max(WORKSPACE // (8 * N * index.shape[1]), 1)
-        for first in range(0, len(index), step):
-            groups = index[first : first + step]
+        for span in spans(len(index), 8 * N * index.shape[1]):
+            groups = index[span]
             block, column = groups // B, groups % B
             V = torch.empty(*groups.shape, N, dtype=torch.float64, device=self.device)
             for b in block.unique():
@@ -168,7 +167,7 @@ class LowRankInverse(InverseOperator):
                 V[here] = (self._factor[b] @ self._rows[b][:, column[here]].double()).mT
             same_weight = groups[:, :, None] == groups[:, None, :]
             same_block = block[:, :, None] == block[:, None, :]
-            out[first : first + step] = (same_weight.double() - V @ V.mT) * same_block
+            out[span] = (same_weight.double() - V @ V.mT) * same_block
         return out.div_(self.damping)
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
@@ -266,7 +265,7 @@ class WoodFisher(Estimator):
         return BlockDiagonalInverse(parts)
 
     def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:
-        N = min(self.samples, objective.known_samples or self.samples) // self.group
+        N = objective.most_rows(self.samples, self.group)
         factors = sum(8 * run.count * min(N, run.size) ** 2 for run in runs)
         largest = max((8 * min(N, run.size) * run.size for run in runs), default=0)
         check_memory(
