@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -156,13 +158,14 @@ class Replay:
 class Stream:
     """Data drawn a few samples at a time: new ones until it ends, then again from its start.
 
-    Data that can be read only once gives its last samples again.
+    Data that can be read only once gives its last samples again. Samples that are held out never come.
     """
 
     def __init__(self, data: Iterable[Batch]) -> None:
         self._data = data
         self._current = iter(data)
         self._last: list[Batch] = []
+        self._held_out: set[bytes] = set()
 
     def draw(self, samples: int) -> list[Batch]:
         """Batches of `samples` samples together; fewer where all the data is fewer."""
@@ -170,7 +173,44 @@ class Stream:
             return []
         drawn = list(take(self._current, samples))
         if sum(map(samples_in, drawn)) < samples:
-            self._current = iter(self._data)
+            self._current = self._without_held_out(self._data)
             drawn = list(take(self._current, samples)) or drawn or self._last
         self._last = drawn
         return drawn
+
+    def count(self, most: int) -> int:
+        """Samples that are still to come, reading ahead as far as `most` of them."""
+        ahead = list(take(self._current, most))
+        if iter(self._data) is self._data and sum(map(samples_in, ahead)) < most:
+            self._data = ahead
+        self._current = chain(ahead, self._current)
+        return sum(map(samples_in, ahead))
+
+    def hold_out(self, samples: int) -> list[Batch]:
+        """Draw samples that come in no later draw, in whatever order the data is read again."""
+        drawn = self.draw(samples)
+        self._held_out.update(key for batch in drawn for key in _fingerprints(batch))
+        return drawn
+
+    def _without_held_out(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            stay = torch.tensor([key not in self._held_out for key in _fingerprints(batch)])
+            if stay.all():
+                yield batch
+            elif stay.any():
+                yield map_tensors(lambda t, stay=stay: t[stay.to(t.device)], batch)
+
+
+def _fingerprints(batch: Batch) -> list[bytes]:
+    """A digest of each sample's bytes."""
+    parts = [
+        tensor.detach().cpu().contiguous().flatten(1 if tensor.ndim > 1 else 0)
+        for tensor in tensors_of(batch)
+    ]
+    digests = []
+    for i in range(samples_in(batch)):
+        digest = hashlib.blake2b(digest_size=16)
+        for part in parts:
+            digest.update(part[i].reshape(-1).view(torch.uint8).numpy().data)
+        digests.append(digest.digest())
+    return digests

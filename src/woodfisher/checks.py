@@ -33,6 +33,12 @@ def check_not_negative(name: str, value: object) -> None:
         raise WoodfisherError(f"{name} must be a finite number of at least 0; {value!r} came.")
 
 
+def check_fraction(name: str, value: object) -> None:
+    """Raise unless `value` is a number in [0, 1)."""
+    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+        raise WoodfisherError(f"{name} must be a number in [0, 1); {value!r} came.")
+
+
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
     """Raise unless `value` is one of `choices`."""
     choices = list(choices)

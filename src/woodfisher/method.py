@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+from woodfisher.adaptive import Adaptive
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import (
     KFAC,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Update = Literal["independent", "joint", "none"]
 Scope = Literal["global", "layer"]
+FirstOrder = bool | Literal["auto"]
+Stages = int | Adaptive | Literal["auto"]
 
 UPDATES = {"independent": independent_update, "joint": joint_update, "none": no_update}
 SCOPES = ("global", "layer")
@@ -38,24 +41,26 @@ class Method:
         What F is.
     first_order:
         Whether the gradient takes part: WoodTaylor, which scores and updates at the Newton point w − F⁻¹g
-        (so that weights move even where none is removed).
+        (so that weights move even where none is removed). `auto` asks held-out samples at each stage, and needs
+        stages that adapt.
     update:
         `independent` (the paper's sum of single-weight updates), `joint` (the minimiser of the quadratic for
         the whole removed set) or `none`.
     scope:
         Rank weights over all layers (`global`) or give each layer the same sparsity (`layer`).
     stages:
-        Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity.
+        Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity; or
+        an `Adaptive`, many small stages that are checked on held-out samples (`auto`: one with its defaults).
     recalibrate:
         Samples on whose forward passes the statistics of batch normalisation are taken anew after the last
         stage, in models that have them; 0 to leave them.
     """
 
     curvature: Estimator
-    first_order: bool = False
+    first_order: FirstOrder = False
     update: Update = "joint"
     scope: Scope = "global"
-    stages: int = 1
+    stages: Stages = 1
     recalibrate: int = 2000
 
     def __post_init__(self) -> None:
@@ -66,28 +71,55 @@ class Method:
             )
         check_choice("update", self.update, UPDATES)
         check_choice("scope", self.scope, SCOPES)
-        check_count("stages", self.stages)
+        if self.stages == "auto":
+            object.__setattr__(self, "stages", Adaptive())
+        if isinstance(self.stages, Adaptive):
+            self._check_adaptive()
+        else:
+            check_count("stages", self.stages)
+            if self.first_order not in (True, False):
+                raise WoodfisherError(
+                    f"first_order is True or False for a fixed number of stages; {self.first_order!r} came. "
+                    "stages='auto' can choose on held-out samples."
+                )
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)
+
+    def _check_adaptive(self) -> None:
+        if not isinstance(self.curvature, WoodFisher) or self.curvature.block_size is not None:
+            raise WoodfisherError(
+                "stages that adapt carry the rows of one block along: they need WoodFisher(block_size=None), and "
+                f"{self.curvature!r} came. Give a number of stages."
+            )
+        if self.update != "joint":
+            raise WoodfisherError(
+                f"stages that adapt move the weights by the joint update; update={self.update!r} came. Give a number "
+                "of stages."
+            )
+        check_choice("first_order", str(self.first_order), ("True", "False", "auto"))
 
     def to_dict(self) -> dict[str, Any]:
         """All options, as JSON takes them."""
         curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {**parts, "curvature": curvature}
+        stages = self.stages if isinstance(self.stages, int) else asdict(cast("Any", self.stages))
+        return {**parts, "curvature": curvature, "stages": stages}
 
 
 _FULL = WoodFisher(samples=400, block_size=None, damping=1e-3)
 _BLOCKS = WoodFisher(samples=400, block_size=2000, damping=1e-3)
+_CARRIED = WoodFisher(samples=240_000, group=16, block_size=None, damping="auto")
 
 # The gradient of a few hundred samples is mostly noise, and a Newton step fits it: average more of them.
 _MANY: dict[str, Any] = {"samples": 4000, "group": 10, "damping": 1e-2}
 
 METHODS: dict[str, Method] = {
-    "woodfisher": Method(_FULL, stages=16),
+    "woodfisher": Method(_CARRIED, first_order="auto", stages="auto"),
+    "woodtaylor": Method(_CARRIED, first_order=True, stages="auto"),
+    "woodfisher-full": Method(_FULL, stages=16),
     "woodfisher-block": Method(_BLOCKS, stages=16),
-    "woodtaylor": Method(replace(_FULL, **_MANY), first_order=True, stages=16),
     "woodtaylor-block": Method(replace(_BLOCKS, **_MANY), first_order=True, stages=16),
+    "mfac": Method(replace(_FULL, samples=1000, damping=1e-5), update="independent", stages=16),
     "kfac": Method(KFAC(), update="independent"),
     "obd": Method(DiagonalFisher(), update="none"),
     "obd-hessian": Method(DiagonalHessian(), update="none"),
@@ -117,6 +149,7 @@ def method_for(criterion: str, preset: str | None = None) -> Method:
     return replace(
         method,
         curvature=with_options(method.curvature, protocol),
+        first_order=method.first_order is True,
         update="none" if method.update == "none" else "independent",
         stages=1,
         recalibrate=0,

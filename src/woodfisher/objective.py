@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
 
-RECALIBRATION_BATCH = 250
+FORWARD_BATCH = 250
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
@@ -117,17 +117,26 @@ class Objective:
         other.data = data
         return other
 
+    @property
+    def _norms(self) -> dict[str, nn.Module]:
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None
+        }
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the model keeps statistics that `recalibrated` would take anew."""
+        return bool(self._norms)
+
     def recalibrated(self, samples: int) -> Objective:
         """The same objective with the statistics of batch normalisation taken anew at its weights.
 
         Running means and variances become their plain averages over batches of the first `samples` samples,
         from forward passes alone. Models without such layers stay as they are.
         """
-        norms = {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        }
+        norms = self._norms
         if not norms:
             return self
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
@@ -138,7 +147,7 @@ class Objective:
                 module.train()
                 module.momentum = None
                 buffers[f"{name}.num_batches_tracked"].zero_()
-            for chunk in rechunk(take(self.data, samples), RECALIBRATION_BATCH, 1):
+            for chunk in rechunk(take(self.data, samples), FORWARD_BATCH, 1):
                 with explained(chunk):
                     self._forward.outputs(weights, buffers, self._to_device(chunk))
                 done += samples_in(chunk)
@@ -151,15 +160,31 @@ class Objective:
         other.buffers = {**self.buffers, **fresh}
         return other
 
+    def mean_loss(self) -> float:
+        """Mean loss over all of the data, from forward passes alone; NaN or infinity where the model gives it."""
+        total, count = 0.0, 0
+        with isolated(self.model), torch.no_grad():
+            weights = self._cast(self.weights)
+            for chunk in rechunk(self.data, FORWARD_BATCH, 1):
+                with explained(chunk):
+                    total += float(self._mean_loss(weights, self._to_device(chunk))) * samples_in(chunk)
+                count += samples_in(chunk)
+        if not count:
+            raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
+        return total / count
+
+    def known_samples(self) -> int | None:
+        """How many samples the data has, where it tells without being read."""
+        dataset = getattr(self.data, "dataset", None)
+        if dataset is not None and hasattr(dataset, "__len__"):
+            return len(dataset)
+        if isinstance(self.data, (list, tuple)):
+            return sum(samples_in(batch) for batch in self.data)
+        return None
+
     def most_rows(self, samples: int, group: int) -> int:
         """Rows that `samples` samples can make at most, given what the data tells of its length unread."""
-        dataset = getattr(self.data, "dataset", None)
-        known = 0
-        if dataset is not None and hasattr(dataset, "__len__"):
-            known = len(dataset)
-        elif isinstance(self.data, (list, tuple)):
-            known = sum(samples_in(batch) for batch in self.data)
-        return min(samples, known or samples) // group
+        return min(samples, self.known_samples() or samples) // group
 
     def rows(
         self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
@@ -288,18 +313,30 @@ class Objective:
                 count += samples_in(chunk)
         return total / count * self.kept[:, None] * self.kept[index]
 
-    def write(self) -> None:
-        """Put `weights` (removed ones exactly zero) and `buffers` into the model.
+    def write(self, model: nn.Module | None = None) -> None:
+        """Put `weights` (removed ones exactly zero) and `buffers` into the model, or into another one like it.
 
         Raises before the first change.
         """
-        if any(p.is_inference() for p in self._parameters.values()):
+        model = self.model if model is None else model
+        parameters = dict(model.named_parameters())
+        different = [
+            name
+            for name, shape in self.layout.shapes.items()
+            if name not in parameters or tuple(parameters[name].shape) != tuple(shape)
+        ]
+        if different:
+            raise WoodfisherError(
+                f"this model has no parameter {different[0]!r} of shape {self.layout.shapes[different[0]]}: write to "
+                "one of the architecture that was pruned."
+            )
+        if any(parameters[name].is_inference() for name in self.layout.shapes):
             raise WoodfisherError(
                 "the model was made in torch.inference_mode, so its weights can't be changed: make or load it "
                 "outside."
             )
         values = {
-            name: torch.where(kept, value, 0).to(self._parameters[name].dtype)
+            name: torch.where(kept, value, 0).to(parameters[name].dtype)
             for (name, value), kept in zip(
                 self.layout.split(self.weights).items(), self.layout.split(self.kept).values(), strict=True
             )
@@ -312,8 +349,8 @@ class Objective:
                 )
         with torch.no_grad():
             for name, value in values.items():
-                self._parameters[name].copy_(value)
-            for name, buffer in self.model.named_buffers():
+                parameters[name].copy_(value)
+            for name, buffer in model.named_buffers():
                 if self.buffers[name] is not buffer:
                     buffer.copy_(self.buffers[name])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from woodfisher._version import __version__
@@ -35,10 +35,22 @@ class Stage:
         Reached with it.
     predicted:
         Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
+    measured:
+        Change of the mean loss on the held-out samples; None where none were held out.
+    damping:
+        λ that it was taken with; None where the kept weights did not move, or the method says it.
+    first_order:
+        Whether the gradient counted.
+    accepted:
+        False where it was taken back, to be tried again with half of the removals.
     """
 
     sparsity: float
     predicted: float | None
+    measured: float | None = None
+    damping: float | None = None
+    first_order: bool = False
+    accepted: bool = True
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ class Report:
                 {"name": layer.name, "size": layer.size, "kept": layer.kept, "sparsity": layer.sparsity}
                 for layer in self.layers
             ],
-            "stages": [{"sparsity": stage.sparsity, "predicted": stage.predicted} for stage in self.stages],
+            "stages": [asdict(stage) for stage in self.stages],
             "seconds": self.seconds,
             "warnings": self.warnings,
         }

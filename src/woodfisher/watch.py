@@ -48,6 +48,11 @@ class Watch:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._since
         self._since = now
 
+    def so_far(self) -> dict[str, float]:
+        """Seconds of every phase, the running one up to now."""
+        self._switch()
+        return dict(self.seconds)
+
 
 _current: ContextVar[Watch | None] = ContextVar("woodfisher_watch", default=None)
 

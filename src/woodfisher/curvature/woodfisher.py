@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from woodfisher.checks import check_choice, check_count, check_positive
+from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature.base import (
     WORKSPACE,
     BlockDiagonalInverse,
@@ -17,6 +17,7 @@ from woodfisher.curvature.base import (
     pieces,
     spans,
 )
+from woodfisher.curvature.damping import Damping, check_damping, resolve
 from woodfisher.curvature.dense import DenseInverse, cholesky, triangular_inverse
 from woodfisher.memory import check_memory
 
@@ -68,34 +69,56 @@ class LowRankInverse(InverseOperator):
         λ > 0.
     divisor:
         n: the number of rows, divided by the samples that each row averages.
+    gram:
+        GGᵀ, float64 `(count, N, N)`, where the caller has it already.
+    single:
+        Multiply vectors by the rows in the rows' own dtype, which reads them once, rather than in float64. For
+        steps that are checked afterwards: at small damping they lose the digits that float64 keeps.
     """
 
-    def __init__(self, rows: Tensor, count: int, damping: float, divisor: float) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        count: int,
+        damping: float,
+        divisor: float,
+        *,
+        gram: Tensor | None = None,
+        single: bool = False,
+    ) -> None:
         self.size = rows.shape[1]
         self.device = rows.device
         self.damping, self.divisor = damping, divisor
+        self._products = rows.dtype if single else torch.float64
         self._rows = rows.unflatten(1, (count, -1)).transpose(0, 1)
-        self._factor = triangular_inverse(self._gram_factor(None))
+        self._factor = triangular_inverse(self._gram_factor(None) if gram is None else self._damped(gram))
 
     @property
     def _pieces(self) -> list[tuple[slice, slice]]:
         return list(pieces(*self._rows.shape))
 
     def _piece(self, blocks: slice, columns: slice) -> Tensor:
-        return self._rows[blocks, :, columns].to(torch.float64, memory_format=torch.contiguous_format)
+        piece = self._rows[blocks, :, columns]
+        if piece.dtype == self._products:
+            return piece
+        return piece.to(self._products, memory_format=torch.contiguous_format)
 
     def _gram_factor(self, keep: Tensor | None) -> Tensor:
         """L of K = nλI + GGᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
         count, N, _ = self._rows.shape
         K = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
         for blocks, columns in self._pieces:
-            G = self._piece(blocks, columns)
+            G = self._rows[blocks, :, columns].to(torch.float64, memory_format=torch.contiguous_format)
             if keep is not None:
                 G = G * keep[blocks, :, columns]
             if columns.start == 0:
                 _gram(G, K[blocks])
             else:
                 K[blocks] += _gram(G, torch.empty_like(K[blocks]))
+        return self._damped(K)
+
+    def _damped(self, gram: Tensor) -> Tensor:
+        K = gram.clone()
         K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
         return cholesky(K, "the Gram matrix of a block's gradient rows")
 
@@ -109,7 +132,7 @@ class LowRankInverse(InverseOperator):
         Y = factor.mT @ (factor @ Y)
         out = torch.empty_like(V)
         for blocks, columns in self._pieces:
-            out[blocks, columns] = V[blocks, columns] - self._piece(blocks, columns).mT @ Y[blocks]
+            out[blocks, columns] = V[blocks, columns] - self._back(blocks, columns, Y)
         return out.div_(self.damping)
 
     def _rows_times(self, V: Tensor) -> Tensor:
@@ -117,8 +140,12 @@ class LowRankInverse(InverseOperator):
         count, N, _ = self._rows.shape
         Y = torch.zeros(count, N, V.shape[2], dtype=torch.float64, device=self.device)
         for blocks, columns in self._pieces:
-            Y[blocks] += self._piece(blocks, columns) @ V[blocks, columns]
+            Y[blocks] += self._piece(blocks, columns) @ V[blocks, columns].to(self._products)
         return Y
+
+    def _back(self, blocks: slice, columns: slice, Y: Tensor) -> Tensor:
+        """GᵀY for a piece."""
+        return self._piece(blocks, columns).mT @ Y[blocks].to(self._products)
 
     def _inverse_product(self, V: Tensor) -> Tensor:
         return self._correct(V, self._factor).reshape(V.shape)
@@ -128,7 +155,7 @@ class LowRankInverse(InverseOperator):
         Y = self._rows_times(B)
         out = B * self.damping
         for blocks, columns in self._pieces:
-            out[blocks, columns] += self._piece(blocks, columns).mT @ Y[blocks] / self.divisor
+            out[blocks, columns] += self._back(blocks, columns, Y) / self.divisor
         return out.reshape(V.shape)
 
     def _diagonal(self) -> Tensor:
@@ -205,7 +232,8 @@ class WoodFisher(Estimator):
     block_size:
         Most weights in a block; None for one block over all weights. The cost grows with N²d, not with it.
     damping:
-        λ > 0, in the units of a squared gradient.
+        λ > 0 in the units of a squared gradient; `Relative(factor)` for a multiple of the mean diagonal entry of
+        F; or `auto`, which chooses λ on held-out rows (`held_out_damping`).
     group:
         m, the samples that a row averages.
     labels:
@@ -221,7 +249,7 @@ class WoodFisher(Estimator):
 
     samples: int = 400
     block_size: int | None = 2000
-    damping: float = 1e-5
+    damping: Damping = 1e-5
     group: int = 1
     labels: Literal["data", "model"] = "data"
     across_layers: bool = False
@@ -230,7 +258,7 @@ class WoodFisher(Estimator):
         check_count("samples", self.samples)
         check_count("group", self.group)
         check_count("block_size", self.block_size, or_none="one block over all weights")
-        check_positive("damping", self.damping, "or the Fisher of few rows has no inverse")
+        check_damping(self.damping, "or the Fisher of few rows has no inverse")
         check_choice("labels", self.labels, ("data", "model"))
 
     def __call__(self, objective: Objective) -> BlockDiagonalInverse:
@@ -248,20 +276,19 @@ class WoodFisher(Estimator):
             self.samples, group=self.group, labels=self.labels, columns=kept if sparse else None
         )
         N = len(rows)
+        damping = resolve(self.damping, rows, self.group)
         parts: list[tuple[slice | Tensor, InverseOperator]] = [
             (
                 kept[run.columns] if sparse else run.columns,
                 (LowRankInverse if run.size > N else primal_blocks)(
-                    rows[:, run.columns], run.count, self.damping, N / self.group
+                    rows[:, run.columns], run.count, damping, N / self.group
                 ),
             )
             for run in runs
         ]
         if sparse:
             removed = (~objective.kept).nonzero().squeeze(1)
-            parts.append(
-                (removed, DiagonalInverse(torch.full_like(removed, self.damping, dtype=torch.float64)))
-            )
+            parts.append((removed, DiagonalInverse(torch.full_like(removed, damping, dtype=torch.float64))))
         return BlockDiagonalInverse(parts)
 
     def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:

@@ -1,0 +1,351 @@
+"""Stages that are checked on held-out samples: how far to trust the quadratic, and whether the gradient."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from woodfisher.batches import Stream
+from woodfisher.checks import check_count, check_fraction, check_positive
+from woodfisher.curvature.damping import Relative
+from woodfisher.curvature.running import RunningFisher
+from woodfisher.errors import WoodfisherError
+from woodfisher.memory import check_memory
+from woodfisher.report import Stage
+from woodfisher.saliency import newton_point, saliency
+from woodfisher.schedule import through
+from woodfisher.selection import select
+from woodfisher.watch import phase, report_progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from woodfisher.curvature import WoodFisher
+    from woodfisher.method import Method
+    from woodfisher.objective import Objective
+
+_FACTOR = 3.0
+"""Ratio of one damping tried to the next."""
+
+_FIRST_DAMPINGS = [10 * _FACTOR**power for power in range(10)]
+"""Dampings tried at the first stage, relative to the curvature's mean."""
+
+MOST_PASSES = 8
+"""Passes over the data up to which its gradients are taken for those of new samples."""
+
+_RANGE = 9.0
+"""How far the damping may go from what was best at the first stage, where the rows are freshest: a smaller step is
+almost always better for the next stage alone, and too small for those that follow."""
+
+_TOLERANCE = 1.02
+"""Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """Many small stages that carry their rows along, each checked on samples that are never used for rows.
+
+    A stage draws its share of the estimator's `samples`, which counts those of all stages here, in rows of `group`
+    samples (fewer where the data would not fill the window otherwise). It renews some rows of the Fisher, removes weights, and moves the rest to the minimum of the quadratic
+    model. Each is tried at several dampings, with and without the gradient, and as a plain removal; what has
+    the lowest loss on the held-out samples is taken. A stage that raises that loss by far more than predicted is
+    taken back and split in two.
+
+    Attributes
+    ----------
+    stages:
+        Planned stages; splits may add half as many again.
+    window:
+        Rows that the Fisher is made of.
+    held_out:
+        Samples to check on, at most a fifth of the data; never used for rows.
+    momentum:
+        Weight of earlier stages' gradients in the first-order term.
+    pace:
+        The kept fraction follows `final ** (t ** pace)` for t from 0 to 1: above 1, later stages remove a
+        smaller share of what is left.
+    """
+
+    stages: int = 120
+    window: int = 1000
+    held_out: int = 2000
+    momentum: float = 0.7
+    pace: float = 1.5
+
+    def __post_init__(self) -> None:
+        for name in ("stages", "window", "held_out"):
+            check_count(name, getattr(self, name))
+        check_fraction("momentum", self.momentum)
+        check_positive("pace", self.pace, "where 1 removes the same share at every stage")
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """One way to take a stage: where the kept weights go, and the loss there."""
+
+    weights: Tensor
+    loss: float
+    damping: float
+    moved: bool = True
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A stage that is tried: what it leads to, what to report of it, and whether it was trusted too far."""
+
+    candidate: _Candidate
+    keep: Tensor
+    fisher: RunningFisher
+    stage: Stage
+    too_far: bool
+
+
+@dataclass(frozen=True)
+class Passed:
+    """A run at one of its targets: the network, its loss on the held-out samples, all stages so far."""
+
+    objective: Objective
+    loss: float
+    stages: tuple[Stage, ...]
+
+
+def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -> Iterator[Passed]:
+    """Prune through `targets` (numbers of kept weights, largest first) with stages that adapt.
+
+    With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
+    that come again and again fit these samples, which one stage at a time does not show. So where the plan reads the
+    data more than `MOST_PASSES` times the run is made with and without, and at each target the one with the lower
+    loss on the held-out samples counts. Removing by magnitude alone competes with both, so that what comes is never
+    worse on these samples.
+    """
+    known = objective.known_samples() or MOST_PASSES
+    repeats = method.curvature.samples > MOST_PASSES * known
+    orders = {"auto": [True, False] if repeats else [True]}.get(
+        str(method.first_order), [bool(method.first_order)]
+    )
+    runs = [AdaptiveRun(objective, method, first_order=order) for order in orders]
+    by_size = AdaptiveRun(objective, method, first_order=False).by_magnitude(targets)
+    for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
+        yield min(passed, key=lambda p: p.loss)
+
+
+class AdaptiveRun:
+    """The state of a run: weights that are left, rows, averaged gradient and damping.
+
+    Parameters
+    ----------
+    objective:
+        Where it starts; its data is drawn from the beginning, the held-out samples first.
+    method:
+        With `stages` an `Adaptive` and `curvature` a `WoodFisher` in one block.
+    first_order:
+        Whether the gradient takes part.
+    """
+
+    def __init__(self, objective: Objective, method: Method, *, first_order: bool) -> None:
+        assert isinstance(method.stages, Adaptive)
+        self.objective, self.method, self.options = objective, method, method.stages
+        self.first_order = first_order
+        self.stream = Stream(objective.data)
+        known = objective.known_samples() or self.stream.count(5 * self.options.held_out)
+        held_out = min(self.options.held_out, known // 5)
+        self._held_out = self.stream.hold_out(max(held_out, 1))
+        self.curvature = cast("WoodFisher", method.curvature)
+        self.group = max(1, min(self.curvature.group, (known - held_out) // self.options.window))
+        rows = self.curvature.samples // self.group
+        fresh = max(rows - self.options.window, 0) // self.options.stages
+        self._next_rows = min(rows, self.options.window)
+        self.rows_each = min(max(fresh, 1), -(-self.options.window // 4))
+        self.weights = objective.weights[objective.kept].double()
+        self._check_memory()
+        self.fisher = RunningFisher(
+            len(self.weights),
+            self.options.window,
+            self.group,
+            dtype=objective.dtype,
+            device=objective.device,
+        )
+        self.gradient = torch.zeros_like(self.weights)
+        self._taken, self._weight = 0, 0.0
+        self.damping: float | None = None
+        self._first_damping = 0.0
+        self.loss = self._measure(objective)
+        if not math.isfinite(self.loss):
+            raise WoodfisherError(
+                f"the mean loss of the model as it came is {self.loss} on {held_out} held-out samples: check the "
+                "loss, the data and the weights."
+            )
+
+    def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
+        """Prune through each number of kept weights in `targets`, largest first; yield there."""
+        now = len(self.weights)
+        path = through(now, targets, self.options.stages, self.options.pace)
+        done: list[Stage] = []
+        splits = self.options.stages // 2
+        planned = len(path)
+        while path:
+            report_progress("stages", planned - len(path), planned)
+            self._renew()
+            count, accepted = path[0], False
+            while not accepted:
+                step = self._try(count)
+                removed = len(self.weights) - count
+                accepted = not step.too_far or removed < 2 or not splits
+                done.append(replace(step.stage, accepted=accepted))
+                if not accepted:
+                    splits -= 1
+                    count = len(self.weights) - removed // 2
+            self._accept(step)
+            if count == path[0]:
+                path.pop(0)
+                if count in targets:
+                    yield self._finished(tuple(done))
+        report_progress("stages", planned, planned)
+
+    def by_magnitude(self, targets: Sequence[int]) -> Iterator[Passed]:
+        """From where the run starts, remove the smallest weights and leave the rest."""
+        start, measure = self.objective, self._measure
+        for count in targets:
+            keep = select(start.weights.double().abs(), start.kept, count, start.layout, self.method.scope)
+            pruned = recalibrated(start.at(start.weights, keep), self.stream, self.method)
+            loss = measure(pruned)
+            stage = Stage(1 - count / start.layout.size, None, loss - self.loss)
+            yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
+
+    def _renew(self) -> None:
+        """Take new rows, and their mean into the averaged gradient."""
+        index = self.objective.kept.nonzero().squeeze(1)
+        columns = None if len(index) == len(self.objective.kept) else index
+        samples = self._next_rows * self.group
+        self._next_rows = self.rows_each
+        fresh = self.objective.on(self.stream.draw(samples))
+        rows = fresh.rows(samples, group=self.group, labels=self.curvature.labels, columns=columns)
+        with phase("curvature"):
+            self.fisher.add(rows)
+            self._taken += 1
+            self._weight += len(rows)
+            self.gradient += (rows.mean(0).double() - self.gradient) * (len(rows) / self._weight)
+
+    def _try(self, count: int) -> _Step:
+        """Propose a stage down to `count` weights in several ways and choose on the held-out samples."""
+        first = self.damping is None
+        damping = self._absolute() or self.damping or _FIRST_DAMPINGS[0] * self.fisher.scale
+        gradient = self.gradient
+        keep = self.objective.kept
+        stay = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
+        if count < len(self.weights):
+            with phase("saliency"):
+                finv = self.fisher.inverse(damping)
+                point = newton_point(self.weights, gradient, finv) if self.first_order else self.weights
+                scores = torch.zeros(len(keep), dtype=torch.float64, device=point.device)
+                scores[self.objective.kept] = saliency(point, finv)
+                keep = select(scores, keep, count, self.objective.layout, self.method.scope)
+                stay = keep[self.objective.kept]
+        with phase("update"):
+            rest = self.fisher.restricted(stay)
+            gone = torch.where(stay, 0, -self.weights)
+            pull = -self.fisher.pull(gone)[stay]
+            start = self.weights[stay]
+            side = pull - gradient[stay] if self.first_order else pull
+
+        def candidate(damping: float) -> _Candidate:
+            with phase("update"):
+                weights = start + rest.inverse(damping) @ side
+            return _Candidate(weights, self._loss_at(weights, keep), damping)
+
+        tried = [candidate(choice) for choice in self._dampings(damping, first)]
+        best = min(tried, key=lambda c: c.loss)
+        if not best.loss <= _TOLERANCE * self.loss:
+            plain = _Candidate(start, self._loss_at(start, keep), damping * _FACTOR, moved=False)
+            best = min(best, plain, key=lambda c: c.loss)
+        if not math.isfinite(best.loss):
+            raise WoodfisherError(
+                f"at {count} weights the loss on held-out samples is {best.loss} however the rest moves; the model "
+                "is unchanged. Ask for a lower sparsity."
+            )
+        step = gone.clone()
+        step[stay] = best.weights - start
+        predicted = float(step @ self.fisher.pull(step) / 2)
+        if self.first_order:
+            predicted += float(gradient @ step)
+        stage = Stage(
+            sparsity=1 - count / self.objective.layout.size,
+            predicted=predicted,
+            measured=best.loss - self.loss,
+            damping=best.damping if best.moved else None,
+            first_order=self.first_order and best.moved,
+        )
+        return _Step(best, keep, rest, stage, best.loss - self.loss > 2 * max(predicted, 0) + 0.1 * self.loss)
+
+    def _dampings(self, damping: float, first: bool) -> list[float]:
+        """What to try: many at the first stage, then the last one and its neighbours in turn."""
+        if self._absolute() is not None:
+            return [damping]
+        if first:
+            return [factor * self.fisher.scale for factor in _FIRST_DAMPINGS]
+        step = _FACTOR if self._taken % 2 else 1 / _FACTOR
+        return [damping, min(max(damping * step, self._first_damping / _RANGE), self._first_damping * _RANGE)]
+
+    def _absolute(self) -> float | None:
+        damping = self.curvature.damping
+        if isinstance(damping, Relative):
+            return damping.factor * self.fisher.scale
+        return None if damping == "auto" else float(damping)
+
+    def _accept(self, step: _Step) -> None:
+        candidate, keep = step.candidate, step.keep
+        self.gradient = self.gradient[keep[self.objective.kept]]
+        self.fisher = step.fisher
+        self.weights, self.loss = candidate.weights, candidate.loss
+        self.objective = self._objective_at(candidate.weights, keep)
+        self.damping = candidate.damping
+        self._first_damping = self._first_damping or candidate.damping
+        if candidate.moved and self.first_order:
+            self._weight *= self.options.momentum
+
+    def _objective_at(self, weights: Tensor, keep: Tensor) -> Objective:
+        full = torch.zeros(len(keep), dtype=torch.float64, device=keep.device)
+        full[keep] = weights
+        return self.objective.at(full, keep)
+
+    def _loss_at(self, weights: Tensor, keep: Tensor) -> float:
+        if not weights.isfinite().all():
+            return math.inf
+        value = self._measure(self._objective_at(weights, keep))
+        return value if math.isfinite(value) else math.inf
+
+    def _measure(self, objective: Objective) -> float:
+        with phase("check"):
+            return objective.on(self._held_out).mean_loss()
+
+    def _finished(self, stages: tuple[Stage, ...]) -> Passed:
+        """The network as it leaves: with normalisation recalibrated if the held-out samples say so."""
+        fresh = recalibrated(self.objective, self.stream, self.method)
+        if fresh is self.objective:
+            return Passed(self.objective, self.loss, stages)
+        loss = self._measure(fresh)
+        return Passed(fresh, loss, stages) if loss <= self.loss else Passed(self.objective, self.loss, stages)
+
+    def _check_memory(self) -> None:
+        size = 4 * self.options.window * len(self.weights)
+        check_memory(
+            [
+                (f"{self.options.window} gradient rows of {len(self.weights)} weights", size),
+                ("their copy while a stage is tried", size),
+                ("Gram matrices", 4 * 8 * self.options.window**2),
+            ],
+            self.objective.device,
+            "Take a smaller window, or a fixed number of stages with fewer samples.",
+        )
+
+
+def recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:
+    """The objective with statistics of batch normalisation from the next samples, where it has any."""
+    if not method.recalibrate or not objective.has_batch_norm:
+        return objective
+    return objective.on(stream.draw(method.recalibrate)).recalibrated(method.recalibrate)

@@ -1,0 +1,107 @@
+"""λ in three forms: a number, a multiple of the curvature's own scale, or what held-out rows find likely."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from woodfisher.checks import check_positive
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Relative:
+    """λ as a multiple of the mean diagonal entry of F without damping: the same for every unit of the loss.
+
+    Attributes
+    ----------
+    factor:
+        The multiple, above 0.
+    """
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        check_positive("the factor of a relative damping", self.factor, "or F has no inverse")
+
+
+Damping = float | Relative | Literal["auto"]
+
+_GRID = [10 ** (power / 4) for power in range(-32, 17)]
+"""Multiples of the scale among which `auto` chooses."""
+
+
+def check_damping(value: object, why: str) -> None:
+    """Raise unless `value` is a damping in one of its forms."""
+    if value == "auto" or isinstance(value, Relative):
+        return
+    if isinstance(value, str):
+        raise WoodfisherError(
+            f"damping must be a number above 0, wf.Relative(factor) or 'auto'; {value!r} came."
+        )
+    check_positive("damping", value, why)
+
+
+def resolve(damping: Damping, rows: Tensor, group: int) -> float:
+    """λ for the rows `(N, d)`, each of which averages `group` samples."""
+    if damping == "auto":
+        return held_out_damping(rows, group)
+    if isinstance(damping, Relative):
+        return damping.factor * _positive_scale(rows, group)
+    return float(damping)
+
+
+def held_out_damping(rows: Tensor, group: int) -> float:
+    """λ under which rows held out are likeliest, as draws from N(0, F_λ) with F_λ made of the others.
+
+    Every fifth row is held out. One eigendecomposition of the others' Gram matrix, GGᵀ = U diag(e) Uᵀ, gives
+
+        −2 log p(h) = d log λ + Σ log(1 + eᵢ/(nλ)) + (‖h‖² − Σ (uᵢᵀGh)² / (nλ + eᵢ)) / λ
+
+    for every λ at once. Out of the rows' span this sets λ to what held-out gradients have there on average, per
+    weight (as the noise of probabilistic PCA: Tipping and Bishop, 1999).
+
+    Parameters
+    ----------
+    rows:
+        Gradient rows `(N, d)`, at least five.
+    group:
+        Samples that each averages; held-out rows are scaled by its root, as F is by it.
+    """
+    if len(rows) < 5:
+        raise WoodfisherError(
+            f"damping='auto' holds every fifth row out, and there are {len(rows)}: take 5 at least, or give a number."
+        )
+    scale = _positive_scale(rows, group)
+    out = torch.arange(len(rows), device=rows.device) % 5 == 4
+    K = (rows @ rows.mT).double()
+    n, d, m = int((~out).sum()) / group, rows.shape[1], group
+    e, U = torch.linalg.eigh(K[~out][:, ~out])
+    e = e.clamp(min=0)
+    energy = m * K.diagonal()[out].mean()
+    explained = m * (U.mT @ K[~out][:, out]).square().mean(1)
+
+    def surprise(damping: float) -> float:
+        within = torch.log1p(e / (n * damping)).sum()
+        return d * math.log(damping) + float(
+            within + (energy - (explained / (n * damping + e)).sum()) / damping
+        )
+
+    return min((factor * scale for factor in _GRID), key=surprise)
+
+
+def _positive_scale(rows: Tensor, group: int) -> float:
+    norms = torch.linalg.vector_norm(rows, dim=1).double()
+    scale = float(norms.square().mean()) * group / rows.shape[1]
+    if not scale > 0:
+        raise WoodfisherError(
+            "every gradient row is zero, so the curvature has no scale for a damping relative to it: the model "
+            "fits these samples perfectly, or does not depend on the chosen weights. Give damping as a number."
+        )
+    return scale

@@ -1,0 +1,91 @@
+"""The Fisher of a run of many stages: new rows come, the oldest go, removed weights drop out."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.curvature.woodfisher import LowRankInverse
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class RunningFisher:
+    """F = λI + (m/N) Σ gₙgₙᵀ over the last N ≤ `window` rows, in one block over the weights that are left.
+
+    The Gram matrix is kept beside the rows and brought up to date with what changes: a stage that renews r
+    rows and removes q of d weights costs 2Nrd + 2N²q operations instead of 2N²d. Rows keep the weights that
+    they were taken at; a window of a few stages forgets them in time.
+
+    Parameters
+    ----------
+    size:
+        d, the weights.
+    window:
+        Most rows held.
+    group:
+        m, the samples that a row averages.
+    """
+
+    def __init__(
+        self, size: int, window: int, group: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.group = group
+        self._store = torch.empty(window, size, dtype=dtype, device=device)
+        self._gram = torch.zeros(window, window, dtype=torch.float64, device=device)
+        self._filled = self._next = 0
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows, `(N, d)`."""
+        return self._store[: self._filled]
+
+    @property
+    def divisor(self) -> float:
+        """N = N/m."""
+        return self._filled / self.group
+
+    @property
+    def scale(self) -> float:
+        """Mean diagonal entry of F without damping: what a relative damping is relative to."""
+        trace = self._gram.diagonal()[: self._filled].sum()
+        return float(trace) / (self.divisor * self._store.shape[1])
+
+    def add(self, rows: Tensor) -> None:
+        """Take in new rows `(r, d)` in the place of the oldest; of more than the window the last ones."""
+        window = len(self._store)
+        for row_block in rows[-window:].split(window):
+            place = (self._next + torch.arange(len(row_block), device=rows.device)) % window
+            self._store[place] = row_block
+            self._filled = max(self._filled, min(self._next + len(row_block), window))
+            self._next = (self._next + len(row_block)) % window
+            cross = (self.rows @ row_block.mT).double()
+            self._gram[: self._filled, place] = cross
+            self._gram[place, : self._filled] = cross.mT
+
+    def restricted(self, stay: Tensor) -> RunningFisher:
+        """The same rows without the weights outside `stay`, bool `(d,)`."""
+        if bool(stay.all()):
+            return self
+        other = copy.copy(self)
+        other._store = self._store[:, stay]
+        other._gram = self._gram.clone()
+        gone, left = self.rows[:, ~stay], other.rows
+        square = other._gram[: self._filled, : self._filled]
+        if gone.shape[1] < left.shape[1]:
+            square -= (gone @ gone.mT).double()
+        else:
+            square[:] = (left @ left.mT).double()
+        return other
+
+    def pull(self, v: Tensor) -> Tensor:
+        """Fv without the damping, GᵀGv/n, for `v` float64 `(d,)`."""
+        return ((self.rows @ v.to(self._store.dtype)) @ self.rows).double() / self.divisor
+
+    def inverse(self, damping: float) -> LowRankInverse:
+        """F⁻¹ with λ = `damping`: a factorisation of N×N, and nothing of the size of the rows."""
+        gram = self._gram[None, : self._filled, : self._filled]
+        return LowRankInverse(self.rows, 1, damping, self.divisor, gram=gram, single=True)
