@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from woodfisher.batches import Stream
+from woodfisher.batches import Stream, samples_in
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.damping import Relative
 from woodfisher.curvature.running import RunningFisher
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from woodfisher.batches import Batch
     from woodfisher.curvature import WoodFisher
     from woodfisher.method import Method
     from woodfisher.objective import Objective
@@ -38,6 +39,9 @@ _FIRST_DAMPINGS = [10 * _FACTOR**power for power in range(10)]
 MOST_PASSES = 8
 """Passes over the data up to which its gradients are taken for those of new samples."""
 
+MOST_OPERATIONS = 130_000_000_000
+"""Floating-point operations that scoring may take at each stage: about a second on two cores."""
+
 _RANGE = 9.0
 """How far the damping may go from what was best at the first stage, where the rows are freshest: a smaller step is
 almost always better for the next stage alone, and too small for those that follow."""
@@ -50,18 +54,19 @@ _TOLERANCE = 1.02
 class Adaptive:
     """Many small stages that carry their rows along, each checked on samples that are never used for rows.
 
-    A stage draws its share of the estimator's `samples`, which counts those of all stages here, in rows of `group`
-    samples (fewer where the data would not fill the window otherwise). It renews some rows of the Fisher, removes weights, and moves the rest to the minimum of the quadratic
-    model. Each is tried at several dampings, with and without the gradient, and as a plain removal; what has
-    the lowest loss on the held-out samples is taken. A stage that raises that loss by far more than predicted is
-    taken back and split in two.
+    The first stage fills the window with rows, later ones renew an equal share of it each; the estimator's
+    `samples` counts those of all stages, and a row averages `group` of them (fewer where the data would not fill
+    the window otherwise). Each stage removes weights and moves the rest to the minimum of the quadratic model, at
+    several dampings; what has the lowest loss on the held-out samples is taken. A stage that raises that loss by
+    far more than predicted is taken back and split in two.
 
     Attributes
     ----------
     stages:
         Planned stages; splits may add half as many again.
     window:
-        Rows that the Fisher is made of.
+        Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be
+        more than `MOST_OPERATIONS`, or where the data has not as many.
     held_out:
         Samples to check on, at most a fifth of the data; never used for rows.
     momentum:
@@ -71,9 +76,9 @@ class Adaptive:
         smaller share of what is left.
     """
 
-    stages: int = 120
+    stages: int = 90
     window: int = 1000
-    held_out: int = 2000
+    held_out: int = 1000
     momentum: float = 0.7
     pace: float = 1.5
 
@@ -118,18 +123,36 @@ def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -
     """Prune through `targets` (numbers of kept weights, largest first) with stages that adapt.
 
     With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
-    that come again and again fit these samples, which one stage at a time does not show. So where the plan reads the
-    data more than `MOST_PASSES` times the run is made with and without, and at each target the one with the lower
-    loss on the held-out samples counts. Removing by magnitude alone competes with both, so that what comes is never
-    worse on these samples.
+    that come again and again fit these samples, which one stage at a time does not show. So where the plan
+    reads the data more than `MOST_PASSES` times the run is made with and without, in a quarter of the stages, as
+    there is less that is new to each; at each target the one with the lower loss on the held-out samples
+    counts. Removing by magnitude alone competes with both, so that
+    what comes is never worse than that on these samples.
     """
-    known = objective.known_samples() or MOST_PASSES
-    repeats = method.curvature.samples > MOST_PASSES * known
-    orders = {"auto": [True, False] if repeats else [True]}.get(
-        str(method.first_order), [bool(method.first_order)]
-    )
-    runs = [AdaptiveRun(objective, method, first_order=order) for order in orders]
-    by_size = AdaptiveRun(objective, method, first_order=False).by_magnitude(targets)
+    assert isinstance(method.stages, Adaptive)
+    stream = Stream(objective.data)
+    known = objective.known_samples() or stream.count(5 * method.stages.held_out)
+    if known < 2:
+        raise WoodfisherError(
+            f"stages that adapt hold out samples to check on, and the data has {known}: give 2 at least, or "
+            "a number of stages."
+        )
+    held_out = stream.hold_out(min(method.stages.held_out, max(known // 5, 1)))
+    repeats = method.curvature.samples > MOST_PASSES * known and stream.rereadable
+    if repeats:
+        fewer = replace(method.stages, stages=-(-method.stages.stages // 4))
+        method = replace(method, stages=fewer)
+    orders = [True, False] if repeats else [True]
+    if method.first_order != "auto":
+        orders = [bool(method.first_order)]
+    samples = known - sum(map(samples_in, held_out))
+    runs = [
+        AdaptiveRun(
+            objective, method, held_out, stream if order is orders[0] else stream.fork(), samples, order
+        )
+        for order in orders
+    ]
+    by_size = runs[0].by_magnitude(targets)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
         yield min(passed, key=lambda p: p.loss)
 
@@ -140,32 +163,46 @@ class AdaptiveRun:
     Parameters
     ----------
     objective:
-        Where it starts; its data is drawn from the beginning, the held-out samples first.
+        Where it starts.
     method:
         With `stages` an `Adaptive` and `curvature` a `WoodFisher` in one block.
+    held_out:
+        Batches to check stages on.
+    stream:
+        Where samples for rows come from.
+    samples:
+        How many different ones it has, as far as is known.
     first_order:
         Whether the gradient takes part.
     """
 
-    def __init__(self, objective: Objective, method: Method, *, first_order: bool) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        method: Method,
+        held_out: Sequence[Batch],
+        stream: Stream,
+        samples: int,
+        first_order: bool,
+    ) -> None:
         assert isinstance(method.stages, Adaptive)
         self.objective, self.method, self.options = objective, method, method.stages
-        self.first_order = first_order
-        self.stream = Stream(objective.data)
-        known = objective.known_samples() or self.stream.count(5 * self.options.held_out)
-        held_out = min(self.options.held_out, known // 5)
-        self._held_out = self.stream.hold_out(max(held_out, 1))
         self.curvature = cast("WoodFisher", method.curvature)
-        self.group = max(1, min(self.curvature.group, (known - held_out) // self.options.window))
-        rows = self.curvature.samples // self.group
-        fresh = max(rows - self.options.window, 0) // self.options.stages
-        self._next_rows = min(rows, self.options.window)
-        self.rows_each = min(max(fresh, 1), -(-self.options.window // 4))
+        self.stream, self.first_order = stream, first_order
+        self._held_out = held_out
         self.weights = objective.weights[objective.kept].double()
-        self._check_memory()
+        affordable = math.isqrt(MOST_OPERATIONS // (2 * len(self.weights)))
+        most = max(min(self.options.window, affordable), 1)
+        self.group = max(1, min(self.curvature.group, samples // most))
+        rows = self.curvature.samples // self.group
+        window = max(min(most, samples // self.group, rows), 1)
+        fresh = max(rows - window, 0) // self.options.stages
+        self._next_rows = window
+        self._rows_each = min(max(fresh, 1), -(-window // 4))
+        self._check_memory(window)
         self.fisher = RunningFisher(
             len(self.weights),
-            self.options.window,
+            window,
             self.group,
             dtype=objective.dtype,
             device=objective.device,
@@ -177,8 +214,8 @@ class AdaptiveRun:
         self.loss = self._measure(objective)
         if not math.isfinite(self.loss):
             raise WoodfisherError(
-                f"the mean loss of the model as it came is {self.loss} on {held_out} held-out samples: check the "
-                "loss, the data and the weights."
+                f"the mean loss of the model as it came is {self.loss} on held-out samples: check the loss, the "
+                "data and the weights."
             )
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
@@ -222,7 +259,7 @@ class AdaptiveRun:
         index = self.objective.kept.nonzero().squeeze(1)
         columns = None if len(index) == len(self.objective.kept) else index
         samples = self._next_rows * self.group
-        self._next_rows = self.rows_each
+        self._next_rows = self._rows_each
         fresh = self.objective.on(self.stream.draw(samples))
         rows = fresh.rows(samples, group=self.group, labels=self.curvature.labels, columns=columns)
         with phase("curvature"):
@@ -331,13 +368,13 @@ class AdaptiveRun:
         loss = self._measure(fresh)
         return Passed(fresh, loss, stages) if loss <= self.loss else Passed(self.objective, self.loss, stages)
 
-    def _check_memory(self) -> None:
-        size = 4 * self.options.window * len(self.weights)
+    def _check_memory(self, window: int) -> None:
+        size = 4 * window * len(self.weights)
         check_memory(
             [
-                (f"{self.options.window} gradient rows of {len(self.weights)} weights", size),
+                (f"{window} gradient rows of {len(self.weights)} weights", size),
                 ("their copy while a stage is tried", size),
-                ("Gram matrices", 4 * 8 * self.options.window**2),
+                ("Gram matrices", 4 * 8 * window**2),
             ],
             self.objective.device,
             "Take a smaller window, or a fixed number of stages with fewer samples.",

@@ -142,6 +142,7 @@ class Replay:
     def __init__(self, data: Iterable[Batch]) -> None:
         self._source = iter(data)
         self._drawn: list[Batch] = []
+        self.dataset = getattr(data, "dataset", None)
 
     def __iter__(self) -> Iterator[Batch]:
         position = 0
@@ -181,10 +182,22 @@ class Stream:
     def count(self, most: int) -> int:
         """Samples that are still to come, reading ahead as far as `most` of them."""
         ahead = list(take(self._current, most))
-        if iter(self._data) is self._data and sum(map(samples_in, ahead)) < most:
+        if not self.rereadable and sum(map(samples_in, ahead)) < most:
             self._data = ahead
         self._current = chain(ahead, self._current)
         return sum(map(samples_in, ahead))
+
+    def fork(self) -> Stream:
+        """The same data from its start again, without what is held out."""
+        other = Stream(self._data)
+        other._held_out = self._held_out
+        other._current = other._without_held_out(self._data)
+        return other
+
+    @property
+    def rereadable(self) -> bool:
+        """Whether the data can be read from its start again."""
+        return iter(self._data) is not self._data
 
     def hold_out(self, samples: int) -> list[Batch]:
         """Draw samples that come in no later draw, in whatever order the data is read again."""

@@ -41,8 +41,8 @@ class Method:
         What F is.
     first_order:
         Whether the gradient takes part: WoodTaylor, which scores and updates at the Newton point w − F⁻¹g
-        (so that weights move even where none is removed). `auto` asks held-out samples at each stage, and needs
-        stages that adapt.
+        (so that weights move even where none is removed). `auto` leaves it to the held-out samples where stages
+        adapt, and is False where they don't.
     update:
         `independent` (the paper's sum of single-weight updates), `joint` (the minimiser of the quadratic for
         the whole removed set) or `none`.
@@ -50,7 +50,8 @@ class Method:
         Rank weights over all layers (`global`) or give each layer the same sparsity (`layer`).
     stages:
         Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity; or
-        an `Adaptive`, many small stages that are checked on held-out samples (`auto`: one with its defaults).
+        an `Adaptive`, many small stages that are checked on held-out samples. `auto` is the latter with its
+        defaults for one block over all weights and the joint update, and 16 otherwise.
     recalibrate:
         Samples on whose forward passes the statistics of batch normalisation are taken anew after the last
         stage, in models that have them; 0 to leave them.
@@ -71,17 +72,17 @@ class Method:
             )
         check_choice("update", self.update, UPDATES)
         check_choice("scope", self.scope, SCOPES)
+        check_choice("first_order", str(self.first_order), ("True", "False", "auto"))
         if self.stages == "auto":
-            object.__setattr__(self, "stages", Adaptive())
+            carries = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
+            adapts = carries and self.update == "joint"
+            object.__setattr__(self, "stages", Adaptive() if adapts else FIXED_STAGES)
         if isinstance(self.stages, Adaptive):
             self._check_adaptive()
-        else:
-            check_count("stages", self.stages)
-            if self.first_order not in (True, False):
-                raise WoodfisherError(
-                    f"first_order is True or False for a fixed number of stages; {self.first_order!r} came. "
-                    "stages='auto' can choose on held-out samples."
-                )
+            return
+        check_count("stages", self.stages)
+        if self.first_order == "auto":
+            object.__setattr__(self, "first_order", False)
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)
 
@@ -93,10 +94,9 @@ class Method:
             )
         if self.update != "joint":
             raise WoodfisherError(
-                f"stages that adapt move the weights by the joint update; update={self.update!r} came. Give a number "
-                "of stages."
+                f"stages that adapt move the weights by the joint update; update={self.update!r} came. Give a "
+                "number of stages."
             )
-        check_choice("first_order", str(self.first_order), ("True", "False", "auto"))
 
     def to_dict(self) -> dict[str, Any]:
         """All options, as JSON takes them."""
@@ -105,6 +105,9 @@ class Method:
         stages = self.stages if isinstance(self.stages, int) else asdict(cast("Any", self.stages))
         return {**parts, "curvature": curvature, "stages": stages}
 
+
+FIXED_STAGES = 16
+"""Stages where they don't adapt, as M-FAC recomputes."""
 
 _FULL = WoodFisher(samples=400, block_size=None, damping=1e-3)
 _BLOCKS = WoodFisher(samples=400, block_size=2000, damping=1e-3)
@@ -116,10 +119,10 @@ _MANY: dict[str, Any] = {"samples": 4000, "group": 10, "damping": 1e-2}
 METHODS: dict[str, Method] = {
     "woodfisher": Method(_CARRIED, first_order="auto", stages="auto"),
     "woodtaylor": Method(_CARRIED, first_order=True, stages="auto"),
-    "woodfisher-full": Method(_FULL, stages=16),
-    "woodfisher-block": Method(_BLOCKS, stages=16),
-    "woodtaylor-block": Method(replace(_BLOCKS, **_MANY), first_order=True, stages=16),
-    "mfac": Method(replace(_FULL, samples=1000, damping=1e-5), update="independent", stages=16),
+    "woodfisher-full": Method(_FULL, stages=FIXED_STAGES),
+    "woodfisher-block": Method(_BLOCKS, stages=FIXED_STAGES),
+    "woodtaylor-block": Method(replace(_BLOCKS, **_MANY), first_order=True, stages=FIXED_STAGES),
+    "mfac": Method(replace(_FULL, samples=1000, damping=1e-5), update="independent", stages=FIXED_STAGES),
     "kfac": Method(KFAC(), update="independent"),
     "obd": Method(DiagonalFisher(), update="none"),
     "obd-hessian": Method(DiagonalHessian(), update="none"),

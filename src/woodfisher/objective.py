@@ -118,7 +118,7 @@ class Objective:
         return other
 
     @property
-    def _norms(self) -> dict[str, nn.Module]:
+    def _norms(self) -> dict[str, _BatchNorm]:
         return {
             name: module
             for name, module in self.model.named_modules()
@@ -327,8 +327,8 @@ class Objective:
         ]
         if different:
             raise WoodfisherError(
-                f"this model has no parameter {different[0]!r} of shape {self.layout.shapes[different[0]]}: write to "
-                "one of the architecture that was pruned."
+                f"this model has no parameter {different[0]!r} of shape {self.layout.shapes[different[0]]}: "
+                "write to one of the architecture that was pruned."
             )
         if any(parameters[name].is_inference() for name in self.layout.shapes):
             raise WoodfisherError(

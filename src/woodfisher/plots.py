@@ -50,23 +50,25 @@ def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Pat
 
 
 def plot_accuracy(
-    curves: Mapping[str, Sequence[tuple[float, float]]], dense: float, metric: str, path: Path
+    curves: Mapping[str, Sequence[tuple[float, float, float | None]]], dense: float, metric: str, path: Path
 ) -> None:
     """Lines of the metric against sparsity, one for each method, with the dense model's as a line.
 
     Parameters
     ----------
     curves:
-        Method → (sparsity, metric) pairs.
+        Method → (sparsity, mean of the metric, its standard deviation or None).
     """
     figure, axes = _figure((7.2, 4.4))
     for row, (method, points) in enumerate(curves.items()):
         if not points:
             continue
-        sparsities, values = zip(*sorted(points), strict=True)
-        axes.plot(
+        sparsities, values, spreads = zip(*sorted(points), strict=True)
+        axes.errorbar(
             [100 * s for s in sparsities],
             values,
+            [spread or 0.0 for spread in spreads],
+            capsize=2,
             marker="o",
             markersize=4,
             label=method,

@@ -192,10 +192,8 @@ def sweep_objective(
                     f"{sparsity:.2%} asks for; nothing is removed."
                 )
                 reached[count] = _pruned(objective, [], method, watch)
-        for count, pruned in _each(
-            objective, sorted(set(counts) - set(reached), reverse=True), method, watch
-        ):
-            reached[count] = pruned
+        wanted = sorted(set(counts) - set(reached), reverse=True)
+        reached.update(_each(objective, wanted, method, watch))
     return [reached[count] for count in counts]
 
 
@@ -239,8 +237,8 @@ def prune_within(
                     high = middle
         if best is None:
             warn(
-                f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of {max_drop:.2%}: "
-                f"the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
+                f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "
+                f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
             best = _pruned(objective, [], method, watch)
     best.write()
@@ -319,6 +317,7 @@ def _pruned(objective: Objective, stages: list[Stage], method: Method, watch: Wa
 
 
 def _run_stages(objective: Objective, final: int, method: Method) -> tuple[Objective, list[Stage]]:
+    assert isinstance(method.stages, int)
     size, now = objective.layout.size, int(objective.kept.sum())
     stream = Stream(objective.data)
     stages = []

@@ -3,40 +3,57 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
-from typing import Any
+import csv
+import statistics
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from woodfisher.adaptive import Adaptive
 from woodfisher.batches import Replay
-from woodfisher.checks import check_sparsity
+from woodfisher.checks import check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.plots import plot_accuracy, require_plots
-from woodfisher.pruner import prune_objective
+from woodfisher.pruner import sweep_objective
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from woodfisher.method import Method
+    from woodfisher.pruner import Pruned
+    from woodfisher.tasks import Task
+
+_COLUMNS = ("criterion", "requested_sparsity", "sparsity", "seed", "metric", "dense", "seconds", "error")
 
 
 @dataclass(frozen=True)
 class Compare:
     """Prune one network by several methods to several sparsities, under one protocol.
 
-    Every method starts from the same dense network, draws the same training samples and prunes the same
-    layers; each result is measured once on the test data. Options of the curvature (samples, damping, ...)
-    apply to every method that has them.
+    Every method starts from the same dense network, draws from the same order of training samples, recalibrates
+    normalisation alike and prunes the same layers; each result is measured once on the test data. Methods whose
+    stages adapt pass through all sparsities in one run, others are run for each. Options of the curvature (samples,
+    damping, ...) apply to every method that has them.
 
-    With --out, writes OUT/report.json and OUT/accuracy.png.
+    With --out, writes OUT/report.json, OUT/results.csv and OUT/accuracy.png.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: tuple[float, ...] = (0.5, 0.7, 0.8, 0.9, 0.95)
+    sparsity: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
     """Fractions of the weights to remove, each in [0, 1)."""
 
     methods: str = "magnitude,obd,woodfisher"
     """Comma-separated criteria, as in `woodfisher prune`."""
+
+    seeds: int = 1
+    """Repetitions, with seeds --seed, --seed + 1, ...; the table then shows mean and standard deviation."""
 
     out: Folder = None
     """Folder for the results; files there are replaced."""
@@ -45,51 +62,47 @@ class Compare:
     """Print one JSON object on standard output, and nothing else there."""
 
     def run(self) -> None:
-        """Check everything, prune and evaluate method by method, write, show."""
+        """Check everything, prune and evaluate seed by seed and method by method, write, show."""
         if not self.sparsity:
             raise WoodfisherError("name at least one sparsity, as in --sparsity 0.5 0.9.")
         for sparsity in self.sparsity:
             check_sparsity(sparsity)
+        check_count("seeds", self.seeds)
         names = parse_methods(self.methods)
         methods = {name: self.method.method(name, strict=False) for name in names}
         if self.out is not None:
             check_folder(self.out)
             require_plots()
-        note(f"loading {self.model.task}")
-        task = self.model.load()
-        dense = task.evaluate(task.model)
-        note(f"dense: {task.metric_name} {dense:.2f}")
-        data = Replay(task.train)
+        dense: list[float] = []
         results: list[dict[str, Any]] = []
-        for name, method in methods.items():
-            for sparsity in self.sparsity:
-                model = copy.deepcopy(task.model)
-                cell = {"criterion": name, "requested_sparsity": sparsity}
-                try:
-                    with progress(f"{name} to {sparsity:g}") as show:
-                        objective = self.model.objective(task, model).on(data)
-                        report = prune_objective(objective, sparsity, method, show)
-                    metric = task.evaluate(model)
-                except WoodfisherError as error:
-                    note(f"{name} at {sparsity:g} failed: {error}")
-                    results.append({**cell, "error": str(error)})
-                    continue
-                note(f"{name} {report.sparsity:.2%}: {task.metric_name} {metric:.2f}")
-                results.append({**cell, "metric": metric, **report.to_dict()})
+        for seed in range(self.model.seed, self.model.seed + self.seeds):
+            note(f"loading {self.model.task}, seed {seed}")
+            task = replace(self.model, seed=seed).load()
+            dense.append(task.evaluate(task.model))
+            note(f"dense: {task.metric_name} {dense[-1]:.2f}")
+            data = Replay(task.train)
+            for name, method in methods.items():
+                cells = self._results(task, data, name, method)
+                results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
         if all("error" in result for result in results):
             raise WoodfisherError("every run failed, as told above.")
-        content = {
+        summary = _summary(results)
+        content: dict[str, Any] = {
             "task": self.model.task,
             "metric": task.metric_name,
             "preset": self.method.preset,
             "seed": self.model.seed,
-            "dense": {"metric": dense},
+            "seeds": self.seeds,
+            "dense": {"metric": statistics.fmean(dense)},
+            "summary": summary,
             "results": results,
         }
         if self.out is not None:
             curves = {
                 name: [
-                    (r["sparsity"], r["metric"]) for r in results if r["criterion"] == name and "metric" in r
+                    (cell["requested_sparsity"], cell["mean"], cell["sd"])
+                    for cell in summary
+                    if cell["criterion"] == name and cell["runs"]
                 ]
                 for name in names
             }
@@ -97,7 +110,10 @@ class Compare:
                 self.out,
                 {
                     "report.json": lambda path: save_json(content, path),
-                    "accuracy.png": lambda path: plot_accuracy(curves, dense, task.metric_name, path),
+                    "results.csv": lambda path: _save_csv(results, path),
+                    "accuracy.png": lambda path: plot_accuracy(
+                        curves, content["dense"]["metric"], task.metric_name, path
+                    ),
                 },
             )
         if self.json:
@@ -105,19 +121,83 @@ class Compare:
         else:
             _show(content, names)
 
+    def _results(self, task: Task, data: Replay, name: str, method: Method) -> Iterator[dict[str, Any]]:
+        """One entry for each sparsity, with an `error` where it failed."""
+        together = isinstance(method.stages, Adaptive)
+        for sparsities in [self.sparsity] if together else [(sparsity,) for sparsity in self.sparsity]:
+            label = "all sparsities" if together else f"{sparsities[0]:g}"
+            try:
+                with progress(f"{name} to {label}") as show:
+                    objective = self.model.objective(task, task.model).on(data)
+                    runs: Sequence[Pruned | None] = sweep_objective(objective, sparsities, method, show)
+                error = ""
+            except WoodfisherError as problem:
+                note(f"{name} at {label} failed: {problem}")
+                runs, error = [None] * len(sparsities), str(problem)
+            for sparsity, pruned in zip(sparsities, runs, strict=True):
+                cell = {"criterion": name, "requested_sparsity": sparsity}
+                if pruned is None:
+                    yield {**cell, "error": error}
+                    continue
+                model = copy.deepcopy(task.model)
+                pruned.write(model)
+                metric = task.evaluate(model)
+                note(f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {metric:.2f}")
+                yield {**cell, "metric": metric, **pruned.report.to_dict()}
+
+
+def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, for each method and sparsity, in the order that they ran."""
+    cells: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for result in results:
+        cells.setdefault((result["criterion"], result["requested_sparsity"]), []).append(result)
+    summary = []
+    for (criterion, sparsity), runs in cells.items():
+        metrics = [run["metric"] for run in runs if "metric" in run]
+        summary.append(
+            {
+                "criterion": criterion,
+                "requested_sparsity": sparsity,
+                "runs": len(metrics),
+                "mean": statistics.fmean(metrics) if metrics else None,
+                "sd": statistics.stdev(metrics) if len(metrics) > 1 else None,
+                "seconds": max((run["seconds"]["total"] for run in runs if "seconds" in run), default=None),
+            }
+        )
+    return summary
+
+
+def _save_csv(results: list[dict[str, Any]], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
+        writer.writeheader()
+        for result in results:
+            seconds = result["seconds"]["total"] if "seconds" in result else None
+            writer.writerow({**result, "seconds": seconds})
+
 
 def _show(content: dict[str, Any], names: list[str]) -> None:
     """One row a method, one column a sparsity."""
+    spread = "" if content["seeds"] == 1 else f", mean ± standard deviation of {content['seeds']} seeds"
     table = Table(
-        title=f"{content['task']}: test {content['metric']}; dense {content['dense']['metric']:.2f}"
+        title=f"{content['task']}: test {content['metric']}{spread}; dense {content['dense']['metric']:.2f}"
     )
     table.add_column("method")
-    rows = {name: [r for r in content["results"] if r["criterion"] == name] for name in names}
-    for result in rows[names[0]]:
-        table.add_column(f"{100 * result['requested_sparsity']:g} %", justify="right")
-    table.add_column("time", justify="right")
-    for name, results in rows.items():
-        seconds = sum(result["seconds"]["total"] for result in results if "seconds" in result)
-        cells = [f"{result['metric']:.2f}" if "metric" in result else "failed" for result in results]
-        table.add_row(name, *cells, f"{seconds:.1f} s")
+    rows = {name: [cell for cell in content["summary"] if cell["criterion"] == name] for name in names}
+    for cell in rows[names[0]]:
+        table.add_column(f"{100 * cell['requested_sparsity']:g} %", justify="right")
+    for name, cells in rows.items():
+        table.add_row(name, *map(_cell, cells))
     out().print(table)
+    console = out()
+    for name in names:
+        stages = [r for r in content["results"] if r["criterion"] == name and "seconds" in r]
+        if stages:
+            slowest = max(r["seconds"]["total"] for r in stages)
+            console.print(f"{name}: at most {slowest:.1f} s a run", soft_wrap=True)
+
+
+def _cell(cell: dict[str, Any]) -> str:
+    if not cell["runs"]:
+        return "failed"
+    return f"{cell['mean']:.2f}" + ("" if cell["sd"] is None else f" ± {cell['sd']:.2f}")

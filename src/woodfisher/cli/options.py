@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from woodfisher.checks import check_choice
+from woodfisher.batches import take
+from woodfisher.checks import check_choice, check_count
+from woodfisher.curvature import Damping, Relative
 from woodfisher.errors import WoodfisherError
 from woodfisher.method import METHODS, Method, Scope, Update, method_for, options_of, with_options
 from woodfisher.objective import Objective
@@ -19,7 +21,6 @@ Labels = Literal["data", "model"]
 Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
-Number = Annotated[float | None, arg(metavar="X", help_behavior_hint="")]
 Patterns = Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")]
 
 
@@ -42,6 +43,9 @@ class TaskOptions:
     seed: int = 0
     """Which training samples are drawn."""
 
+    train_samples: Count = None
+    """Use no more than this many different training samples."""
+
     params: Patterns = ()
     """Patterns of parameter or module names to prune (default: weights of Linear and convolution layers)."""
 
@@ -57,7 +61,10 @@ class TaskOptions:
             raise WoodfisherError(f"the device {self.device!r} can't be used here: {error}") from error
         task = load_task(self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
         task.model.to(device)
-        return task
+        if self.train_samples is None:
+            return task
+        check_count("train_samples", self.train_samples)
+        return replace(task, train=list(take(task.train, self.train_samples)))
 
     def objective(self, task: Task, model: torch.nn.Module) -> Objective:
         """Objective of `model` on the task's training data."""
@@ -72,7 +79,7 @@ class MethodOptions:
     """The paper's protocol: 100 samples, damping 1e-5, blocks within layers, independent update, one shot."""
 
     samples: Count = None
-    """Training samples to take gradients of, at each stage."""
+    """Training samples to take gradients of: at each stage, or in all where stages adapt."""
 
     group: Count = None
     """Samples whose gradients are averaged into one row."""
@@ -80,8 +87,9 @@ class MethodOptions:
     block_size: Annotated[Literal["all"] | int | None, arg(metavar="N|all", help_behavior_hint="")] = None
     """Most weights in a block of the Fisher; all for one block over all weights."""
 
-    damping: Number = None
-    """λ, added to the curvature's diagonal, in the units of a squared gradient."""
+    damping: Annotated[str | None, arg(metavar="X|Xx|auto", help_behavior_hint="")] = None
+    """λ, added to the curvature's diagonal: 1e-4 in the units of a squared gradient, 0.5x for half of the mean
+    curvature (full and block WoodFisher), auto to choose it on held-out rows."""
 
     labels: Annotated[Labels | None, arg(metavar="data|model", help_behavior_hint="")] = None
     """data: the empirical Fisher; model: targets drawn from the model's own predictions."""
@@ -92,8 +100,9 @@ class MethodOptions:
     scope: Annotated[Scope | None, arg(metavar="global|layer", help_behavior_hint="")] = None
     """Rank weights across all layers, or give each layer the same sparsity."""
 
-    stages: Count = None
-    """Rounds of gradients, curvature and removal on the way to the sparsity."""
+    stages: Annotated[Literal["auto"] | int | None, arg(metavar="N|auto", help_behavior_hint="")] = None
+    """Rounds of gradients, curvature and removal on the way to the sparsity; auto for many small ones that are
+    checked on held-out samples."""
 
     recalibrate: Count = None
     """Samples to take the statistics of batch normalisation from, after pruning; 0 leaves them."""
@@ -109,7 +118,9 @@ class MethodOptions:
         if self.block_size is not None:
             block_size["block_size"] = None if self.block_size == "all" else self.block_size
         asked = {
-            **_given(samples=self.samples, group=self.group, damping=self.damping, labels=self.labels),
+            **_given(
+                samples=self.samples, group=self.group, damping=_damping(self.damping), labels=self.labels
+            ),
             **block_size,
         }
         known = options_of(method.curvature)
@@ -134,6 +145,18 @@ def parse_methods(text: str) -> list[str]:
     for name in names:
         check_choice("each method", name, METHODS)
     return list(dict.fromkeys(names))
+
+
+def _damping(text: str | None) -> Damping | None:
+    if text is None:
+        return None
+    try:
+        return "auto" if text == "auto" else Relative(float(text[:-1])) if text.endswith("x") else float(text)
+    except ValueError:
+        raise WoodfisherError(
+            f"--damping takes a number, a number and x for a multiple of the mean curvature, or auto; "
+            f"{text!r} came."
+        ) from None
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -7,18 +7,19 @@ import time
 import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
+from tyro.conf import arg
 
-from woodfisher.checks import check_choice, check_sparsity
+from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
-from woodfisher.errors import WoodfisherWarning
+from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
 from woodfisher.plots import plot_layers, require_plots
-from woodfisher.pruner import prune_objective
+from woodfisher.pruner import prune_objective, prune_within
 
 if TYPE_CHECKING:
     from woodfisher.report import Report
@@ -41,8 +42,11 @@ class Prune:
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: float = 0.95
-    """Fraction of the weights to remove, in [0, 1)."""
+    sparsity: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """Fraction of the weights to remove, in [0, 1) (default: 0.95)."""
+
+    max_drop: Annotated[str | None, arg(metavar="X%", help_behavior_hint="")] = None
+    """Instead: the sparsest network whose validation metric stays within this share of the dense one, as in 1%."""
 
     criterion: str = "woodfisher"
     """What decides: woodfisher, woodtaylor (uses the gradient too), both with one block over all weights and
@@ -57,11 +61,12 @@ class Prune:
 
     def run(self) -> None:
         """Check everything, prune, evaluate, write, show."""
-        check_sparsity(self.sparsity)
+        goal, sparsity = self._goal()
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True)
+        aim = f"drop{goal:g}" if goal is not None else f"{sparsity:g}"
         folder = self.out or Path("runs") / (
-            f"{self.model.task.replace(':', '-')}-{self.criterion}-{self.sparsity:g}-seed{self.model.seed}"
+            f"{self.model.task.replace(':', '-')}-{self.criterion}-{aim}-seed{self.model.seed}"
         )
         check_folder(folder)
         require_plots()
@@ -69,12 +74,19 @@ class Prune:
         task = self.model.load()
         baseline = copy.deepcopy(task.model)
         dense = _evaluate(task, task.model, "dense")
-        with progress(f"{self.criterion} to {self.sparsity:.0%}") as show:
-            report = prune_objective(self.model.objective(task, task.model), self.sparsity, method, show)
+        with progress(f"{self.criterion} to {aim}") as show:
+            objective = self.model.objective(task, task.model)
+            if goal is None:
+                report = prune_objective(objective, sparsity, method, show)
+            else:
+                report = prune_within(
+                    objective, goal, lambda model: task.metric(model, task.validation), method, show
+                )
+                sparsity = report.sparsity
         by_size = replace(METHODS["magnitude"], recalibrate=method.recalibrate)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WoodfisherWarning)
-            magnitude = prune_objective(self.model.objective(task, baseline), self.sparsity, by_size)
+            magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
 
@@ -83,7 +95,8 @@ class Prune:
             "metric": task.metric_name,
             "criterion": self.criterion,
             "preset": self.method.preset,
-            "requested_sparsity": self.sparsity,
+            "requested_sparsity": None if goal is not None else sparsity,
+            "max_drop": goal,
             "seed": self.model.seed,
             "dense": {"metric": dense},
             "magnitude": {"metric": by_magnitude, "sparsity": magnitude.sparsity},
@@ -104,6 +117,24 @@ class Prune:
             print_json(content)
         else:
             _show(task, content, report, magnitude)
+
+    def _goal(self) -> tuple[float | None, float]:
+        """The drop allowed, or None, and the sparsity."""
+        if self.max_drop is None:
+            sparsity = 0.95 if self.sparsity is None else self.sparsity
+            check_sparsity(sparsity)
+            return None, sparsity
+        if self.sparsity is not None:
+            raise WoodfisherError("give --sparsity or --max-drop, not both: one follows from the other.")
+        text = self.max_drop.removesuffix("%")
+        try:
+            drop = float(text) / (100 if text != self.max_drop else 1)
+        except ValueError:
+            raise WoodfisherError(
+                f"--max-drop takes a share, as in 1% or 0.01; {self.max_drop!r} came."
+            ) from None
+        check_fraction("--max-drop", drop)
+        return drop, 0.0
 
 
 def _evaluate(task: Task, model: Any, name: str) -> float:

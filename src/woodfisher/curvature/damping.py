@@ -76,7 +76,8 @@ def held_out_damping(rows: Tensor, group: int) -> float:
     """
     if len(rows) < 5:
         raise WoodfisherError(
-            f"damping='auto' holds every fifth row out, and there are {len(rows)}: take 5 at least, or give a number."
+            f"damping='auto' holds every fifth row out, and there are {len(rows)}: take 5 at least, or "
+            "give a number."
         )
     scale = _positive_scale(rows, group)
     out = torch.arange(len(rows), device=rows.device) % 5 == 4
