@@ -116,7 +116,11 @@ def test_compare(folder, capsys):
     assert [(r["criterion"], r["requested_sparsity"]) for r in content["results"]] == [
         (name, sparsity) for name in names for sparsity in (0.5, 0.9)
     ]
-    assert sorted(p.name for p in (folder / "out").iterdir()) == ["accuracy.png", "report.json"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        "accuracy.png",
+        "report.json",
+        "results.csv",
+    ]
     assert main([*arguments, "--task", "my_tasks:good"]) == 0
     assert "50 %" in capsys.readouterr().out
 
@@ -141,7 +145,7 @@ def test_interruption_is_one_line(folder, capsys, monkeypatch):
 
 
 def test_a_task_of_ones_own(folder, capsys):
-    assert main(["prune", "--task", "my_tasks:good", "--sparsity", "0.5", "--json"]) == 0
+    assert main(["prune", "--task", "my_tasks:good", "--sparsity", "0.5", "--json", "--stages", "2"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["size"] == 72
     assert "warning: 400 samples were asked for and the data ended after 40" in shown.err
@@ -178,7 +182,7 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--task", "cifar100"], "there is no task"),
         (["prune", "--task", "nowhere:build"], "cannot be imported"),
         (["prune", "--task", "my_tasks:nan"], "in row 3 is nan"),
-        (["prune", "--task", "my_tasks:narrow"], "fails on a batch of (1, 5) float32"),
+        (["prune", "--task", "my_tasks:narrow"], "fails on a batch of (8, 5) float32"),
         (["prune", "--task", "my_tasks:empty"], "no batch"),
         (["prune", "--task", "my_tasks:broken"], "ZeroDivisionError: division by zero"),
         (["prune", "--task", "my_tasks:bad_metric"], "must be a finite float; nan came"),

@@ -55,6 +55,8 @@ def test_memory_is_known_and_asked_for():
 def test_pictures_are_drawn(tmp_path):
     layers = [Layer("conv.weight", 100, 30), Layer("fc.weight", 200, 2)]
     plot_layers({"woodfisher": layers, "magnitude": layers}, 0.89, tmp_path / "layers.png")
-    plot_accuracy({"a": [(0.5, 90.0), (0.9, 70.0)]}, 95.0, "accuracy, %", tmp_path / "accuracy.png")
+    plot_accuracy(
+        {"a": [(0.5, 90.0, None), (0.9, 70.0, 1.5)]}, 95.0, "accuracy, %", tmp_path / "accuracy.png"
+    )
     for name in ("layers.png", "accuracy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -129,26 +129,34 @@ def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -
     counts. Removing by magnitude alone competes with both, so that
     what comes is never worse than that on these samples.
     """
-    assert isinstance(method.stages, Adaptive)
+    options = method.plan
+    assert isinstance(options, Adaptive)
     stream = Stream(objective.data)
-    known = objective.known_samples() or stream.count(5 * method.stages.held_out)
+    known = objective.known_samples() or stream.count(5 * options.held_out)
+    if not known:
+        raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
     if known < 2:
         raise WoodfisherError(
             f"stages that adapt hold out samples to check on, and the data has {known}: give 2 at least, or "
             "a number of stages."
         )
-    held_out = stream.hold_out(min(method.stages.held_out, max(known // 5, 1)))
+    held_out = stream.hold_out(min(options.held_out, max(known // 5, 1)))
     repeats = method.curvature.samples > MOST_PASSES * known and stream.rereadable
     if repeats:
-        fewer = replace(method.stages, stages=-(-method.stages.stages // 4))
-        method = replace(method, stages=fewer)
+        options = replace(options, stages=-(-options.stages // 4))
     orders = [True, False] if repeats else [True]
     if method.first_order != "auto":
         orders = [bool(method.first_order)]
     samples = known - sum(map(samples_in, held_out))
     runs = [
         AdaptiveRun(
-            objective, method, held_out, stream if order is orders[0] else stream.fork(), samples, order
+            objective,
+            method,
+            options,
+            held_out,
+            stream if order is orders[0] else stream.fork(),
+            samples,
+            order,
         )
         for order in orders
     ]
@@ -165,7 +173,9 @@ class AdaptiveRun:
     objective:
         Where it starts.
     method:
-        With `stages` an `Adaptive` and `curvature` a `WoodFisher` in one block.
+        With a `WoodFisher` in one block for its curvature.
+    options:
+        Its plan, which may have fewer stages.
     held_out:
         Batches to check stages on.
     stream:
@@ -180,13 +190,13 @@ class AdaptiveRun:
         self,
         objective: Objective,
         method: Method,
+        options: Adaptive,
         held_out: Sequence[Batch],
         stream: Stream,
         samples: int,
         first_order: bool,
     ) -> None:
-        assert isinstance(method.stages, Adaptive)
-        self.objective, self.method, self.options = objective, method, method.stages
+        self.objective, self.method, self.options = objective, method, options
         self.curvature = cast("WoodFisher", method.curvature)
         self.stream, self.first_order = stream, first_order
         self._held_out = held_out
@@ -213,6 +223,8 @@ class AdaptiveRun:
         self._first_damping = 0.0
         self.loss = self._measure(objective)
         if not math.isfinite(self.loss):
+            for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
+                pass
             raise WoodfisherError(
                 f"the mean loss of the model as it came is {self.loss} on held-out samples: check the loss, the "
                 "data and the weights."

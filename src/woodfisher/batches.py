@@ -165,6 +165,7 @@ class Stream:
     def __init__(self, data: Iterable[Batch]) -> None:
         self._data = data
         self._current = iter(data)
+        self._rest: list[Batch] = []
         self._last: list[Batch] = []
         self._held_out: set[bytes] = set()
 
@@ -172,19 +173,41 @@ class Stream:
         """Batches of `samples` samples together; fewer where all the data is fewer."""
         if samples == 0:
             return []
-        drawn = list(take(self._current, samples))
-        if sum(map(samples_in, drawn)) < samples:
+        drawn = self._next(samples)
+        missing = samples - sum(map(samples_in, drawn))
+        if missing:
             self._current = self._without_held_out(self._data)
-            drawn = list(take(self._current, samples)) or drawn or self._last
+            more = self._next(missing)
+            if sum(map(samples_in, more)) < missing:
+                self._current = self._without_held_out(self._data)
+                drawn = self._next(samples) or drawn or self._last
+            else:
+                drawn += more
         self._last = drawn
+        return drawn
+
+    def _next(self, samples: int) -> list[Batch]:
+        """As many of the next samples as there are, with what is left of the last batch kept for later."""
+        drawn: list[Batch] = []
+        while samples > 0:
+            batch = self._rest.pop() if self._rest else next(self._current, None)
+            if batch is None:
+                break
+            count = samples_in(batch)
+            if count > samples:
+                self._rest.append(map_tensors(lambda t, n=samples: t[n:], batch))
+                batch = map_tensors(lambda t, n=samples: t[:n], batch)
+            drawn.append(batch)
+            samples -= count
         return drawn
 
     def count(self, most: int) -> int:
         """Samples that are still to come, reading ahead as far as `most` of them."""
-        ahead = list(take(self._current, most))
+        ahead = self._next(most)
         if not self.rereadable and sum(map(samples_in, ahead)) < most:
             self._data = ahead
-        self._current = chain(ahead, self._current)
+        self._current = chain(ahead, self._rest, self._current)
+        self._rest = []
         return sum(map(samples_in, ahead))
 
     def fork(self) -> Stream:

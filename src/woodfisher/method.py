@@ -52,6 +52,9 @@ class Method:
         Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity; or
         an `Adaptive`, many small stages that are checked on held-out samples. `auto` is the latter with its
         defaults for one block over all weights and the joint update, and 16 otherwise.
+    refine:
+        Rounds of swaps that improve the kept set of a stage against the joint objective (see `refine`), where
+        the number of stages is fixed.
     recalibrate:
         Samples on whose forward passes the statistics of batch normalisation are taken anew after the last
         stage, in models that have them; 0 to leave them.
@@ -62,6 +65,7 @@ class Method:
     update: Update = "joint"
     scope: Scope = "global"
     stages: Stages = 1
+    refine: int = 0
     recalibrate: int = 2000
 
     def __post_init__(self) -> None:
@@ -73,18 +77,27 @@ class Method:
         check_choice("update", self.update, UPDATES)
         check_choice("scope", self.scope, SCOPES)
         check_choice("first_order", str(self.first_order), ("True", "False", "auto"))
-        if self.stages == "auto":
-            carries = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
-            adapts = carries and self.update == "joint"
-            object.__setattr__(self, "stages", Adaptive() if adapts else FIXED_STAGES)
         if isinstance(self.stages, Adaptive):
             self._check_adaptive()
-            return
-        check_count("stages", self.stages)
-        if self.first_order == "auto":
-            object.__setattr__(self, "first_order", False)
+        elif self.stages != "auto":
+            check_count("stages", self.stages)
+        if self.refine:
+            check_count("refine", self.refine)
+            if self.scope != "global" or isinstance(self.plan, Adaptive):
+                raise WoodfisherError(
+                    "refine swaps weights across layers after ranking, for a fixed number of stages and the scope "
+                    f"global; stages={self.plan!r} and scope={self.scope!r} came."
+                )
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)
+
+    @property
+    def plan(self) -> int | Adaptive:
+        """`stages`, with what `auto` means for this curvature and update."""
+        if self.stages != "auto":
+            return self.stages
+        carries = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
+        return Adaptive() if carries and self.update == "joint" else FIXED_STAGES
 
     def _check_adaptive(self) -> None:
         if not isinstance(self.curvature, WoodFisher) or self.curvature.block_size is not None:
@@ -102,7 +115,7 @@ class Method:
         """All options, as JSON takes them."""
         curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        stages = self.stages if isinstance(self.stages, int) else asdict(cast("Any", self.stages))
+        stages = self.plan if isinstance(self.plan, int) else asdict(self.plan)
         return {**parts, "curvature": curvature, "stages": stages}
 
 
@@ -132,19 +145,25 @@ METHODS: dict[str, Method] = {
 }
 """Name → method, each as it measures best. The full forms have one block over all weights."""
 
+_FIXED = {
+    "woodfisher": METHODS["woodfisher-full"],
+    "woodtaylor": Method(replace(_FULL, **_MANY), first_order=True, stages=FIXED_STAGES),
+}
+"""What methods with adaptive stages are where those are not wanted."""
+
 PRESETS = ("paper",)
 _PAPER = {"samples": 100, "damping": 1e-5, "block_size": 2000, "group": 1, "labels": "data"}
 
 
-def method_for(criterion: str, preset: str | None = None) -> Method:
+def method_for(criterion: str, preset: str | None = None, *, fixed: bool = False) -> Method:
     """The method of that name, as it measures best, or under the protocol of a preset.
 
     The preset `paper` is that of Singh and Alistarh (2020), one shot: 100 gradients of single samples, damping
     1e-5, blocks of 2000 within a layer, global ranking, independent update. Methods that move no weights keep
-    to that.
+    to that. `fixed` says that the stages will not adapt, which takes other samples and damping.
     """
     check_choice("criterion", criterion, METHODS)
-    method = METHODS[criterion]
+    method = _FIXED.get(criterion, METHODS[criterion]) if fixed or preset else METHODS[criterion]
     if preset is None:
         return method
     check_choice("preset", preset, PRESETS)

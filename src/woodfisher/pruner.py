@@ -14,6 +14,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import UPDATES, method_for
 from woodfisher.objective import Objective
+from woodfisher.refine import refine as refined
 from woodfisher.report import Layer, Report, Stage
 from woodfisher.saliency import newton_point, saliency
 from woodfisher.schedule import through
@@ -53,6 +54,7 @@ def prune(
     update: Update | None = None,
     scope: Scope | None = None,
     stages: Stages | None = None,
+    refine: int | None = None,
     recalibrate: int | None = None,
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
@@ -80,7 +82,7 @@ def prune(
     preset:
         `paper` for the protocol of Singh and Alistarh (2020): 100 gradients of single samples, damping 1e-5,
         blocks within a layer, global ranking, independent update, one shot.
-    curvature, first_order, update, scope, stages, recalibrate:
+    curvature, first_order, update, scope, stages, refine, recalibrate:
         Replace that part of the method (see `Method`).
     progress:
         Called as `progress(phase, done, total)`.
@@ -95,7 +97,7 @@ def prune(
     objective, method = _prepared(
         model, data, loss, criterion, preset, params, exclude,
         curvature=curvature, first_order=first_order, update=update, scope=scope, stages=stages,
-        recalibrate=recalibrate,
+        refine=refine, recalibrate=recalibrate,
     )  # fmt: skip
     if max_drop is None:
         return prune_objective(objective, 0.9 if sparsity is None else sparsity, method, progress)
@@ -120,6 +122,7 @@ def sweep(
     update: Update | None = None,
     scope: Scope | None = None,
     stages: Stages | None = None,
+    refine: int | None = None,
     recalibrate: int | None = None,
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
@@ -137,7 +140,7 @@ def sweep(
     objective, method = _prepared(
         model, data, loss, criterion, preset, params, exclude,
         curvature=curvature, first_order=first_order, update=update, scope=scope, stages=stages,
-        recalibrate=recalibrate,
+        refine=refine, recalibrate=recalibrate,
     )  # fmt: skip
     return sweep_objective(objective, sparsities, method, progress)
 
@@ -221,7 +224,7 @@ def prune_within(
             with phase("metric"):
                 return _metric_of(metric, trial) >= least
 
-        if isinstance(method.stages, Adaptive):
+        if isinstance(method.plan, Adaptive):
             for _, pruned in _each(objective, counts, method, watch):
                 if not good(pruned):
                     break
@@ -263,7 +266,8 @@ def _prepared(
     **parts: Any,
 ) -> tuple[Objective, Method]:
     given = {name: part for name, part in parts.items() if part is not None}
-    method = replace(method_for(criterion, preset), **given)
+    fixed = isinstance(given.get("stages"), int) or given.get("update", "joint") != "joint"
+    method = replace(method_for(criterion, preset, fixed=fixed), **given)
     return Objective(model, data, loss, params=params, exclude=exclude), method
 
 
@@ -278,7 +282,7 @@ def _each(
     objective: Objective, counts: Sequence[int], method: Method, watch: Watch
 ) -> Iterator[tuple[int, Pruned]]:
     """Prune to each number of kept weights: in one run where stages adapt, else each from the start."""
-    if isinstance(method.stages, Adaptive):
+    if isinstance(method.plan, Adaptive):
         passed = adaptive_run(objective, counts, method) if counts else iter(())
         for count, at in zip(counts, passed, strict=True):
             yield count, _pruned(at.objective, list(at.stages), method, watch)
@@ -317,11 +321,11 @@ def _pruned(objective: Objective, stages: list[Stage], method: Method, watch: Wa
 
 
 def _run_stages(objective: Objective, final: int, method: Method) -> tuple[Objective, list[Stage]]:
-    assert isinstance(method.stages, int)
+    assert isinstance(method.plan, int)
     size, now = objective.layout.size, int(objective.kept.sum())
     stream = Stream(objective.data)
     stages = []
-    targets = through(now, [final], method.stages)
+    targets = through(now, [final], method.plan)
     for number, count in enumerate(targets):
         report_progress("stages", number, len(targets))
         objective, predicted = _stage(objective.on(stream.draw(method.curvature.samples)), count, method)
@@ -338,11 +342,14 @@ def _stage(objective: Objective, count: int, method: Method) -> tuple[Objective,
     weights, kept = objective.weights.double(), objective.kept
     with phase("curvature"):
         finv = method.curvature(objective)
-    gradient = objective.gradient(method.curvature.samples) if method.first_order else None
+    gradient = objective.gradient(method.curvature.samples) if method.first_order is True else None
     with phase("saliency"):
         point = weights if gradient is None else newton_point(weights, gradient, finv) * kept
         scores = saliency(point, finv)
         keep = select(scores, kept, count, objective.layout, method.scope)
+    if method.refine:
+        with phase("refine"):
+            keep, _ = refined(point, finv, keep, kept, method.refine)
     with phase("update"):
         start = weights if method.update == "none" else point
         new = UPDATES[method.update](start, finv, keep)

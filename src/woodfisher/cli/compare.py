@@ -123,7 +123,7 @@ class Compare:
 
     def _results(self, task: Task, data: Replay, name: str, method: Method) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
-        together = isinstance(method.stages, Adaptive)
+        together = isinstance(method.plan, Adaptive)
         for sparsities in [self.sparsity] if together else [(sparsity,) for sparsity in self.sparsity]:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:

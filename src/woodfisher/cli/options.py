@@ -104,6 +104,9 @@ class MethodOptions:
     """Rounds of gradients, curvature and removal on the way to the sparsity; auto for many small ones that are
     checked on held-out samples."""
 
+    refine: Count = None
+    """Rounds of swaps that improve the kept set against the joint objective, where stages are a number."""
+
     recalibrate: Count = None
     """Samples to take the statistics of batch normalisation from, after pruning; 0 leaves them."""
 
@@ -113,7 +116,8 @@ class MethodOptions:
         Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update,
         scope and stages for methods that take no samples.
         """
-        method = method_for(criterion, self.preset)
+        fixed = isinstance(self.stages, int) or self.update not in (None, "joint")
+        method = method_for(criterion, self.preset, fixed=fixed or self.refine is not None)
         block_size: dict[str, Any] = {}
         if self.block_size is not None:
             block_size["block_size"] = None if self.block_size == "all" else self.block_size
@@ -132,7 +136,7 @@ class MethodOptions:
         moves = _given(update=self.update, scope=self.scope, stages=self.stages)
         parts = {
             **(moves if strict or method.curvature.samples else {}),
-            **_given(recalibrate=self.recalibrate),
+            **_given(recalibrate=self.recalibrate, refine=self.refine if method.curvature.samples else None),
         }
         return replace(method, curvature=curvature, **parts)
 

@@ -49,9 +49,10 @@ class Prune:
     """Instead: the sparsest network whose validation metric stays within this share of the dense one, as in 1%."""
 
     criterion: str = "woodfisher"
-    """What decides: woodfisher, woodtaylor (uses the gradient too), both with one block over all weights and
-    in stages; their blockwise forms woodfisher-block and woodtaylor-block; kfac, obd (diagonal Fisher),
-    obd-hessian (diagonal of the exact Hessian), hessian (exact; small networks), magnitude, magnitude-layer."""
+    """What decides: woodfisher, and woodtaylor (always uses the gradient), with one block over all weights and
+    stages that adapt; woodfisher-full and mfac (16 stages); the blockwise woodfisher-block and woodtaylor-block;
+    kfac, obd (diagonal Fisher), obd-hessian (diagonal of the exact Hessian), hessian (exact; small networks),
+    magnitude, magnitude-layer."""
 
     out: Folder = None
     """Folder for the results (default: runs/TASK-CRITERION-SPARSITY-seedSEED); files there are replaced."""

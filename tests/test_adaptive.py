@@ -1,0 +1,388 @@
+"""Stages that are checked on held-out samples, sweeps, and pruning to a drop."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import woodfisher as wf
+from models import ConvNet, mlp, samples
+from woodfisher.adaptive import AdaptiveRun, adaptive_run
+from woodfisher.batches import Stream, samples_in
+from woodfisher.curvature.damping import _GRID, held_out_damping
+from woodfisher.curvature.running import RunningFisher
+from woodfisher.method import METHODS
+from woodfisher.schedule import through
+
+QUICK = wf.Adaptive(stages=6, window=20, held_out=12)
+METHOD = replace(METHODS["woodfisher"], stages=QUICK, curvature=wf.WoodFisher(400, None, "auto", group=2))
+
+
+def learnable(n=120, seed=0):
+    """Samples of two inputs' worth of structure that a small network can fit."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(n, 6, generator=generator)
+    return inputs, (inputs[:, 0] + inputs[:, 1] > 0).long() + (inputs[:, 2] > 1).long()
+
+
+def trained():
+    model = mlp()
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    inputs, targets = learnable()
+    for _ in range(60):
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    return model
+
+
+def batches(n=120, size=20):
+    inputs, targets = learnable(n)
+    return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+def weights_of(model):
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
+
+
+# --- the running Fisher
+
+
+@given(
+    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    window=st.integers(1, 8),
+    seed=st.integers(0, 10),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_running_fisher_is_that_of_the_last_rows(pieces, window, seed):
+    torch.manual_seed(seed)
+    d, group, damping = 12, 3, 0.1
+    fisher = RunningFisher(d, window, group, dtype=torch.float32, device=torch.device("cpu"))
+    rows = torch.randn(sum(pieces), d)
+    for piece in rows.split(pieces):
+        fisher.add(piece)
+    stay = torch.rand(d) > 0.4
+    stay[0] = True
+    last = rows[-window:].double()
+    for now, G in ((fisher, last), (fisher.restricted(stay), last[:, stay])):
+        F = damping * torch.eye(G.shape[1], dtype=torch.float64) + G.mT @ G * group / len(G)
+        finv = now.inverse(damping)
+        torch.testing.assert_close(finv.dense(), F.inverse(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(finv.diag(), F.inverse().diagonal(), rtol=1e-4, atol=1e-4)
+        v = torch.randn(G.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(now.pull(v), (F @ v) - damping * v, rtol=1e-4, atol=1e-4)
+        assert now.scale == pytest.approx(float(F.diagonal().mean()) - damping, rel=1e-4)
+
+
+def test_restricting_twice_is_restricting_once():
+    torch.manual_seed(0)
+    fisher = RunningFisher(10, 4, 1, dtype=torch.float64, device=torch.device("cpu"))
+    fisher.add(torch.randn(4, 10, dtype=torch.float64))
+    before = fisher.rows.clone()
+    first, second = torch.arange(10) != 3, torch.arange(9) != 0
+    twice = fisher.restricted(first).restricted(second)
+    both = torch.arange(10) % 10 != 3
+    both[0] = False
+    torch.testing.assert_close(twice.inverse(0.1).dense(), fisher.restricted(both).inverse(0.1).dense())
+    assert torch.equal(fisher.rows, before)
+
+
+# --- damping
+
+
+def test_the_held_out_damping_has_the_highest_likelihood():
+    torch.manual_seed(0)
+    for group in (1, 4):
+        G = torch.randn(40, 3, dtype=torch.float64) @ torch.randn(3, 30, dtype=torch.float64)
+        G += 0.1 * torch.randn_like(G)
+        out = torch.arange(40) % 5 == 4
+        scale = float(G.square().mean()) * group
+        F = G[~out].mT @ G[~out] * group / 32
+        surprise = {}
+        for factor in _GRID:
+            damped = F + factor * scale * torch.eye(30, dtype=torch.float64)
+            H = G[out] * math.sqrt(group)
+            surprise[factor * scale] = float(
+                damped.logdet() + (H * torch.linalg.solve(damped, H.mT).mT).sum(1).mean()
+            )
+        assert held_out_damping(G, group) == pytest.approx(min(surprise, key=surprise.get))
+
+
+@given(scale=st.floats(1e-3, 1e3), power=st.integers(-3, 2))
+@settings(max_examples=20, deadline=None)
+def test_a_relative_damping_means_the_same_in_every_unit(scale, power):
+    model, (inputs, targets) = mlp(torch.float64), samples(10, dtype=torch.float64)
+    results = []
+    for unit in (1.0, scale):
+        for damping in (wf.Relative(10.0**power), "auto"):
+            objective = wf.Objective(
+                model, [(inputs, targets)], lambda o, t, unit=unit: unit * cross_entropy(o, t)
+            )
+            finv = wf.WoodFisher(10, None, damping)(objective)
+            results.append(finv.diag() * unit**2)
+    torch.testing.assert_close(results[0], results[2], rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[1], results[3], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("damping", "message"),
+    [
+        ("Auto", "must be a number above 0, wf.Relative.* or 'auto'; 'Auto' came"),
+        (0.0, "above 0"),
+        (float("nan"), "above 0"),
+    ],
+)
+def test_wrong_dampings(damping, message):
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.WoodFisher(damping=damping)
+    with pytest.raises(wf.WoodfisherError, match="factor of a relative damping"):
+        wf.Relative(-1)
+
+
+def test_a_damping_without_rows_to_choose_from():
+    objective = wf.Objective(mlp(), [samples(4)], cross_entropy)
+    with pytest.raises(wf.WoodfisherError, match="holds every fifth row out, and there are 4"):
+        wf.WoodFisher(4, damping="auto")(objective)
+    still = wf.Objective(mlp(), [samples(8)], lambda outputs, _: (outputs * 0).sum(1))
+    with pytest.raises(wf.WoodfisherError, match="every gradient row is zero"):
+        wf.WoodFisher(8, damping=wf.Relative(1))(still)
+
+
+# --- held-out samples and schedules
+
+
+@pytest.mark.parametrize("kind", ["list", "shuffled", "iterator"])
+def test_held_out_samples_never_come_again(kind):
+    inputs = torch.arange(30.0)[:, None]
+    data = [(part, part) for part in inputs.split(4)]
+    if kind == "shuffled":
+        data = DataLoader(TensorDataset(inputs, inputs), batch_size=4, shuffle=True)
+    stream = Stream(iter(data) if kind == "iterator" else data)
+    held_out = {float(x) for x, _ in stream.hold_out(7) for x in x}
+    assert len(held_out) == 7
+    drawn = [float(x) for _ in range(9) for part, _ in stream.draw(11) for x in part]
+    assert not held_out & set(drawn)
+    if kind != "iterator":
+        assert set(drawn) == set(range(30)) - held_out
+        assert not held_out & {float(x) for part, _ in stream.fork().draw(23) for x in part}
+
+
+def test_counting_ahead_loses_nothing():
+    data = [(torch.arange(4 * i, 4 * i + 4.0),) * 2 for i in range(5)]
+    for source in (data, iter(data)):
+        stream = Stream(source)
+        assert stream.count(100) == 20
+        assert stream.rereadable
+        assert sum(map(samples_in, stream.draw(20))) == 20
+    stream = Stream(iter(data))
+    assert stream.count(6) == 6
+    assert torch.cat([x for x, _ in stream.draw(20)]).tolist() == list(range(20))
+
+
+@given(
+    now=st.integers(10, 5000),
+    shares=st.lists(st.floats(0.01, 1), min_size=1, max_size=7),
+    stages=st.integers(1, 40),
+    pace=st.floats(0.5, 3),
+)
+def test_a_path_goes_down_through_every_target(now, shares, stages, pace):
+    targets = [max(round(share * now), 1) for share in shares]
+    path = through(now, targets, stages, pace)
+    assert set(targets) <= set(path)
+    assert path == sorted(set(path), reverse=True)
+    assert path[-1] == min(targets)
+    assert len(path) <= max(stages, len(set(targets)))
+
+
+# --- runs
+
+
+@pytest.mark.parametrize("first_order", [True, False, "auto"])
+@pytest.mark.parametrize("damping", ["auto", 0.3, wf.Relative(2.0)])
+def test_runs_keep_exactly_the_asked_number(first_order, damping):
+    model = trained()
+    before = weights_of(model)
+    method = replace(METHOD, first_order=first_order, curvature=wf.WoodFisher(400, None, damping, group=2))
+    report = wf.prune(
+        model,
+        batches(),
+        cross_entropy,
+        0.6,
+        curvature=method.curvature,
+        stages=QUICK,
+        first_order=first_order,
+    )
+    assert report.kept == int(weights_of(model).count_nonzero()) == 14
+    assert not torch.equal(weights_of(model)[weights_of(model) != 0], before[weights_of(model) != 0])
+    assert all(stage.measured is not None for stage in report.stages)
+
+
+def test_stages_measure_what_they_did_on_the_held_out_samples():
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    stream = Stream(objective.data)
+    held_out = stream.hold_out(12)
+    run = AdaptiveRun(objective, METHOD, QUICK, held_out, stream, 108, True)
+    dense = run.loss
+    inputs, targets = (torch.cat(part) for part in zip(*held_out, strict=True))
+    assert dense == pytest.approx(cross_entropy(objective.model(inputs), targets).item(), rel=1e-5)
+    (*_, last) = run.passing([30, 10])
+    assert last.stages[-1].sparsity == pytest.approx(1 - 10 / 36)
+    assert sum(s.measured for s in last.stages if s.accepted) + dense == pytest.approx(run.loss, rel=1e-5)
+    last.objective.write()
+    again = cross_entropy(objective.model(inputs), targets).item()
+    assert again == pytest.approx(last.loss, rel=1e-4)
+
+
+def test_a_stage_trusted_too_far_is_taken_back_and_split():
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    stream = Stream(objective.data)
+    plan = replace(QUICK, stages=2)
+    run = AdaptiveRun(objective, METHOD, plan, stream.hold_out(12), stream, 108, False)
+    (passed,) = run.passing([4])
+    taken_back = [i for i, stage in enumerate(passed.stages) if not stage.accepted]
+    assert len(taken_back) == 1
+    for i in taken_back:
+        again = passed.stages[i + 1]
+        assert again.sparsity < passed.stages[i].sparsity
+        assert passed.stages[i].measured > 2 * max(passed.stages[i].predicted, 0)
+    assert int(passed.objective.kept.sum()) == 4
+
+
+def test_the_result_is_never_worse_than_magnitude_on_the_held_out_samples():
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    stream = Stream(objective.data)
+    held_out = stream.hold_out(24)
+    run = AdaptiveRun(objective, METHOD, QUICK, held_out, stream, 96, True)
+    counts = [25, 12, 5]
+    by_size = {int(p.objective.kept.sum()): p.loss for p in run.by_magnitude(counts)}
+    method = replace(METHOD, stages=replace(QUICK, held_out=24))
+    for passed in adaptive_run(objective, counts, method):
+        assert passed.loss <= by_size[int(passed.objective.kept.sum())] * (1 + 1e-5)
+
+
+def test_equal_data_gives_equal_results():
+    results = [wf.sweep(trained(), batches(), cross_entropy, [0.5], stages=QUICK) for _ in range(2)]
+    assert torch.equal(results[0][0].objective.weights, results[1][0].objective.weights)
+
+
+def test_a_sweep_is_one_run_through_all_sparsities():
+    model = trained()
+    before = copy.deepcopy(model.state_dict())
+    asked = [0.9, 0.3, 0.6]
+    points = wf.sweep(model, batches(), cross_entropy, asked, criterion="woodtaylor", stages=QUICK)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [p.report.kept for p in points] == [round((1 - s) * 36) for s in asked]
+    assert len(points[0].report.stages) > len(points[2].report.stages) > len(points[1].report.stages)
+    other = mlp()
+    points[1].write(other)
+    assert int(weights_of(other).count_nonzero()) == 25
+    for name, mask in points[1].report.masks.items():
+        assert torch.equal(other.get_parameter(name) != 0, mask)
+    with pytest.raises(wf.WoodfisherError, match="no parameter '0.weight' of shape"):
+        points[1].write(ConvNet())
+
+
+@pytest.mark.filterwarnings("ignore:400 samples were asked for")
+def test_a_sweep_by_a_fixed_number_of_stages_is_a_prune_each():
+    for criterion, stages in (("magnitude", None), ("obd", 2), ("woodfisher-block", 2)):
+        points = wf.sweep(trained(), batches(), cross_entropy, [0.8, 0.5], criterion=criterion, stages=stages)
+        for point, sparsity in zip(points, (0.8, 0.5), strict=True):
+            model = trained()
+            wf.prune(model, batches(), cross_entropy, sparsity, criterion=criterion, stages=stages)
+            torch.testing.assert_close(
+                torch.cat(
+                    [w.flatten() for w in point.objective.layout.split(point.objective.weights).values()]
+                ),
+                weights_of(model),
+            )
+
+
+def test_auto_stages_suit_the_method():
+    report = wf.prune(trained(), batches(), cross_entropy, 0.5, curvature=wf.KFAC(40, 0.1), update="none")
+    assert len(report.stages) == 15  # 16, two of which would keep equally many
+    with pytest.raises(wf.WoodfisherError, match="stages that adapt carry the rows of one block"):
+        wf.prune(mlp(), batches(), cross_entropy, 0.5, curvature=wf.KFAC(), stages=QUICK)
+    with pytest.raises(wf.WoodfisherError, match="move the weights by the joint update; update='none' came"):
+        wf.prune(mlp(), batches(), cross_entropy, 0.5, update="none", stages=QUICK)
+
+
+@pytest.mark.filterwarnings("ignore:every weight of")
+@pytest.mark.parametrize("criterion", ["woodtaylor", "magnitude"])
+def test_prune_to_a_drop(criterion):
+    model, (inputs, targets) = trained(), learnable(200, seed=1)
+
+    def metric(model):
+        return float((model(inputs).argmax(1) == targets).float().mean())
+
+    dense = metric(model)
+    stages = QUICK if criterion == "woodtaylor" else None
+    report = wf.prune(
+        model, batches(), cross_entropy, max_drop=0.1, metric=metric, criterion=criterion, stages=stages
+    )
+    assert metric(model) >= 0.9 * dense
+    assert 0 < report.sparsity < 1
+    strict = trained()
+    loose = wf.prune(
+        strict, batches(), cross_entropy, max_drop=0.6, metric=metric, criterion=criterion, stages=stages
+    )
+    assert loose.sparsity >= report.sparsity
+
+
+def test_a_drop_that_nothing_meets_leaves_the_model():
+    model = trained()
+    before = weights_of(model)
+
+    def metric(model):
+        return float((weights_of(model) != 0).float().mean())
+
+    with pytest.warns(wf.WoodfisherWarning, match="already costs more than the drop"):
+        report = wf.prune(model, None, criterion="magnitude", max_drop=0.0, metric=metric)
+    assert report.sparsity == 0
+    assert torch.equal(weights_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_drop": 0.1}, "max_drop needs metric="),
+        ({"max_drop": 0.1, "sparsity": 0.5}, "not both"),
+        ({"max_drop": 1.5, "metric": lambda _: 1.0}, r"max_drop must be a number in \[0, 1\); 1.5 came"),
+        ({"max_drop": 0.1, "metric": lambda _: float("nan")}, "finite number; nan came"),
+        ({"stages": "many"}, "stages must be a whole number"),
+        ({"first_order": "maybe"}, "first_order must be one of True, False, auto"),
+        ({"refine": 2, "stages": QUICK}, "refine swaps"),
+    ],
+)
+def test_wrong_options(options, message):
+    model = trained()
+    before = weights_of(model)
+    with pytest.raises((wf.WoodfisherError, TypeError), match=message):
+        wf.prune(model, batches(), cross_entropy, **options)
+    assert torch.equal(weights_of(model), before)
+
+
+def test_data_too_small_to_hold_anything_out():
+    with pytest.raises(wf.WoodfisherError, match="hold out samples to check on, and the data has 1"):
+        wf.prune(mlp(), [samples(1)], cross_entropy, 0.5)
+    with pytest.raises(wf.WoodfisherError, match="the data has 0"):
+        wf.prune(mlp(), [], cross_entropy, 0.5)
+
+
+def test_a_model_that_is_broken_from_the_start():
+    def broken(outputs, targets):
+        return cross_entropy(outputs, targets) * float("inf")
+
+    with pytest.raises(wf.WoodfisherError, match="the mean loss of the model as it came is inf"):
+        wf.prune(mlp(), [samples(20)], broken, 0.5)
+
+
+@pytest.mark.parametrize(("field", "value"), [("stages", 0), ("window", 1.5), ("momentum", 1.0), ("pace", 0)])
+def test_wrong_plans(field, value):
+    with pytest.raises(wf.WoodfisherError, match=field):
+        wf.Adaptive(**{field: value})
