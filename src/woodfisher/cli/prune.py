@@ -21,6 +21,8 @@ from woodfisher.method import METHODS
 from woodfisher.plots import plot_layers, require_plots
 from woodfisher.pruner import prune_objective, prune_within
 
+SHOWN_STAGES = 12
+
 if TYPE_CHECKING:
     from woodfisher.report import Report
     from woodfisher.tasks import Task
@@ -169,4 +171,27 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
         cells = [f"{value:.1%}" for value in values]
         layers.add_row(layer.name, f"{layer.size:,}", *cells, "█" * round(20 * layer.sparsity))
     console.print(layers)
+    if any(stage.measured is not None for stage in report.stages):
+        console.print(_stages(report))
     console.print(f"Results are in {content['out']}", soft_wrap=True)
+
+
+def _stages(report: Report) -> Table:
+    """Predicted and measured change of the loss side by side: every stage taken back, and a few of the others."""
+    taken_back = sum(not stage.accepted for stage in report.stages)
+    table = Table(title=f"{len(report.stages)} stages, {taken_back} of them taken back: change of the loss")
+    for column in ("sparsity", "predicted", "measured, held-out", "damping", "gradient", ""):
+        table.add_column(column, justify="right")
+    every = -(-len(report.stages) // SHOWN_STAGES)
+    for number, stage in enumerate(report.stages, 1):
+        if stage.accepted and number % every and number != len(report.stages):
+            continue
+        table.add_row(
+            f"{stage.sparsity:.1%}",
+            "" if stage.predicted is None else f"{stage.predicted:+.4f}",
+            "" if stage.measured is None else f"{stage.measured:+.4f}",
+            "weights stay" if stage.damping is None else f"{stage.damping:.3g}",
+            "yes" if stage.first_order else "no",
+            "" if stage.accepted else "taken back",
+        )
+    return table
