@@ -42,12 +42,9 @@ MOST_PASSES = 8
 MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
-ROWS_PER_STEP = 32
-"""The window has so many times the rows that a step of a stage waits for."""
-
-_SMALLER, _LARGER, _FAR = 0.8, 1.5, 1.1
-"""What the damping is multiplied by after steps that lowered and that raised the loss, and the ratio of the loss
-from which such steps are taken back."""
+_RANGE = 9.0
+"""How far the damping may go from what was best at the first stage, where the rows are freshest: a smaller step is
+almost always better for the next stage alone, and too small for those that follow."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -82,7 +79,7 @@ class Adaptive:
     stages: int = 90
     window: int = 1000
     held_out: int = 1000
-    momentum: float = 0.9
+    momentum: float = 0.7
     pace: float = 1.5
 
     def __post_init__(self) -> None:
@@ -221,8 +218,9 @@ class AdaptiveRun:
             device=objective.device,
         )
         self.gradient = torch.zeros_like(self.weights)
-        self._weight = 0.0
+        self._taken, self._weight = 0, 0.0
         self.damping: float | None = None
+        self._first_damping = 0.0
         self.loss = self._measure(objective)
         if not math.isfinite(self.loss):
             for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
@@ -241,7 +239,7 @@ class AdaptiveRun:
         planned = len(path)
         while path:
             report_progress("stages", planned - len(path), planned)
-            self._refit()
+            self._renew()
             count, accepted = path[0], False
             while not accepted:
                 step = self._try(count)
@@ -268,49 +266,17 @@ class AdaptiveRun:
             stage = Stage(1 - count / start.layout.size, None, loss - self.loss)
             yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
 
-    def _refit(self) -> None:
-        """Take the rows of a stage, in several steps that each go to the minimum of the quadratic model.
-
-        The last rows are left to the removal that follows. Steps that raise the loss are made smaller from then
-        on, and taken back where they raise it by far.
-        """
-        rows = self._next_rows
-        self._next_rows = self._rows_each
-        if self.damping is None or not self.first_order:
-            self._renew(rows)
-            return
-        before, taken = self.weights, 0.0
-        each = max(len(self.fisher.rows) // ROWS_PER_STEP, 1)
-        steps = list(range(0, rows, each))
-        for first in steps[:-1]:
-            self._renew(min(each, rows - first))
-            with phase("update"):
-                self.weights = self.weights - self.fisher.inverse(self.damping) @ self.gradient
-                taken += 1
-            self._weight *= self.options.momentum
-            self.objective = self._objective_at(self.weights, self.objective.kept)
-        self._renew(rows - steps[-1])
-        if not taken:
-            return
-        loss = self._loss_at(self.weights, self.objective.kept)
-        if loss > _FAR * self.loss:
-            self.weights = before
-            self.objective = self._objective_at(before, self.objective.kept)
-            self.damping *= _FACTOR
-            return
-        if self._absolute() is None:
-            self.damping *= _LARGER if loss > self.loss else _SMALLER
-        self.loss = loss
-
-    def _renew(self, count: int) -> None:
-        """Take `count` new rows, and their mean into the averaged gradient."""
+    def _renew(self) -> None:
+        """Take new rows, and their mean into the averaged gradient."""
         index = self.objective.kept.nonzero().squeeze(1)
         columns = None if len(index) == len(self.objective.kept) else index
-        samples = count * self.group
+        samples = self._next_rows * self.group
+        self._next_rows = self._rows_each
         fresh = self.objective.on(self.stream.draw(samples))
         rows = fresh.rows(samples, group=self.group, labels=self.curvature.labels, columns=columns)
         with phase("curvature"):
             self.fisher.add(rows)
+            self._taken += 1
             self._weight += len(rows)
             self.gradient += (rows.mean(0).double() - self.gradient) * (len(rows) / self._weight)
 
@@ -366,12 +332,13 @@ class AdaptiveRun:
         return _Step(best, keep, rest, stage, best.loss - self.loss > 2 * max(predicted, 0) + 0.1 * self.loss)
 
     def _dampings(self, damping: float, first: bool) -> list[float]:
-        """What to try: many at the first stage; then that of the refit and, for the removal, smaller ones."""
+        """What to try: many at the first stage, then the last one and its neighbours in turn."""
         if self._absolute() is not None:
             return [damping]
         if first:
             return [factor * self.fisher.scale for factor in _FIRST_DAMPINGS]
-        return [damping, damping / _FACTOR, damping / _FACTOR**2]
+        step = _FACTOR if self._taken % 2 else 1 / _FACTOR
+        return [damping, min(max(damping * step, self._first_damping / _RANGE), self._first_damping * _RANGE)]
 
     def _absolute(self) -> float | None:
         damping = self.curvature.damping
@@ -385,8 +352,8 @@ class AdaptiveRun:
         self.fisher = step.fisher
         self.weights, self.loss = candidate.weights, candidate.loss
         self.objective = self._objective_at(candidate.weights, keep)
-        if self.damping is None or not self.first_order:
-            self.damping = candidate.damping * _FACTOR
+        self.damping = candidate.damping
+        self._first_damping = self._first_damping or candidate.damping
         if candidate.moved and self.first_order:
             self._weight *= self.options.momentum
 

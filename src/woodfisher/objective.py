@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from woodfisher.batches import check_data, map_tensors, rechunk, samples_in, take, tensors_of
+from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import Forward, explained, recorded_calls
@@ -102,6 +102,7 @@ class Objective:
         self.buffers = dict(model.named_buffers())
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
         self._forward = Forward(model, loss, sampler)
+        self._checked: dict[tuple[str, bool], int] = {}
 
     def at(self, weights: Tensor, kept: Tensor) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
@@ -369,9 +370,12 @@ class Objective:
         if first is None:
             raise WoodfisherError("the data holds no batch; at least one sample is needed.")
         row = self._to_device(map_tensors(lambda t: t[:group], first))
-        rows = self._rows_per_chunk(row)
-        if mean or group > 1:
-            self._check_mean(row)
+        form = (describe(row), mean or group > 1)
+        if form not in self._checked:
+            self._checked[form] = self._rows_per_chunk(row)
+            if mean or group > 1:
+                self._check_mean(row)
+        rows = self._checked[form]
         seen = used = 0
 
         def counted() -> Iterator[Batch]:
