@@ -126,8 +126,8 @@ def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
     reads the data more than `MOST_PASSES` times the run is made with and without, in a quarter of the stages, as
     there is less that is new to each; at each target the one with the lower loss on the held-out samples
-    counts. Removing by magnitude alone competes with both, so that
-    what comes is never worse than that on these samples.
+    counts. Removing by magnitude alone competes with both, so that what comes is never worse than that on these
+    samples.
     """
     options = method.plan
     assert isinstance(options, Adaptive)

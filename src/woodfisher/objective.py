@@ -372,10 +372,10 @@ class Objective:
         row = self._to_device(map_tensors(lambda t: t[:group], first))
         form = (describe(row), mean or group > 1)
         if form not in self._checked:
-            self._checked[form] = self._rows_per_chunk(row)
+            self._checked[form] = self._bytes_of(row)
             if mean or group > 1:
                 self._check_mean(row)
-        rows = self._checked[form]
+        rows = max(1, min(GRADIENT_WORKSPACE // self._checked[form], 512))
         seen = used = 0
 
         def counted() -> Iterator[Batch]:
@@ -395,8 +395,8 @@ class Objective:
                 )
             warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
 
-    def _rows_per_chunk(self, row: Batch) -> int:
-        """How many rows fit the workspace, from what one of them saves for its backward pass."""
+    def _bytes_of(self, row: Batch) -> int:
+        """What the gradient of a row takes, with what its forward pass saves for the backward one."""
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -411,7 +411,7 @@ class Objective:
                 f"model's outputs, and the chosen parameters ({', '.join(self.layout.shapes)})."
             )
         gradient = self.layout.size * self.weights.element_size()
-        return max(1, min(GRADIENT_WORKSPACE // (2 * (sum(saved.values()) + gradient)), 512))
+        return 2 * (sum(saved.values()) + gradient)
 
     def _check_mean(self, row: Batch) -> None:
         weights = self._cast(self.weights)
