@@ -1,5 +1,6 @@
 """The commands, as a user runs them."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -125,6 +126,48 @@ def test_compare(folder, capsys):
     assert "50 %" in capsys.readouterr().out
 
 
+def test_compare_over_seeds(folder, capsys):
+    arguments = ["compare", "--seeds", "2", "--sparsity", "0.5", "0.8", "--out", "out", "--json", *QUICK]
+    assert main([*arguments, "--methods", "magnitude,woodfisher-full", "--task", "my_tasks:good"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert [r["seed"] for r in content["results"]] == [0] * 4 + [1] * 4
+    for cell in content["summary"]:
+        metrics = [
+            r["metric"]
+            for r in content["results"]
+            if (r["criterion"], r["requested_sparsity"]) == (cell["criterion"], cell["requested_sparsity"])
+        ]
+        assert cell["runs"] == 2
+        assert cell["mean"] == pytest.approx(sum(metrics) / 2)
+        assert cell["sd"] == pytest.approx(abs(metrics[0] - metrics[1]) / 2**0.5)
+    with (folder / "out" / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["metric"]) for row in rows] == [r["metric"] for r in content["results"]]
+
+
+def test_stages_that_adapt_show_what_they_predicted_and_measured(folder, capsys):
+    arguments = ["prune", "--task", "my_tasks:good", "--sparsity", "0.8", "--train-samples", "30"]
+    assert main([*arguments, "--damping", "2x", "--out", "out"]) == 0
+    shown = capsys.readouterr().out
+    assert "predicted" in shown
+    assert "measured" in shown
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["method"]["curvature"]["damping"] == {"factor": 2.0}
+    assert all(stage["measured"] is not None for stage in report["stages"])
+
+
+@pytest.mark.filterwarnings("ignore:every weight of")
+def test_prune_to_a_drop(folder, capsys):
+    arguments = ["prune", "--criterion", "magnitude", "--max-drop", "5%", "--json", "--out", "out"]
+    assert main(arguments) == 0
+    content = json.loads(capsys.readouterr().out)
+    task = load_task("digits", weights=folder / "out" / "model.safetensors")
+    dense = load_task("digits")
+    assert task.metric(task.model, task.validation) >= 0.95 * dense.metric(dense.model, dense.validation)
+    assert 0.3 < content["sparsity"] < 0.9
+    assert content["requested_sparsity"] is None
+
+
 def test_compare_goes_on_after_a_failure(folder, capsys):
     arguments = ["compare", "--task", "my_tasks:good", "--methods", "hessian,magnitude", "--sparsity", "0.5"]
     assert main([*arguments, "--damping", "1e-9", "--out", "out"]) == 0
@@ -175,6 +218,13 @@ def test_help_reads_like_a_manual(command, capsys):
         ),
         (["prune", "--damping", "0"], "damping must be a finite number above 0"),
         (["prune", "--damping", "-1e-3"], "damping must be"),
+        (["prune", "--damping", "1y"], "multiple of the mean curvature, or auto; '1y' came"),
+        (["prune", "--damping", "0x"], "factor of a relative damping"),
+        (["prune", "--max-drop", "1%", "--sparsity", "0.5"], "not both"),
+        (["prune", "--max-drop", "150%"], "--max-drop must be a number in [0, 1)"),
+        (["prune", "--max-drop", "some"], "as in 1% or 0.01; 'some' came"),
+        (["prune", "--train-samples", "0"], "train_samples must be"),
+        (["compare", "--seeds", "0"], "seeds must be"),
         (["prune", "--block-size", "0"], "block_size must be"),
         (["prune", "--samples", "0"], "samples must be"),
         (["prune", "--params", "decoder.*"], "matches no parameter"),

@@ -182,7 +182,7 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
     table = Table(
         title=f"{content['task']}: test {content['metric']}{spread}; dense {content['dense']['metric']:.2f}"
     )
-    table.add_column("method")
+    table.add_column("method", min_width=max(map(len, names)))
     rows = {name: [cell for cell in content["summary"] if cell["criterion"] == name] for name in names}
     for cell in rows[names[0]]:
         table.add_column(f"{100 * cell['requested_sparsity']:g} %", justify="right")
@@ -200,4 +200,4 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
 def _cell(cell: dict[str, Any]) -> str:
     if not cell["runs"]:
         return "failed"
-    return f"{cell['mean']:.2f}" + ("" if cell["sd"] is None else f" ± {cell['sd']:.2f}")
+    return f"{cell['mean']:.2f}" + ("" if cell["sd"] is None else f" ±{cell['sd']:.2f}")

@@ -154,13 +154,16 @@ def parse_methods(text: str) -> list[str]:
 def _damping(text: str | None) -> Damping | None:
     if text is None:
         return None
+    if text == "auto":
+        return "auto"
     try:
-        return "auto" if text == "auto" else Relative(float(text[:-1])) if text.endswith("x") else float(text)
+        number = float(text.removesuffix("x"))
     except ValueError:
         raise WoodfisherError(
             f"--damping takes a number, a number and x for a multiple of the mean curvature, or auto; "
             f"{text!r} came."
         ) from None
+    return Relative(number) if text.endswith("x") else number
 
 
 def _given(**options: Any) -> dict[str, Any]:

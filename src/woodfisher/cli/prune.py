@@ -179,8 +179,10 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
 def _stages(report: Report) -> Table:
     """Predicted and measured change of the loss side by side: every stage taken back, and a few of the others."""
     taken_back = sum(not stage.accepted for stage in report.stages)
-    table = Table(title=f"{len(report.stages)} stages, {taken_back} of them taken back: change of the loss")
-    for column in ("sparsity", "predicted", "measured, held-out", "damping", "gradient", ""):
+    table = Table(
+        title=f"{len(report.stages)} stages, {taken_back} taken back: change of the loss (held-out samples)"
+    )
+    for column in ("sparsity", "predicted", "measured", "damping", "gradient", ""):
         table.add_column(column, justify="right")
     every = -(-len(report.stages) // SHOWN_STAGES)
     for number, stage in enumerate(report.stages, 1):
