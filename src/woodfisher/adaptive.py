@@ -10,7 +10,7 @@ import torch
 
 from woodfisher.batches import Stream, samples_in
 from woodfisher.checks import check_count, check_fraction, check_positive
-from woodfisher.curvature.damping import Relative
+from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import check_memory
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 _FACTOR = 3.0
 """Ratio of one damping tried to the next."""
 
-_FIRST_DAMPINGS = [10 * _FACTOR**power for power in range(10)]
-"""Dampings tried at the first stage, relative to the curvature's mean."""
+_FIRST_POWERS = {True: range(10), False: range(-1, 2)}
+"""Powers of that ratio tried at the first stage, with and without the gradient, around what held-out rows say."""
 
 MOST_PASSES = 8
 """Passes over the data up to which its gradients are taken for those of new samples."""
@@ -42,9 +42,9 @@ MOST_PASSES = 8
 MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
-_RANGE = 9.0
-"""How far the damping may go from what was best at the first stage, where the rows are freshest: a smaller step is
-almost always better for the next stage alone, and too small for those that follow."""
+_RANGE = {True: 9.0, False: 81.0}
+"""How far the damping may go from what was best at the first stage, where the rows are freshest: with the gradient
+a smaller step is almost always better for the next stage alone, and too small for those that follow."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -283,7 +283,7 @@ class AdaptiveRun:
     def _try(self, count: int) -> _Step:
         """Propose a stage down to `count` weights in several ways and choose on the held-out samples."""
         first = self.damping is None
-        damping = self._absolute() or self.damping or _FIRST_DAMPINGS[0] * self.fisher.scale
+        damping = self._absolute() or self.damping or self._likely_damping()
         gradient = self.gradient
         keep = self.objective.kept
         stay = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
@@ -336,9 +336,15 @@ class AdaptiveRun:
         if self._absolute() is not None:
             return [damping]
         if first:
-            return [factor * self.fisher.scale for factor in _FIRST_DAMPINGS]
+            return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
         step = _FACTOR if self._taken % 2 else 1 / _FACTOR
-        return [damping, min(max(damping * step, self._first_damping / _RANGE), self._first_damping * _RANGE)]
+        least, most = (self._first_damping * _RANGE[self.first_order] ** side for side in (-1, 1))
+        return [damping, min(max(damping * step, least), most)]
+
+    def _likely_damping(self) -> float:
+        """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""
+        rows = self.fisher.rows
+        return held_out_damping(rows, self.group) if len(rows) >= LEAST_ROWS else self.fisher.scale or 1.0
 
     def _absolute(self) -> float | None:
         damping = self.curvature.damping

@@ -33,6 +33,9 @@ class Relative:
 
 Damping = float | Relative | Literal["auto"]
 
+LEAST_ROWS = 5
+"""Rows that `auto` needs, one of which it holds out."""
+
 _GRID = [10 ** (power / 4) for power in range(-32, 17)]
 """Multiples of the scale among which `auto` chooses."""
 
@@ -74,10 +77,10 @@ def held_out_damping(rows: Tensor, group: int) -> float:
     group:
         Samples that each averages; held-out rows are scaled by its root, as F is by it.
     """
-    if len(rows) < 5:
+    if len(rows) < LEAST_ROWS:
         raise WoodfisherError(
-            f"damping='auto' holds every fifth row out, and there are {len(rows)}: take 5 at least, or "
-            "give a number."
+            f"damping='auto' holds every fifth row out, and there are {len(rows)}: take {LEAST_ROWS} at least, "
+            "or give a number."
         )
     scale = _positive_scale(rows, group)
     out = torch.arange(len(rows), device=rows.device) % 5 == 4
