@@ -208,7 +208,7 @@ class AdaptiveRun:
         window = max(min(most, samples // self.group, rows), 1)
         fresh = max(rows - window, 0) // self.options.stages
         self._next_rows = window
-        self._rows_each = min(max(fresh, 1), -(-window // 4))
+        self._rows_each = min(max(fresh, 1), window)
         self._check_memory(window)
         self.fisher = RunningFisher(
             len(self.weights),
