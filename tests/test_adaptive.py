@@ -260,7 +260,7 @@ def test_the_result_is_never_worse_than_magnitude_on_the_held_out_samples():
     held_out = stream.hold_out(24)
     run = AdaptiveRun(objective, METHOD, QUICK, held_out, stream, 96, True)
     counts = [25, 12, 5]
-    by_size = {int(p.objective.kept.sum()): p.loss for p in run.by_magnitude(counts)}
+    by_size = {int(p.objective.kept.sum()): p.loss for p in run.by_magnitude(objective, counts)}
     method = replace(METHOD, stages=replace(QUICK, held_out=24))
     for passed in adaptive_run(objective, counts, method):
         assert passed.loss <= by_size[int(passed.objective.kept.sum())] * (1 + 1e-5)

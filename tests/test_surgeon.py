@@ -14,7 +14,7 @@ from woodfisher.curvature.base import DiagonalInverse
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.layout import Layout
 from woodfisher.saliency import group_saliency, newton_point, saliency
-from woodfisher.schedule import exponential
+from woodfisher.schedule import through
 from woodfisher.selection import select, survivors
 from woodfisher.update import independent_update, joint_update, no_update, quadratic_change
 
@@ -172,6 +172,6 @@ def test_a_nan_score_names_the_layer():
 
 @given(now=st.integers(1, 10**6), final=st.integers(0, 10**6), stages=st.integers(1, 30))
 def test_stages_go_down_to_the_goal(now, final, stages):
-    counts = exponential(now, final, stages)
+    counts = through(now, [final], stages)
     assert counts[-1] == min(now, final)
     assert all(a >= b for a, b in itertools.pairwise([now, *counts]))

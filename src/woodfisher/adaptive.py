@@ -160,7 +160,7 @@ def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -
         )
         for order in orders
     ]
-    by_size = runs[0].by_magnitude(targets)
+    by_size = runs[0].by_magnitude(objective, targets)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
         yield min(passed, key=lambda p: p.loss)
 
@@ -256,14 +256,14 @@ class AdaptiveRun:
                     yield self._finished(tuple(done))
         report_progress("stages", planned, planned)
 
-    def by_magnitude(self, targets: Sequence[int]) -> Iterator[Passed]:
-        """From where the run starts, remove the smallest weights and leave the rest."""
-        start, measure = self.objective, self._measure
+    def by_magnitude(self, start: Objective, targets: Sequence[int]) -> Iterator[Passed]:
+        """From `start`, remove the smallest weights and leave the rest; checked on this run's samples."""
+        dense = self._measure(start)
         for count in targets:
             keep = select(start.weights.double().abs(), start.kept, count, start.layout, self.method.scope)
             pruned = recalibrated(start.at(start.weights, keep), self.stream, self.method)
-            loss = measure(pruned)
-            stage = Stage(1 - count / start.layout.size, None, loss - self.loss)
+            loss = self._measure(pruned)
+            stage = Stage(1 - count / start.layout.size, None, loss - dense)
             yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
 
     def _renew(self) -> None:
