@@ -343,8 +343,10 @@ class AdaptiveRun:
 
     def _likely_damping(self) -> float:
         """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""
-        rows = self.fisher.rows
-        return held_out_damping(rows, self.group) if len(rows) >= LEAST_ROWS else self.fisher.scale or 1.0
+        gram = self.fisher.gram
+        if len(gram) < LEAST_ROWS:
+            return self.fisher.scale or 1.0
+        return held_out_damping(gram, len(self.weights), self.group)
 
     def _absolute(self) -> float | None:
         damping = self.curvature.damping

@@ -229,6 +229,9 @@ class Stream:
         return drawn
 
     def _without_held_out(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        if not self._held_out:
+            yield from batches
+            return
         for batch in batches:
             stay = torch.tensor([key not in self._held_out for key in _fingerprints(batch)])
             if stay.all():

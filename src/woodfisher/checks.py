@@ -46,6 +46,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise WoodfisherError(f"{name} must be one of {', '.join(choices)}; {value!r} came.")
 
 
+def finite_number(value: object, message: str) -> float:
+    """`value` as a float; raises with `message` unless it is a finite real number."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise WoodfisherError(message)
+    return float(value)
+
+
 def check_sparsity(value: object) -> None:
     """Raise unless `value` is a fraction in [0, 1)."""
     if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:

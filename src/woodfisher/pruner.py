@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from woodfisher.adaptive import Adaptive, adaptive_run, recalibrated
 from woodfisher.batches import Stream
-from woodfisher.checks import check_fraction, check_sparsity
+from woodfisher.checks import check_fraction, check_sparsity, finite_number
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import UPDATES, method_for
@@ -153,10 +153,8 @@ class Pruned:
     ----------
     report:
         How it came about.
-    weights:
-        Name → weight, removed ones exactly zero.
-    buffers:
-        Name → the buffers that belong to them, as batch normalisation's statistics.
+    objective:
+        The objective at the pruned weights, with its mask and the buffers that belong to them.
     """
 
     report: Report
@@ -250,9 +248,7 @@ def prune_within(
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
     value: object = metric(model)
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise WoodfisherError(f"metric(model) must return a finite number; {value!r} came.")
-    return float(value)
+    return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
 
 
 def _prepared(

@@ -50,9 +50,14 @@ def refine(
     that was tried; it never rises.
     """
     point, diagonal = point.double(), finv.diag()
-    new = joint_update(point, finv, keep)
-    force = finv.forward(new - point)
-    history = [float((new - point) @ force / 2)]
+
+    def refitted(keep: Tensor) -> tuple[Tensor, Tensor, float]:
+        new = joint_update(point, finv, keep)
+        force = finv.forward(new - point)
+        return new, force, float((new - point) @ force / 2)
+
+    new, force, value = refitted(keep)
+    history = [value]
     share = FIRST_SHARE
     for _ in range(rounds):
         gain = torch.where(kept & ~keep, force.square() * diagonal, -torch.inf)
@@ -68,9 +73,7 @@ def refine(
         trial = keep.clone()
         trial[come[worth]] = True
         trial[go[worth]] = False
-        moved = joint_update(point, finv, trial)
-        pull = finv.forward(moved - point)
-        value = float((moved - point) @ pull / 2)
+        moved, pull, value = refitted(trial)
         if value < history[-1]:
             keep, new, force = trial, moved, pull
             history.append(value)

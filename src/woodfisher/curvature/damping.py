@@ -54,13 +54,14 @@ def check_damping(value: object, why: str) -> None:
 def resolve(damping: Damping, rows: Tensor, group: int) -> float:
     """λ for the rows `(N, d)`, each of which averages `group` samples."""
     if damping == "auto":
-        return held_out_damping(rows, group)
+        return held_out_damping((rows @ rows.mT).double(), rows.shape[1], group)
     if isinstance(damping, Relative):
-        return damping.factor * _positive_scale(rows, group)
+        energies = torch.linalg.vector_norm(rows, dim=1).double().square()
+        return damping.factor * _positive_scale(energies, rows.shape[1], group)
     return float(damping)
 
 
-def held_out_damping(rows: Tensor, group: int) -> float:
+def held_out_damping(gram: Tensor, size: int, group: int) -> float:
     """λ under which rows held out are likeliest, as draws from N(0, F_λ) with F_λ made of the others.
 
     Every fifth row is held out. One eigendecomposition of the others' Gram matrix, GGᵀ = U diag(e) Uᵀ, gives
@@ -72,24 +73,25 @@ def held_out_damping(rows: Tensor, group: int) -> float:
 
     Parameters
     ----------
-    rows:
-        Gradient rows `(N, d)`, at least five.
+    gram:
+        Inner products of the gradient rows, float64 `(N, N)`, at least five of them.
+    size:
+        d, the weights.
     group:
         Samples that each averages; held-out rows are scaled by its root, as F is by it.
     """
-    if len(rows) < LEAST_ROWS:
+    if len(gram) < LEAST_ROWS:
         raise WoodfisherError(
-            f"damping='auto' holds every fifth row out, and there are {len(rows)}: take {LEAST_ROWS} at least, "
+            f"damping='auto' holds every fifth row out, and there are {len(gram)}: take {LEAST_ROWS} at least, "
             "or give a number."
         )
-    scale = _positive_scale(rows, group)
-    out = torch.arange(len(rows), device=rows.device) % 5 == 4
-    K = (rows @ rows.mT).double()
-    n, d, m = int((~out).sum()) / group, rows.shape[1], group
-    e, U = torch.linalg.eigh(K[~out][:, ~out])
+    scale = _positive_scale(gram.diagonal(), size, group)
+    out = torch.arange(len(gram), device=gram.device) % 5 == 4
+    n, d, m = int((~out).sum()) / group, size, group
+    e, U = torch.linalg.eigh(gram[~out][:, ~out])
     e = e.clamp(min=0)
-    energy = m * K.diagonal()[out].mean()
-    explained = m * (U.mT @ K[~out][:, out]).square().mean(1)
+    energy = m * gram.diagonal()[out].mean()
+    explained = m * (U.mT @ gram[~out][:, out]).square().mean(1)
 
     def surprise(damping: float) -> float:
         within = torch.log1p(e / (n * damping)).sum()
@@ -100,9 +102,9 @@ def held_out_damping(rows: Tensor, group: int) -> float:
     return min((factor * scale for factor in _GRID), key=surprise)
 
 
-def _positive_scale(rows: Tensor, group: int) -> float:
-    norms = torch.linalg.vector_norm(rows, dim=1).double()
-    scale = float(norms.square().mean()) * group / rows.shape[1]
+def _positive_scale(energies: Tensor, size: int, group: int) -> float:
+    """Mean diagonal entry of F without damping, from the rows' squared norms `(N,)`."""
+    scale = float(energies.mean()) * group / size
     if not scale > 0:
         raise WoodfisherError(
             "every gradient row is zero, so the curvature has no scale for a damping relative to it: the model "

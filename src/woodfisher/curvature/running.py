@@ -44,6 +44,11 @@ class RunningFisher:
         return self._store[: self._filled]
 
     @property
+    def gram(self) -> Tensor:
+        """GGᵀ of the rows, float64 `(N, N)`."""
+        return self._gram[: self._filled, : self._filled]
+
+    @property
     def divisor(self) -> float:
         """N = N/m."""
         return self._filled / self.group
@@ -51,7 +56,7 @@ class RunningFisher:
     @property
     def scale(self) -> float:
         """Mean diagonal entry of F without damping: what a relative damping is relative to."""
-        trace = self._gram.diagonal()[: self._filled].sum()
+        trace = self.gram.diagonal().sum()
         return float(trace) / (self.divisor * self._store.shape[1])
 
     def add(self, rows: Tensor) -> None:
@@ -74,7 +79,7 @@ class RunningFisher:
         other._store = self._store[:, stay]
         other._gram = self._gram.clone()
         gone, left = self.rows[:, ~stay], other.rows
-        square = other._gram[: self._filled, : self._filled]
+        square = other.gram
         if gone.shape[1] < left.shape[1]:
             square -= (gone @ gone.mT).double()
         else:
@@ -87,5 +92,4 @@ class RunningFisher:
 
     def inverse(self, damping: float) -> LowRankInverse:
         """F⁻¹ with λ = `damping`: a factorisation of N×N, and nothing of the size of the rows."""
-        gram = self._gram[None, : self._filled, : self._filled]
-        return LowRankInverse(self.rows, 1, damping, self.divisor, gram=gram, single=True)
+        return LowRankInverse(self.rows, 1, damping, self.divisor, gram=self.gram[None], single=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from woodfisher.checks import finite_number
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
@@ -74,8 +73,7 @@ class Task:
     def evaluate(self, model: nn.Module) -> float:
         """Metric of `model` on the test data; raises unless it is a finite number."""
         value: object = self.metric(model, self.test)
-        if not isinstance(value, numbers.Real) or not math.isfinite(value):
-            raise WoodfisherError(
-                f"the metric of the task {self.name} must be a finite float; {value!r} came on the test data."
-            )
-        return float(value)
+        return finite_number(
+            value,
+            f"the metric of the task {self.name} must be a finite float; {value!r} came on the test data.",
+        )
