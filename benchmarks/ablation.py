@@ -19,7 +19,7 @@ import torch
 import woodfisher as wf
 from woodfisher.batches import Replay
 from woodfisher.method import METHODS, Method
-from woodfisher.pruner import sweep_objective
+from woodfisher.oneshot import sweep_objective
 from woodfisher.refine import joint_objective, refine
 from woodfisher.saliency import saliency
 from woodfisher.selection import survivors

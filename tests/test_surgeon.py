@@ -15,7 +15,7 @@ from woodfisher.curvature.dense import DenseInverse
 from woodfisher.layout import Layout
 from woodfisher.saliency import group_saliency, newton_point, saliency
 from woodfisher.schedule import through
-from woodfisher.selection import select, survivors
+from woodfisher.selection import Selection, survivors
 from woodfisher.update import independent_update, joint_update, no_update, quadratic_change
 
 
@@ -152,22 +152,28 @@ def test_exactly_that_many_survive_and_they_are_the_best(scores, seed, fraction)
             assert int((keep & ties).nonzero().max()) < int((~keep & ties).nonzero().min())
 
 
+def chosen(scores, kept, amount, selection):
+    """What stays where removing weight q alone costs `scores[q]`."""
+    return selection((2 * scores).sqrt(), DiagonalInverse(torch.ones_like(scores)), kept, amount)
+
+
 def test_ranking_in_each_layer():
     layout = Layout({"a": (4,), "b": (3,), "c": (3,)})
     scores = torch.tensor([1.0, 2, 3, 4, 100, 200, 300, 7, 5, 6])
     everything = torch.ones(10, dtype=torch.bool)
-    assert select(scores, everything, 3, layout, "global").nonzero().flatten().tolist() == [4, 5, 6]
-    keep = select(scores, everything, 5, layout, "layer")
+    over_all, in_each = Selection(layout), Selection(layout, scope="layer")
+    assert chosen(scores, everything, 3, over_all).nonzero().flatten().tolist() == [4, 5, 6]
+    keep = chosen(scores, everything, 5, in_each)
     assert keep.nonzero().flatten().tolist() == [2, 3, 5, 6, 7]
     for count in range(11):
-        assert int(select(scores, everything, count, layout, "layer").sum()) == count
+        assert int(chosen(scores, everything, count, in_each).sum()) == count
 
 
 def test_a_nan_score_names_the_layer():
     layout = Layout({"a": (2,), "b": (2,)})
     scores = torch.tensor([1.0, 2.0, float("nan"), 1.0])
     with pytest.raises(wf.WoodfisherError, match="'b' is NaN"):
-        select(scores, torch.ones(4, dtype=torch.bool), 2, layout, "global")
+        chosen(scores, torch.ones(4, dtype=torch.bool), 2, Selection(layout))
 
 
 @given(now=st.integers(1, 10**6), final=st.integers(0, 10**6), stages=st.integers(1, 30))

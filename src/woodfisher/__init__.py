@@ -14,26 +14,38 @@ from woodfisher.curvature import (
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.method import METHODS, Method
 from woodfisher.objective import Objective
-from woodfisher.pruner import Pruned, prune, sweep
+from woodfisher.oneshot import Pruned, prune, sweep
+from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
+from woodfisher.pruner import Pruner
 from woodfisher.report import Report
+from woodfisher.schedule import Milestones, Polynomial, one_shot
 
 __all__ = [
     "KFAC",
     "METHODS",
+    "NM",
     "Adaptive",
+    "Block",
+    "Channels",
     "DiagonalFisher",
     "DiagonalHessian",
     "ExactHessian",
+    "Heads",
     "Identity",
     "Method",
+    "Milestones",
     "Objective",
+    "Polynomial",
     "Pruned",
+    "Pruner",
     "Relative",
     "Report",
+    "Unstructured",
     "WoodFisher",
     "WoodfisherError",
     "WoodfisherWarning",
     "__version__",
+    "one_shot",
     "prune",
     "sweep",
 ]

@@ -10,14 +10,14 @@ import torch
 
 from woodfisher.batches import Stream, samples_in
 from woodfisher.checks import check_count, check_fraction, check_positive
+from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import check_memory
 from woodfisher.report import Stage
-from woodfisher.saliency import newton_point, saliency
+from woodfisher.saliency import newton_point
 from woodfisher.schedule import through
-from woodfisher.selection import select
 from woodfisher.watch import phase, report_progress
 
 if TYPE_CHECKING:
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
     from woodfisher.curvature import WoodFisher
+    from woodfisher.curvature.base import InverseOperator
     from woodfisher.method import Method
     from woodfisher.objective import Objective
+    from woodfisher.selection import Selection
 
 _FACTOR = 3.0
 """Ratio of one damping tried to the next."""
@@ -119,8 +121,10 @@ class Passed:
     stages: tuple[Stage, ...]
 
 
-def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -> Iterator[Passed]:
-    """Prune through `targets` (numbers of kept weights, largest first) with stages that adapt.
+def adaptive_run(
+    objective: Objective, targets: Sequence[int], method: Method, selection: Selection
+) -> Iterator[Passed]:
+    """Prune through `targets` (what is kept of `selection.total`, largest first) with stages that adapt.
 
     With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
@@ -152,6 +156,7 @@ def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -
         AdaptiveRun(
             objective,
             method,
+            selection,
             options,
             held_out,
             stream if order is orders[0] else stream.fork(),
@@ -160,7 +165,7 @@ def adaptive_run(objective: Objective, targets: Sequence[int], method: Method) -
         )
         for order in orders
     ]
-    by_size = runs[0].by_magnitude(objective, targets)
+    by_size = _by_magnitude(objective, targets, method, selection, held_out, stream)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
         yield min(passed, key=lambda p: p.loss)
 
@@ -174,6 +179,8 @@ class AdaptiveRun:
         Where it starts.
     method:
         With a `WoodFisher` in one block for its curvature.
+    selection:
+        What may stay.
     options:
         Its plan, which may have fewer stages.
     held_out:
@@ -190,6 +197,7 @@ class AdaptiveRun:
         self,
         objective: Objective,
         method: Method,
+        selection: Selection,
         options: Adaptive,
         held_out: Sequence[Batch],
         stream: Stream,
@@ -197,6 +205,7 @@ class AdaptiveRun:
         first_order: bool,
     ) -> None:
         self.objective, self.method, self.options = objective, method, options
+        self.selection = selection
         self.curvature = cast("WoodFisher", method.curvature)
         self.stream, self.first_order = stream, first_order
         self._held_out = held_out
@@ -221,7 +230,7 @@ class AdaptiveRun:
         self._taken, self._weight = 0, 0.0
         self.damping: float | None = None
         self._first_damping = 0.0
-        self.loss = self._measure(objective)
+        self.loss = _loss_on(held_out, objective)
         if not math.isfinite(self.loss):
             for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
                 pass
@@ -231,40 +240,33 @@ class AdaptiveRun:
             )
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
-        """Prune through each number of kept weights in `targets`, largest first; yield there."""
-        now = len(self.weights)
-        path = through(now, targets, self.options.stages, self.options.pace)
+        """Prune through each amount in `targets`, largest first; yield there."""
+        path = through(self._left, targets, self.options.stages, self.options.pace)
         done: list[Stage] = []
         splits = self.options.stages // 2
         planned = len(path)
         while path:
             report_progress("stages", planned - len(path), planned)
             self._renew()
-            count, accepted = path[0], False
+            amount, accepted = path[0], False
             while not accepted:
-                step = self._try(count)
-                removed = len(self.weights) - count
+                step = self._try(amount)
+                removed = self._left - amount
                 accepted = not step.too_far or removed < 2 or not splits
                 done.append(replace(step.stage, accepted=accepted))
                 if not accepted:
                     splits -= 1
-                    count = len(self.weights) - removed // 2
+                    amount = self._left - removed // 2
             self._accept(step)
-            if count == path[0]:
+            if amount == path[0]:
                 path.pop(0)
-                if count in targets:
+                if amount in targets:
                     yield self._finished(tuple(done))
         report_progress("stages", planned, planned)
 
-    def by_magnitude(self, start: Objective, targets: Sequence[int]) -> Iterator[Passed]:
-        """From `start`, remove the smallest weights and leave the rest; checked on this run's samples."""
-        dense = self._measure(start)
-        for count in targets:
-            keep = select(start.weights.double().abs(), start.kept, count, start.layout, self.method.scope)
-            pruned = recalibrated(start.at(start.weights, keep), self.stream, self.method)
-            loss = self._measure(pruned)
-            stage = Stage(1 - count / start.layout.size, None, loss - dense)
-            yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
+    @property
+    def _left(self) -> int:
+        return self.selection.amount(self.objective.kept)
 
     def _renew(self) -> None:
         """Take new rows, and their mean into the averaged gradient."""
@@ -280,21 +282,18 @@ class AdaptiveRun:
             self._weight += len(rows)
             self.gradient += (rows.mean(0).double() - self.gradient) * (len(rows) / self._weight)
 
-    def _try(self, count: int) -> _Step:
-        """Propose a stage down to `count` weights in several ways and choose on the held-out samples."""
+    def _try(self, amount: int) -> _Step:
+        """Propose a stage down to `amount` in several ways and choose on the held-out samples."""
         first = self.damping is None
         damping = self._absolute() or self.damping or self._likely_damping()
-        gradient = self.gradient
-        keep = self.objective.kept
-        stay = torch.ones(len(self.weights), dtype=torch.bool, device=self.weights.device)
-        if count < len(self.weights):
+        gradient, kept = self.gradient, self.objective.kept
+        keep = kept
+        if amount < self._left:
             with phase("saliency"):
                 finv = self.fisher.inverse(damping)
                 point = newton_point(self.weights, gradient, finv) if self.first_order else self.weights
-                scores = torch.zeros(len(keep), dtype=torch.float64, device=point.device)
-                scores[self.objective.kept] = saliency(point, finv)
-                keep = select(scores, keep, count, self.objective.layout, self.method.scope)
-                stay = keep[self.objective.kept]
+                keep = self.selection(self._full(point, kept), _lifted(finv, kept, damping), kept, amount)
+        stay = keep[kept]
         with phase("update"):
             rest = self.fisher.restricted(stay)
             gone = torch.where(stay, 0, -self.weights)
@@ -314,8 +313,8 @@ class AdaptiveRun:
             best = min(best, plain, key=lambda c: c.loss)
         if not math.isfinite(best.loss):
             raise WoodfisherError(
-                f"at {count} weights the loss on held-out samples is {best.loss} however the rest moves; the model "
-                "is unchanged. Ask for a lower sparsity."
+                f"at {int(keep.sum())} weights the loss on held-out samples is {best.loss} however the rest moves; the "
+                "model is unchanged. Ask for a lower sparsity."
             )
         step = gone.clone()
         step[stay] = best.weights - start
@@ -323,7 +322,7 @@ class AdaptiveRun:
         if self.first_order:
             predicted += float(gradient @ step)
         stage = Stage(
-            sparsity=1 - count / self.objective.layout.size,
+            sparsity=1 - int(keep.sum()) / self.objective.layout.size,
             predicted=predicted,
             measured=best.loss - self.loss,
             damping=best.damping if best.moved else None,
@@ -366,26 +365,25 @@ class AdaptiveRun:
             self._weight *= self.options.momentum
 
     def _objective_at(self, weights: Tensor, keep: Tensor) -> Objective:
+        return self.objective.at(self._full(weights, keep), keep)
+
+    def _full(self, weights: Tensor, keep: Tensor) -> Tensor:
         full = torch.zeros(len(keep), dtype=torch.float64, device=keep.device)
         full[keep] = weights
-        return self.objective.at(full, keep)
+        return full
 
     def _loss_at(self, weights: Tensor, keep: Tensor) -> float:
         if not weights.isfinite().all():
             return math.inf
-        value = self._measure(self._objective_at(weights, keep))
+        value = _loss_on(self._held_out, self._objective_at(weights, keep))
         return value if math.isfinite(value) else math.inf
-
-    def _measure(self, objective: Objective) -> float:
-        with phase("check"):
-            return objective.on(self._held_out).mean_loss()
 
     def _finished(self, stages: tuple[Stage, ...]) -> Passed:
         """The network as it leaves: with normalisation recalibrated if the held-out samples say so."""
         fresh = recalibrated(self.objective, self.stream, self.method)
         if fresh is self.objective:
             return Passed(self.objective, self.loss, stages)
-        loss = self._measure(fresh)
+        loss = _loss_on(self._held_out, fresh)
         return Passed(fresh, loss, stages) if loss <= self.loss else Passed(self.objective, self.loss, stages)
 
     def _check_memory(self, window: int) -> None:
@@ -399,6 +397,43 @@ class AdaptiveRun:
             self.objective.device,
             "Take a smaller window, or a fixed number of stages with fewer samples.",
         )
+
+
+def _by_magnitude(
+    objective: Objective,
+    targets: Sequence[int],
+    method: Method,
+    selection: Selection,
+    held_out: Sequence[Batch],
+    stream: Stream,
+) -> Iterator[Passed]:
+    """Remove the smallest weights (or groups of least norm) and leave the rest."""
+    dense = _loss_on(held_out, objective)
+    same = DiagonalInverse(torch.ones_like(objective.weights))
+    for amount in targets:
+        keep = selection(objective.weights, same, objective.kept, amount)
+        pruned = recalibrated(objective.at(objective.weights, keep), stream, method)
+        loss = _loss_on(held_out, pruned)
+        stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - dense)
+        yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
+
+
+def _loss_on(held_out: Sequence[Batch], objective: Objective) -> float:
+    with phase("check"):
+        return objective.on(held_out).mean_loss()
+
+
+def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
+    """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
+    gone = (~kept).nonzero().squeeze(1)
+    if not len(gone):
+        return finv
+    return BlockDiagonalInverse(
+        [
+            (kept.nonzero().squeeze(1), finv),
+            (gone, DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64))),
+        ]
+    )
 
 
 def recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:

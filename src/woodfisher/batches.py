@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler
 
 from woodfisher.errors import WoodfisherError
 
@@ -185,6 +186,22 @@ class Stream:
                 drawn += more
         self._last = drawn
         return drawn
+
+    def skip(self, samples: int) -> None:
+        """Pass over as many samples, around the end, of data that comes in the same order each time it is read.
+
+        That is a list, or a `DataLoader` that does not shuffle; other data has random numbers to come in new order.
+        """
+        data = self._data
+        sampler = getattr(data, "sampler", None)
+        if isinstance(data, (list, tuple)):
+            known = sum(map(samples_in, data))
+        elif isinstance(data, DataLoader) and isinstance(sampler, SequentialSampler):
+            known = len(sampler)
+        else:
+            return
+        if known:
+            self._next(samples % known)
 
     def _next(self, samples: int) -> list[Batch]:
         """As many of the next samples as there are, with what is left of the last batch kept for later."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from torch import nn
 
@@ -36,3 +36,30 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 vars(module).update(before)
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def reseeded(data: Iterable[Any], seed: int) -> Iterator[None]:
+    """Random numbers that `seed` alone determines, for what is drawn from `data` inside `isolated`.
+
+    A `DataLoader` and its samplers may have generators of their own; they are set too, and are as before afterwards.
+    """
+    owners = [data]
+    for owner in owners:
+        owners += [
+            part for name in ("sampler", "batch_sampler") if (part := getattr(owner, name, None)) is not None
+        ]
+    found = {
+        id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
+    }
+    before = [(generator, generator.get_state()) for generator in found.values()]
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+    try:
+        for generator in found.values():
+            generator.manual_seed(seed)
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)

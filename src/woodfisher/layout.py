@@ -43,6 +43,8 @@ class Layout:
     ----------
     shapes:
         Name → shape, in flat order; each tensor is flattened in its own memory order.
+    transposed:
+        Names of the weights whose first dimension is the inputs, as that of transposed convolutions is.
 
     Examples
     --------
@@ -56,6 +58,7 @@ class Layout:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    transposed: frozenset[str] = frozenset()
 
     @property
     def sizes(self) -> list[int]:
@@ -84,6 +87,13 @@ class Layout:
         """Flat vector `(d,)` → named tensors in their own shapes (views, not copies)."""
         self.check(flat, "a flat vector of all chosen weights")
         return {name: flat[where].view(self.shapes[name]) for name, where in self.slices.items()}
+
+    def index(self, name: str) -> Tensor:
+        """Flat indexes of a weight as int64 `(outputs, inputs, positions)`; a vector has one input."""
+        where, shape = self.slices[name], self.shapes[name]
+        outputs, inputs = (*shape, 1)[:2]
+        index = torch.arange(where.start, where.stop).reshape(outputs, inputs, -1)
+        return index.transpose(0, 1) if name in self.transposed else index
 
     def name_at(self, index: int) -> str:
         """Name of the tensor that holds flat index `index`."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
 from woodfisher.adaptive import Adaptive
-from woodfisher.checks import check_choice, check_count
+from woodfisher.checks import check_choice, check_count, check_fraction
 from woodfisher.curvature import (
     KFAC,
     DiagonalFisher,
@@ -17,18 +17,21 @@ from woodfisher.curvature import (
     WoodFisher,
 )
 from woodfisher.errors import WoodfisherError
+from woodfisher.patterns import Pattern, Unstructured
+from woodfisher.selection import SCOPES, Selection
 from woodfisher.update import independent_update, joint_update, no_update
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from woodfisher.objective import Objective
+
 Update = Literal["independent", "joint", "none"]
-Scope = Literal["global", "layer"]
+Scope = Literal["global", "layer", "flops"]
 FirstOrder = bool | Literal["auto"]
 Stages = int | Adaptive | Literal["auto"]
 
 UPDATES = {"independent": independent_update, "joint": joint_update, "none": no_update}
-SCOPES = ("global", "layer")
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,12 @@ class Method:
         `independent` (the paper's sum of single-weight updates), `joint` (the minimiser of the quadratic for
         the whole removed set) or `none`.
     scope:
-        Rank weights over all layers (`global`) or give each layer the same sparsity (`layer`).
+        Rank weights over all layers (`global`), give each layer the same sparsity (`layer`), or rank over all layers
+        by the rise of the loss for each FLOP saved (`flops`); sparsity is then the fraction of FLOPs removed.
+    pattern:
+        What is removed together: `Unstructured()`, `NM(2, 4)`, `Block(4)`, `Channels()` or `Heads(12)`.
+    floor:
+        Fraction of every tensor's weights that stays at least, so that no layer collapses.
     stages:
         Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity; or
         an `Adaptive`, many small stages that are checked on held-out samples. `auto` is the latter with its
@@ -64,6 +72,8 @@ class Method:
     first_order: FirstOrder = False
     update: Update = "joint"
     scope: Scope = "global"
+    pattern: Pattern = Unstructured()
+    floor: float = 0.0
     stages: Stages = 1
     refine: int = 0
     recalibrate: int = 2000
@@ -76,17 +86,27 @@ class Method:
             )
         check_choice("update", self.update, UPDATES)
         check_choice("scope", self.scope, SCOPES)
+        check_fraction("floor", self.floor)
+        if not isinstance(self.pattern, Pattern):
+            raise WoodfisherError(
+                f"pattern must be a value such as wf.NM(2, 4), wf.Block(4) or wf.Channels(); {self.pattern!r} came."
+            )
         check_choice("first_order", str(self.first_order), ("True", "False", "auto"))
         if isinstance(self.stages, Adaptive):
-            self._check_adaptive()
+            if not self._carries_rows:
+                raise WoodfisherError(
+                    "stages that adapt carry the rows of one block along and move the weights by the joint update: "
+                    "they need WoodFisher(block_size=None) and update='joint'; "
+                    f"{self.curvature!r} and update={self.update!r} came. Give a number of stages."
+                )
         elif self.stages != "auto":
             check_count("stages", self.stages)
         if self.refine:
             check_count("refine", self.refine)
-            if self.scope != "global" or isinstance(self.plan, Adaptive):
+            if self.scope != "global" or self.pattern != Unstructured() or isinstance(self.plan, Adaptive):
                 raise WoodfisherError(
-                    "refine swaps weights across layers after ranking, for a fixed number of stages and the scope "
-                    f"global; stages={self.plan!r} and scope={self.scope!r} came."
+                    "refine swaps single weights across layers after ranking, for a fixed number of stages and the "
+                    f"scope global; stages={self.plan!r}, scope={self.scope!r} and pattern={self.pattern} came."
                 )
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)
@@ -96,27 +116,24 @@ class Method:
         """`stages`, with what `auto` means for this curvature and update."""
         if self.stages != "auto":
             return self.stages
-        carries = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
-        return Adaptive() if carries and self.update == "joint" else FIXED_STAGES
+        return Adaptive() if self._carries_rows else FIXED_STAGES
 
-    def _check_adaptive(self) -> None:
-        if not isinstance(self.curvature, WoodFisher) or self.curvature.block_size is not None:
-            raise WoodfisherError(
-                "stages that adapt carry the rows of one block along: they need WoodFisher(block_size=None), and "
-                f"{self.curvature!r} came. Give a number of stages."
-            )
-        if self.update != "joint":
-            raise WoodfisherError(
-                f"stages that adapt move the weights by the joint update; update={self.update!r} came. Give a "
-                "number of stages."
-            )
+    @property
+    def _carries_rows(self) -> bool:
+        one_block = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
+        return one_block and self.update == "joint"
+
+    def selection(self, objective: Objective) -> Selection:
+        """What may stay of the objective's weights, under this pattern, scope and floor."""
+        flops = objective.flops() if self.scope == "flops" else None
+        return Selection(objective.layout, self.pattern, self.scope, self.floor, flops)
 
     def to_dict(self) -> dict[str, Any]:
         """All options, as JSON takes them."""
         curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         stages = self.plan if isinstance(self.plan, int) else asdict(self.plan)
-        return {**parts, "curvature": curvature, "stages": stages}
+        return {**parts, "curvature": curvature, "pattern": str(self.pattern), "stages": stages}
 
 
 FIXED_STAGES = 16
@@ -186,3 +203,29 @@ def options_of(curvature: Estimator) -> set[str]:
 def with_options(curvature: Estimator, options: Mapping[str, Any]) -> Estimator:
     """Make the same kind of estimator with some options replaced."""
     return cast("Estimator", replace(cast("Any", curvature), **options))
+
+
+class MethodParts(TypedDict, total=False):
+    """The parts of a `Method` that a caller may replace, by the names that it has for them."""
+
+    curvature: Estimator
+    first_order: FirstOrder
+    update: Update
+    scope: Scope
+    pattern: Pattern
+    floor: float
+    stages: Stages
+    refine: int
+    recalibrate: int
+
+
+def replaced(method: Method, parts: MethodParts) -> Method:
+    """The method with those parts replaced that are given and not None."""
+    unknown = set(parts) - set(MethodParts.__annotations__)
+    if unknown:
+        known = ", ".join(MethodParts.__annotations__)
+        raise WoodfisherError(
+            f"there is no argument {sorted(unknown)[0]!r}; the parts of a method are {known}."
+        )
+    given: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
+    return replace(method, **given)

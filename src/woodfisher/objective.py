@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
@@ -17,7 +18,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.forward import Forward, explained, recorded_calls
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
-from woodfisher.parameters import choose, existing_masks
+from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -65,6 +66,8 @@ class Objective:
     ----------
     layout:
         Names, shapes and order of the chosen weights; `d = layout.size`.
+    parameters:
+        Name → the model's own parameter.
     weights:
         Their values, `(d,)`.
     buffers:
@@ -86,30 +89,41 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        model = unwrapped(model)
         self.model, self.loss = model, loss
         self.data: Iterable[Batch] = [] if data is None else data
         check_data(self.data)
-        self._parameters = choose(model, params, exclude)
-        self.layout = Layout({name: tuple(p.shape) for name, p in self._parameters.items()})
-        first = next(iter(self._parameters.values()))
+        self.parameters = choose(model, params, exclude)
+        self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        self.layout = Layout(
+            {name: tuple(p.shape) for name, p in self.parameters.items()},
+            frozenset(name for name, module in self._modules.items() if inputs_first(module)),
+        )
+        first = next(iter(self.parameters.values()))
         self.device = first.device
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.weights = self._flat(self._parameters)
+        self.weights = self._flat(self.parameters)
         if not torch.isfinite(self.weights).all():
             bad = self.layout.name_at(int((~torch.isfinite(self.weights)).nonzero()[0]))
             raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
-        self.kept = (self.weights != 0) & self._flat(existing_masks(model, self._parameters)).bool()
+        self.kept = (self.weights != 0) & self._flat(existing_masks(model, self.parameters)).bool()
         self.buffers = dict(model.named_buffers())
-        self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._parameters}
         self._forward = Forward(model, loss, sampler)
         self._checked: dict[tuple[str, bool], int] = {}
 
-    def at(self, weights: Tensor, kept: Tensor) -> Objective:
-        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
+    def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
+        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain, and other buffers."""
         self.layout.check(weights, "weights")
         self.layout.check(kept, "kept")
         other = copy.copy(self)
+        other.buffers = {**self.buffers, **(buffers or {})}
         other.weights, other.kept = torch.where(kept, weights, 0).to(self.weights), kept
+        return other
+
+    def current(self, kept: Tensor) -> Objective:
+        """The same objective where the model is now, of whose weights those in `kept` `(d,)` remain."""
+        other = self.at(self._flat(self.parameters), kept)
+        other.buffers = dict(self.model.named_buffers())
         return other
 
     def on(self, data: Iterable[Batch]) -> Objective:
@@ -173,6 +187,28 @@ class Objective:
         if not count:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
         return total / count
+
+    def flops(self) -> Tensor:
+        """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used."""
+        first = next(iter(self.data), None)
+        if first is None:
+            raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
+        sample = self._to_device(map_tensors(lambda t: t[:1], first))
+        counter = FlopCounterMode(self.model, display=False)
+        with isolated(self.model), torch.no_grad(), explained(sample), counter:
+            self._forward.outputs(self._cast(self.weights), self.buffers, sample)
+        counts = {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+        out = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
+        for name, where in self.layout.slices.items():
+            flops = counts.get(name.rpartition(".")[0], 0)
+            if not flops or flops % (where.stop - where.start):
+                raise WoodfisherError(
+                    f"the FLOPs of {name!r} can't be counted ({flops} for {where.stop - where.start} weights): its "
+                    "module is not called in the forward pass, or does more than multiply with it. Leave it out with "
+                    f"exclude={name!r}."
+                )
+            out[where] = flops // (where.stop - where.start)
+        return out
 
     def known_samples(self) -> int | None:
         """How many samples the data has, where it tells without being read."""
@@ -429,7 +465,7 @@ class Objective:
 
     def _cast(self, flat: Tensor) -> dict[str, Tensor]:
         """Flat weights → named tensors in the model's own dtypes and devices."""
-        return {name: value.to(self._parameters[name]) for name, value in self.layout.split(flat).items()}
+        return {name: value.to(self.parameters[name]) for name, value in self.layout.split(flat).items()}
 
     def _flat(self, tensors: Mapping[str, Tensor], rows: int | None = None) -> Tensor:
         """Named tensors → `(d,)`, or `(rows, d)`, in the dtype and on the device of the flat weights."""
@@ -448,7 +484,7 @@ class Objective:
             "The data of that row itself holds NaN or infinity: clean it."
             if bad
             else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
-            f"{str(self._parameters[self.layout.name_at(index)].dtype).removeprefix('torch.')}."
+            f"{str(self.parameters[self.layout.name_at(index)].dtype).removeprefix('torch.')}."
         )
         raise WoodfisherError(
             f"the gradient of {self.layout.name_at(index)!r} in row {done + row} is {float(rows[row, index])}. "

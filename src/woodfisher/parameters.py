@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from woodfisher.errors import WoodfisherError
 
@@ -15,6 +16,23 @@ if TYPE_CHECKING:
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
+ENDS = {":first": 0, ":last": -1}
+"""Patterns for the weight of the first and of the last Linear or convolution layer, in the model's order."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which share its parameters."""
+    while isinstance(model, (DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
+        assert isinstance(inner, nn.Module)
+        model = inner
+    return model
+
+
+def inputs_first(module: nn.Module) -> bool:
+    """Whether the weight of a layer has its inputs in the first dimension and its outputs in the second."""
+    return isinstance(module, nn.modules.conv._ConvTransposeNd) or type(module).__name__ == "Conv1D"
+
 
 def choose(
     model: nn.Module, params: str | Sequence[str] | None, exclude: str | Sequence[str]
@@ -22,7 +40,7 @@ def choose(
     """Choose parameters by name, tied ones once.
 
     Without `params` these are the weights of Linear and convolution layers; patterns are those of a shell, and
-    match the name of a parameter or of a module that holds it.
+    match the name of a parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
     """
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     if params is None:
@@ -52,6 +70,10 @@ def _matching(
     every = dict(model.named_parameters(remove_duplicate=False))
     matched: set[int] = set()
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if pattern in ENDS:
+            layers = list(choose(model, None, ()).values())
+            matched.add(id(layers[ENDS[pattern]]))
+            continue
         hits = {
             id(p)
             for name, p in every.items()

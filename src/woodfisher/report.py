@@ -6,9 +6,16 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from woodfisher._version import __version__
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
+
+    from woodfisher.method import Method
+    from woodfisher.objective import Objective
+    from woodfisher.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -114,3 +121,32 @@ class Report:
             *(f"  warning: {warning}" for warning in self.warnings),
         ]
         return "\n".join(lines)
+
+
+def report_of(objective: Objective, stages: Sequence[Stage], method: Method, watch: Watch) -> Report:
+    """The report of a run that ended at `objective`; warns of layers that lost all their weights."""
+    masks = objective.layout.split(objective.kept)
+    layers = [Layer(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()]
+    for layer in layers:
+        if layer.kept == 0:
+            warn(
+                f"every weight of {layer.name!r} is removed, so nothing passes through it; a floor=, "
+                "a lower sparsity or scope='layer' avoids that."
+            )
+    seconds = watch.so_far()
+    kept = int(objective.kept.sum())
+    return Report(
+        sparsity=1 - kept / objective.layout.size,
+        size=objective.layout.size,
+        kept=kept,
+        layers=layers,
+        stages=list(stages),
+        masks={name: mask.clone() for name, mask in masks.items()},
+        seconds={
+            **dict.fromkeys(("gradients", "curvature", "saliency", "update"), 0.0),
+            **seconds,
+            "total": sum(seconds.values()),
+        },
+        method=method.to_dict(),
+        warnings=list(watch.warnings),
+    )

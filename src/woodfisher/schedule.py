@@ -3,10 +3,141 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from woodfisher.checks import check_count, check_not_negative, check_positive, check_sparsity
+from woodfisher.errors import WoodfisherError
+
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+
+class Schedule(ABC):
+    """Sparsity as a function of training steps, counted from 0: step t is the one after t others.
+
+    Schedules are values. Times in epochs become steps by `in_epochs`.
+    """
+
+    @abstractmethod
+    def at(self, step: int) -> float | None:
+        """The sparsity to prune to after training step `step`; None where nothing is removed."""
+
+    @property
+    @abstractmethod
+    def goal(self) -> float:
+        """The sparsity that is reached in the end."""
+
+    @abstractmethod
+    def in_epochs(self, steps: int) -> Schedule:
+        """The same schedule where its times are in epochs of `steps` steps each."""
+
+
+@dataclass(frozen=True)
+class Milestones(Schedule):
+    """Step → sparsity from there on: `Milestones({0: 0.5, 1000: 0.8, 2000: 0.9})`.
+
+    >>> Milestones({0: 0.5, 10: 0.9}).at(10), Milestones({0: 0.5, 0.5: 0.9}).in_epochs(100).at(50)
+    (0.9, 0.9)
+    """
+
+    sparsities: Mapping[float, float]
+
+    def __post_init__(self) -> None:
+        if not self.sparsities:
+            raise WoodfisherError("a schedule of milestones needs one at least, as in Milestones({0: 0.9}).")
+        for time, sparsity in self.sparsities.items():
+            check_not_negative("the time of a milestone", time)
+            check_sparsity(sparsity)
+        for (first, low), (second, high) in pairwise(sorted(self.sparsities.items())):
+            if low > high:
+                raise WoodfisherError(
+                    f"removed weights stay removed, so the sparsity can't fall from {low:g} at {first} to {high:g} at "
+                    f"{second}: put the milestones into order."
+                )
+
+    def at(self, step: int) -> float | None:
+        return self.sparsities.get(step)
+
+    @property
+    def goal(self) -> float:
+        return max(self.sparsities.values())
+
+    def in_epochs(self, steps: int) -> Milestones:
+        check_count("steps", steps)
+        return Milestones({round(time * steps): sparsity for time, sparsity in self.sparsities.items()})
+
+
+def one_shot(sparsity: float, at: float = 0) -> Milestones:
+    """Prune once."""
+    return Milestones({at: sparsity})
+
+
+@dataclass(frozen=True)
+class Polynomial(Schedule):
+    """s(t) = final + (initial − final) · (1 − (t − begin)/(end − begin))^power, every so many steps (§6).
+
+    Attributes
+    ----------
+    initial, final:
+        Sparsity at `begin` and from `end` on.
+    begin, end, every:
+        Times, in steps: weights are removed at begin, begin + every, …, and at end.
+    power:
+        3 removes most early, 1 the same at each time.
+
+    Examples
+    --------
+    >>> cubic = Polynomial(0.5, 0.9, begin=0, end=20, every=10)
+    >>> [cubic.at(step) for step in (0, 5, 10, 20, 30)]
+    [0.5, None, 0.85, 0.9, None]
+    """
+
+    initial: float
+    final: float
+    begin: float
+    end: float
+    every: float = 1
+    power: float = 3
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.initial)
+        check_sparsity(self.final)
+        check_not_negative("begin", self.begin)
+        check_positive("every", self.every, "steps or epochs from one time to the next")
+        check_positive("power", self.power, "where 1 is constant and 3 cubic")
+        if self.end < self.begin:
+            raise WoodfisherError(
+                f"the schedule ends at {self.end:g}, before it begins at {self.begin:g}: give begin ≤ end."
+            )
+        if self.final < self.initial:
+            raise WoodfisherError(
+                f"removed weights stay removed, so the sparsity can't fall from {self.initial:g} to {self.final:g}: "
+                "give initial ≤ final."
+            )
+
+    def at(self, step: int) -> float | None:
+        if step >= self.end:
+            return self.final if step == math.ceil(self.end) else None
+        if step < self.begin or (step - math.ceil(self.begin)) % max(round(self.every), 1):
+            return None
+        left = 1 - (step - self.begin) / (self.end - self.begin)
+        return self.final + (self.initial - self.final) * left**self.power
+
+    @property
+    def goal(self) -> float:
+        return self.final
+
+    def in_epochs(self, steps: int) -> Polynomial:
+        check_count("steps", steps)
+        return replace(
+            self,
+            begin=round(self.begin * steps),
+            end=round(self.end * steps),
+            every=max(round(self.every * steps), 1),
+        )
 
 
 def through(now: int, targets: Sequence[int], stages: int, pace: float = 1.0) -> list[int]:

@@ -1,56 +1,229 @@
-"""Which weights stay: ranking by score, across all layers or in each."""
+"""Which weights stay: what goes together, ranked by what it costs the loss, until enough is gone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
+from woodfisher.checks import check_fraction, check_sparsity
 from woodfisher.errors import WoodfisherError
+from woodfisher.patterns import NM, Heads, Unstructured
+from woodfisher.saliency import group_saliency, saliency
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.curvature.base import InverseOperator
     from woodfisher.layout import Layout
+    from woodfisher.patterns import Pattern
+
+SCOPES = ("global", "layer", "flops")
 
 
-def survivors(scores: Tensor, kept: Tensor, count: int) -> Tensor:
-    """Mask of the `count` weights with the highest scores among those in `kept`; exactly that many.
+class Selection:
+    """What may stay, and how much of it.
 
-    Of equal scores the weights first in the flat order stay. Fewer than `count` in `kept` all stay.
+    Parameters
+    ----------
+    layout:
+        The chosen weights.
+    pattern:
+        What is removed together.
+    scope:
+        Rank over all layers by what a weight costs the loss (`global`) or by what a FLOP does (`flops`), or give each
+        layer the same sparsity (`layer`).
+    floor:
+        Fraction of every tensor's weights that stay at least.
+    flops:
+        FLOPs of a sample that each weight takes part in, int64 `(d,)`, for the scope `flops`.
+
+    Attributes
+    ----------
+    total:
+        All there is, in what the scope counts: weights, or FLOPs a sample.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        pattern: Pattern = Unstructured(),
+        scope: str = "global",
+        floor: float = 0.0,
+        flops: Tensor | None = None,
+    ) -> None:
+        check_fraction("floor", floor)
+        self.layout, self.pattern, self.scope, self.floor = layout, pattern, scope, floor
+        if scope == "layer" and isinstance(pattern, Heads):
+            raise WoodfisherError(
+                "heads span the tensors of a layer, so the scope layer can't rank them: use global."
+            )
+        self._flops = flops
+        self.total = layout.size if flops is None else int(flops.sum())
+        self._groups = pattern.groups(layout)
+        self._owner = None if self._groups is None else _owners(self._groups, layout.size)
+        self._quota = pattern.quota(layout)
+
+    def amount(self, kept: Tensor) -> int:
+        """How much of `total` the weights in `kept` `(d,)` are."""
+        return int(kept.sum()) if self._flops is None else int(self._flops.to(kept.device)[kept].sum())
+
+    def target(self, sparsity: float) -> int:
+        """How much of `total` stays at a sparsity; raises where nothing would, or the pattern or floor forbids it."""
+        check_sparsity(sparsity)
+        amount = round((1 - sparsity) * self.total)
+        if amount == 0:
+            raise WoodfisherError(
+                f"a sparsity of {sparsity:g} keeps none of {self.total} weights: ask for less."
+            )
+        if isinstance(self.pattern, NM) and sparsity > self.pattern.sparsity + 1e-9:
+            raise WoodfisherError(
+                f"the pattern {self.pattern} leaves a sparsity of {self.pattern.sparsity:g}, and {sparsity:g} was "
+                "asked for: leave the sparsity out, or choose another pattern."
+            )
+        if self.floor > 1 - sparsity:
+            raise WoodfisherError(
+                f"a floor of {self.floor:g} in every layer keeps more than the sparsity {sparsity:g} leaves: lower one "
+                "of them."
+            )
+        return amount
+
+    def final(self, sparsity: float) -> int:
+        """`target` for where pruning ends: there, N:M has to be reached exactly."""
+        if isinstance(self.pattern, NM) and abs(sparsity - self.pattern.sparsity) > 1e-9:
+            raise WoodfisherError(
+                f"the pattern {self.pattern} is reached at a sparsity of {self.pattern.sparsity:g} and at no other; "
+                f"{sparsity:g} was asked for. Leave the sparsity out, or choose another pattern."
+            )
+        return self.target(sparsity)
+
+    def __call__(self, point: Tensor, finv: InverseOperator, kept: Tensor, amount: int) -> Tensor:
+        """Mask of what stays of `kept` `(d,)`: the most that is no more than `amount`, the cheapest removed.
+
+        What goes together is ranked by its ρ_Q (docs/method.md §4) per weight, or per FLOP; without groups exactly
+        `amount` weights stay. Of equal ranks, what is first in the flat order stays.
+
+        Parameters
+        ----------
+        point:
+            w or the Newton point, `(d,)`.
+        """
+        scores, cost = self._scores(point, finv), self._costs(kept)
+        bad = scores.isnan().nonzero()
+        if len(bad):
+            first = int(bad[0]) if self._owner is None else int((self._owner == bad[0]).nonzero()[0])
+            raise WoodfisherError(
+                f"the score of a weight of {self.layout.name_at(first)!r} is NaN: raise the damping."
+            )
+        alive = cost > 0
+        rank = scores / cost.clamp_min(1)
+        fixed = self._protected(rank, alive)
+        if isinstance(self.pattern, NM) and amount <= self.target(self.pattern.sparsity):
+            return self._spread(fixed, kept)
+        rank[fixed] = torch.inf
+        if self.scope == "layer":
+            return self._spread(self._within_layers(rank, alive, cost, amount), kept)
+        if int(cost[fixed].sum()) > amount:
+            raise WoodfisherError(
+                f"the floor of {self.floor:g} in every layer keeps {int(cost[fixed].sum())} of {self.total}, more than "
+                f"the {amount} that the sparsity leaves: lower one of them."
+            )
+        return self._spread(survivors(rank, alive, amount, cost), kept)
+
+    def _scores(self, point: Tensor, finv: InverseOperator) -> Tensor:
+        if self._groups is None:
+            return saliency(point, finv)
+        return torch.cat([group_saliency(point, finv, index) for index in self._groups])
+
+    def _costs(self, kept: Tensor) -> Tensor:
+        """What of `total` each unit (weight or group) still is, int64 `(u,)`."""
+        each = kept.long() if self._flops is None else self._flops.to(kept.device) * kept
+        if self._owner is None:
+            return each
+        return self._units(kept.device).index_add(0, self._owner.to(kept.device), each)
+
+    def _units(self, device: torch.device) -> Tensor:
+        return torch.zeros(
+            sum(map(len, cast("list[Tensor]", self._groups))), dtype=torch.int64, device=device
+        )
+
+    def _spread(self, units: Tensor, kept: Tensor) -> Tensor:
+        """Units that stay → weights that stay."""
+        return (units if self._owner is None else units[self._owner.to(kept.device)]) & kept
+
+    def _protected(self, rank: Tensor, alive: Tensor) -> Tensor:
+        """Units that the pattern's quota or the floor keeps: the best of each set that are left."""
+        fixed = torch.zeros_like(alive)
+        if self._quota is not None:
+            index, number = self._quota[0].to(rank.device), self._quota[1]
+            best = torch.where(alive, rank, -torch.inf)[index].topk(number).indices
+            fixed[index.gather(1, best)] = True
+        if self.floor:
+            for where, units in self._layers():
+                sizes = (
+                    torch.ones_like(units) if self._owner is None else self._owner[where].bincount()[units]
+                )
+                order = torch.where(alive, rank, -torch.inf)[units.to(rank.device)].argsort(descending=True)
+                needed = self.floor * (where.stop - where.start)
+                before = sizes.to(order.device)[order].cumsum(0) - sizes.to(order.device)[order]
+                fixed[units.to(rank.device)[order[before < needed]]] = True
+        return fixed & alive
+
+    def _layers(self) -> list[tuple[slice, Tensor]]:
+        """Where each tensor lies in the flat vector, and its units."""
+        spans = self.layout.slices.values()
+        if self._owner is None:
+            return [(where, torch.arange(where.start, where.stop)) for where in spans]
+        return [(where, self._owner[where].unique()) for where in spans]
+
+    def _within_layers(self, rank: Tensor, alive: Tensor, cost: Tensor, amount: int) -> Tensor:
+        layers = self._layers()
+        available = [int(cost[units].sum()) for _, units in layers]
+        stay = torch.zeros_like(alive)
+        for (_, units), number in zip(layers, _counts(self.layout.sizes, available, amount), strict=True):
+            stay[units] = survivors(rank[units], alive[units], number, cost[units])
+        return stay
+
+
+def _owners(groups: list[Tensor], size: int) -> Tensor:
+    """Group that each weight belongs to, int64 `(d,)`."""
+    owner = torch.empty(size, dtype=torch.int64)
+    first = 0
+    for index in groups:
+        owner[index] = torch.arange(first, first + len(index))[:, None]
+        first += len(index)
+    return owner
+
+
+def survivors(scores: Tensor, kept: Tensor, amount: int, cost: Tensor | None = None) -> Tensor:
+    """Mask of those with the highest scores among those in `kept`: as many as cost no more than `amount`.
+
+    Without `cost` each costs 1, so that exactly `amount` stay. Of equal scores those first in the flat order stay.
 
     >>> scores, kept = torch.tensor([3.0, 1.0, 1.0, 9.0]), torch.tensor([True, True, True, False])
     >>> survivors(scores, kept, 2)
     tensor([ True,  True, False, False])
+    >>> survivors(scores, kept, 6, torch.tensor([4, 2, 2, 1]))
+    tensor([ True,  True, False, False])
     """
-    if count >= int(kept.sum()):
+    each = torch.ones_like(kept, dtype=torch.int64) if cost is None else cost
+    present = each[kept]
+    if amount >= int(present.sum()):
         return kept.clone()
+    uniform = int(present[0]) if bool((present == present[0]).all()) else 0
+    count = amount // uniform if uniform else 0
+    ranked = torch.where(kept, scores, -torch.inf)
+    if not uniform:
+        order = ranked.argsort(descending=True, stable=True)
+        stay = torch.zeros_like(kept)
+        stay[order[(each * kept)[order].cumsum(0) <= amount]] = True
+        return stay & kept
     if count == 0:
         return torch.zeros_like(kept)
-    ranked = torch.where(kept, scores, -torch.inf)
     threshold = ranked.kthvalue(len(ranked) - count + 1).values
     above = ranked > threshold
     ties = ranked == threshold
     return above | (ties & (ties.cumsum(0) <= count - above.sum()))
-
-
-def select(scores: Tensor, kept: Tensor, count: int, layout: Layout, scope: str) -> Tensor:
-    """Mask of the `count` survivors, ranked over all weights (`global`) or within each tensor (`layer`).
-
-    With `layer` every tensor keeps the same fraction of its weights, to rounding, or all that it has left where
-    that is less; the counts add up to `count`.
-    """
-    if torch.isnan(scores).any():
-        raise WoodfisherError(
-            f"the score of a weight of {layout.name_at(int(scores.isnan().nonzero()[0]))!r} is NaN: raise the "
-            "damping."
-        )
-    if scope == "global":
-        return survivors(scores, kept, count)
-    spans = list(layout.slices.values())
-    counts = _counts(layout.sizes, [int(kept[where].sum()) for where in spans], count)
-    parts = zip(spans, counts, strict=True)
-    return torch.cat([survivors(scores[where], kept[where], number) for where, number in parts])
 
 
 def _counts(sizes: list[int], available: list[int], count: int) -> list[int]:

@@ -17,15 +17,15 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.oneshot import sweep_objective
 from woodfisher.plots import plot_accuracy, require_plots
-from woodfisher.pruner import sweep_objective
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from woodfisher.method import Method
-    from woodfisher.pruner import Pruned
+    from woodfisher.oneshot import Pruned
     from woodfisher.tasks import Task
 
 _COLUMNS = ("criterion", "requested_sparsity", "sparsity", "seed", "metric", "dense", "seconds", "error")

@@ -18,8 +18,8 @@ from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
+from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.plots import plot_layers, require_plots
-from woodfisher.pruner import prune_objective, prune_within
 
 SHOWN_STAGES = 12
 

@@ -1,0 +1,270 @@
+"""`prune` and `sweep`: pruning a trained model once, in stages, or through many sparsities."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from woodfisher.adaptive import Adaptive, adaptive_run
+from woodfisher.batches import Stream
+from woodfisher.checks import check_fraction, finite_number
+from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import isolated
+from woodfisher.method import method_for, replaced
+from woodfisher.objective import Objective
+from woodfisher.patterns import NM
+from woodfisher.report import report_of
+from woodfisher.stages import run_stages
+from woodfisher.watch import phase, warn, watching
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import Tensor, nn
+    from typing_extensions import Unpack
+
+    from woodfisher.batches import Batch
+    from woodfisher.method import Method, MethodParts
+    from woodfisher.report import Report, Stage
+    from woodfisher.selection import Selection
+    from woodfisher.watch import Progress, Watch
+
+FINEST_RATIO = 0.95
+"""Ratio of what is kept to what is kept next, where the sparsest network within a drop is looked for."""
+
+LEAST_KEPT = 0.005
+"""Fraction of the weights below which that search ends."""
+
+
+def prune(
+    model: nn.Module,
+    data: Iterable[Batch] | None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    sparsity: float | None = None,
+    *,
+    max_drop: float | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    criterion: str = "woodfisher",
+    preset: str | None = None,
+    params: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+    **parts: Unpack[MethodParts],
+) -> Report:
+    """Remove a fraction of a trained model's weights, in place, and make up for it with the rest.
+
+    The model changes at the very end, after everything that can fail has succeeded. Weights that are zero
+    already, or masked by `torch.nn.utils.prune`, stay removed and count.
+
+    Parameters
+    ----------
+    model, data, loss, params, exclude:
+        As for `Objective`. Training samples are drawn from the beginning of `data`, so shuffle it. Every stage
+        draws new ones while there are any; a few hundred in all are enough to begin with.
+    sparsity:
+        Fraction of the chosen weights to remove, in [0, 1); by default what the pattern says, or 0.9 if neither
+        that nor `max_drop` does. The number kept is exactly the nearest integer to `(1 − sparsity) · d`, which has
+        to be one at least; where groups of weights go together, the most whole groups that are no more.
+    max_drop:
+        Instead of a sparsity: find the sparsest network with `metric ≥ (1 − max_drop) · dense metric`.
+    metric:
+        `metric(model)`, larger is better, on validation data: what `max_drop` is about.
+    criterion:
+        Name of the method: see `woodfisher.METHODS`.
+    preset:
+        `paper` for the protocol of Singh and Alistarh (2020): 100 gradients of single samples, damping 1e-5,
+        blocks within a layer, global ranking, independent update, one shot.
+    progress:
+        Called as `progress(phase, done, total)`.
+    **parts:
+        `curvature`, `first_order`, `update`, `scope`, `pattern`, `floor`, `stages`, `refine` or `recalibrate`: replace
+        that part of the method (see `Method`).
+
+    Raises
+    ------
+    WoodfisherError
+        On bad input or a numerical failure; the model is then as it was.
+    """
+    if max_drop is not None and sparsity is not None:
+        raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
+    method = _method(criterion, preset, parts)
+    objective = Objective(model, data, loss, params=params, exclude=exclude)
+    if max_drop is None:
+        return prune_objective(
+            objective, default_sparsity(method) if sparsity is None else sparsity, method, progress
+        )
+    if metric is None:
+        raise WoodfisherError(
+            "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
+            "metric=lambda model: accuracy(model, validation_batches)."
+        )
+    return prune_within(objective, max_drop, metric, method, progress)
+
+
+def sweep(
+    model: nn.Module,
+    data: Iterable[Batch] | None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    sparsities: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    *,
+    criterion: str = "woodfisher",
+    preset: str | None = None,
+    params: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    progress: Progress | None = None,
+    **parts: Unpack[MethodParts],
+) -> list[Pruned]:
+    """Prune to several sparsities, by one run that passes through them all where the stages adapt.
+
+    The model stays as it is; `Pruned.write(model)` puts one of the results into it. Arguments are those of
+    `prune`. Methods with a fixed number of stages are run once for each sparsity, from the start.
+
+    Returns
+    -------
+    In the order of `sparsities`.
+    """
+    method = _method(criterion, preset, parts)
+    objective = Objective(model, data, loss, params=params, exclude=exclude)
+    return sweep_objective(objective, sparsities, method, progress)
+
+
+def default_sparsity(method: Method) -> float:
+    """What is pruned to where nobody says: what the pattern determines, or 0.9."""
+    return method.pattern.sparsity if isinstance(method.pattern, NM) else 0.9
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network that is not in a model yet.
+
+    Attributes
+    ----------
+    report:
+        How it came about.
+    objective:
+        The objective at the pruned weights, with its mask and the buffers that belong to them.
+    """
+
+    report: Report
+    objective: Objective
+
+    def write(self, model: nn.Module | None = None) -> None:
+        """Put it into `model`, of the same architecture; by default into the one that was pruned."""
+        self.objective.write(model)
+
+
+def prune_objective(
+    objective: Objective, sparsity: float, method: Method, progress: Progress | None = None
+) -> Report:
+    """`prune` for an objective and a method that are made already."""
+    (pruned,) = sweep_objective(objective, [sparsity], method, progress)
+    pruned.write()
+    return pruned.report
+
+
+def sweep_objective(
+    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None = None
+) -> list[Pruned]:
+    """`sweep` for an objective and a method that are made already."""
+    if not sparsities:
+        raise WoodfisherError("name at least one sparsity to prune to.")
+    selection = method.selection(objective)
+    total, now = selection.total, selection.amount(objective.kept)
+    amounts = [selection.final(sparsity) for sparsity in sparsities]
+    reached: dict[int, Pruned] = {}
+    with watching(progress) as watch, phase("total"), isolated(objective.model):
+        for sparsity, amount in zip(sparsities, amounts, strict=True):
+            if amount > now:
+                warn(
+                    f"{1 - now / total:.2%} of the chosen weights are zero already, more than the sparsity "
+                    f"{sparsity:.2%} asks for; nothing is removed."
+                )
+                reached[amount] = _pruned(objective, [], method, watch)
+        wanted = sorted(set(amounts) - set(reached), reverse=True)
+        reached.update(_each(objective, wanted, method, selection, watch))
+    return [reached[amount] for amount in amounts]
+
+
+def prune_within(
+    objective: Objective,
+    max_drop: float,
+    metric: Callable[[nn.Module], float],
+    method: Method,
+    progress: Progress | None = None,
+) -> Report:
+    """`prune` with a `max_drop`, for an objective and a method that are made already."""
+    check_fraction("max_drop", max_drop)
+    if isinstance(method.pattern, NM):
+        raise WoodfisherError(
+            f"the pattern {method.pattern} has one sparsity, so there is none to look for: no max_drop."
+        )
+    trial = copy.deepcopy(objective.model)
+    selection = method.selection(objective)
+    now = selection.amount(objective.kept)
+    if not now:
+        raise WoodfisherError("every chosen weight is zero already: there is nothing to prune.")
+    steps = math.ceil(math.log(max(LEAST_KEPT * selection.total, 1) / now) / math.log(FINEST_RATIO))
+    counts = sorted({round(now * FINEST_RATIO**step) for step in range(1, steps + 1)} - {0}, reverse=True)
+    best: Pruned | None = None
+    with watching(progress) as watch, phase("total"), isolated(objective.model):
+        with phase("metric"):
+            dense = _metric_of(metric, trial)
+        least = dense - max_drop * abs(dense)
+
+        def good(pruned: Pruned) -> bool:
+            pruned.write(trial)
+            with phase("metric"):
+                return _metric_of(metric, trial) >= least
+
+        if isinstance(method.plan, Adaptive):
+            for _, pruned in _each(objective, counts, method, selection, watch):
+                if not good(pruned):
+                    break
+                best = pruned
+        else:
+            low, high = 0, len(counts)
+            while low < high:
+                middle = (low + high) // 2
+                ((_, pruned),) = _each(objective, [counts[middle]], method, selection, watch)
+                if good(pruned):
+                    best, low = pruned, middle + 1
+                else:
+                    high = middle
+        if best is None:
+            warn(
+                f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "
+                f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
+            )
+            best = _pruned(objective, [], method, watch)
+    best.write()
+    return replace(best.report, warnings=watch.warnings)
+
+
+def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
+    value: object = metric(model)
+    return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
+
+
+def _method(criterion: str, preset: str | None, parts: MethodParts) -> Method:
+    fixed = isinstance(parts.get("stages"), int) or parts.get("update") not in (None, "joint")
+    return replaced(method_for(criterion, preset, fixed=fixed), parts)
+
+
+def _each(
+    objective: Objective, amounts: Sequence[int], method: Method, selection: Selection, watch: Watch
+) -> Iterator[tuple[int, Pruned]]:
+    """Prune to each amount: in one run where stages adapt, else each from the start."""
+    if isinstance(method.plan, Adaptive):
+        passed = adaptive_run(objective, amounts, method, selection) if amounts else iter(())
+        for amount, at in zip(amounts, passed, strict=True):
+            yield amount, _pruned(at.objective, list(at.stages), method, watch)
+    else:
+        for amount in amounts:
+            pruned = run_stages(objective, amount, method, selection, Stream(objective.data))
+            yield amount, _pruned(*pruned, method, watch)
+
+
+def _pruned(objective: Objective, stages: list[Stage], method: Method, watch: Watch) -> Pruned:
+    return Pruned(report_of(objective, stages, method, watch), objective)
