@@ -99,15 +99,7 @@ class Objective:
             {name: tuple(p.shape) for name, p in self.parameters.items()},
             frozenset(name for name, module in self._modules.items() if inputs_first(module)),
         )
-        first = next(iter(self.parameters.values()))
-        self.device = first.device
-        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        self.weights = self._flat(self.parameters)
-        if not torch.isfinite(self.weights).all():
-            bad = self.layout.name_at(int((~torch.isfinite(self.weights)).nonzero()[0]))
-            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
-        self.kept = (self.weights != 0) & self._flat(existing_masks(model, self.parameters)).bool()
-        self.buffers = dict(model.named_buffers())
+        self._read(None)
         self._forward = Forward(model, loss, sampler)
         self._checked: dict[tuple[str, bool], int] = {}
 
@@ -120,11 +112,30 @@ class Objective:
         other.weights, other.kept = torch.where(kept, weights, 0).to(self.weights), kept
         return other
 
-    def current(self, kept: Tensor) -> Objective:
-        """The same objective where the model is now, of whose weights those in `kept` `(d,)` remain."""
-        other = self.at(self._flat(self.parameters), kept)
-        other.buffers = dict(self.model.named_buffers())
+    def current(self, kept: Tensor | None = None) -> Objective:
+        """The same objective where the model is now, of whose weights those in `kept` `(d,)` remain.
+
+        Without `kept` these are the ones that are not zero, as for a new objective. The model may have moved to
+        another device or dtype.
+        """
+        other = copy.copy(self)
+        other._read(kept)
         return other
+
+    def _read(self, kept: Tensor | None) -> None:
+        """Take everything that training changes from the model."""
+        first = next(iter(self.parameters.values()))
+        self.device = first.device
+        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        self.buffers = dict(self.model.named_buffers())
+        weights = self._flat(self.parameters)
+        if not torch.isfinite(weights).all():
+            bad = self.layout.name_at(int((~torch.isfinite(weights)).nonzero()[0]))
+            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
+        if kept is None:
+            kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
+        self.layout.check(kept, "kept")
+        self.weights, self.kept = torch.where(kept, weights, 0), kept
 
     def on(self, data: Iterable[Batch]) -> Objective:
         """The same objective on other data."""
@@ -194,7 +205,7 @@ class Objective:
         if first is None:
             raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
         sample = self._to_device(map_tensors(lambda t: t[:1], first))
-        counter = FlopCounterMode(self.model, display=False)
+        counter = FlopCounterMode(display=False)
         with isolated(self.model), torch.no_grad(), explained(sample), counter:
             self._forward.outputs(self._cast(self.weights), self.buffers, sample)
         counts = {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from woodfisher.selection import Selection
     from woodfisher.watch import Progress, Watch
 
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""The family that methods are compared on."""
+
 FINEST_RATIO = 0.95
 """Ratio of what is kept to what is kept next, where the sparsest network within a drop is looked for."""
 
@@ -107,7 +110,7 @@ def sweep(
     model: nn.Module,
     data: Iterable[Batch] | None,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    sparsities: Sequence[float] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+    sparsities: Sequence[float] = SPARSITIES,
     *,
     criterion: str = "woodfisher",
     preset: str | None = None,
@@ -181,7 +184,7 @@ def sweep_objective(
                     f"{1 - now / total:.2%} of the chosen weights are zero already, more than the sparsity "
                     f"{sparsity:.2%} asks for; nothing is removed."
                 )
-                reached[amount] = _pruned(objective, [], method, watch)
+                reached[amount] = _pruned(objective, [], method, selection, watch)
         wanted = sorted(set(amounts) - set(reached), reverse=True)
         reached.update(_each(objective, wanted, method, selection, watch))
     return [reached[amount] for amount in amounts]
@@ -237,7 +240,7 @@ def prune_within(
                 f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "
                 f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
-            best = _pruned(objective, [], method, watch)
+            best = _pruned(objective, [], method, selection, watch)
     best.write()
     return replace(best.report, warnings=watch.warnings)
 
@@ -259,12 +262,14 @@ def _each(
     if isinstance(method.plan, Adaptive):
         passed = adaptive_run(objective, amounts, method, selection) if amounts else iter(())
         for amount, at in zip(amounts, passed, strict=True):
-            yield amount, _pruned(at.objective, list(at.stages), method, watch)
+            yield amount, _pruned(at.objective, at.stages, method, selection, watch)
     else:
         for amount in amounts:
             pruned = run_stages(objective, amount, method, selection, Stream(objective.data))
-            yield amount, _pruned(*pruned, method, watch)
+            yield amount, _pruned(*pruned, method, selection, watch)
 
 
-def _pruned(objective: Objective, stages: list[Stage], method: Method, watch: Watch) -> Pruned:
-    return Pruned(report_of(objective, stages, method, watch), objective)
+def _pruned(
+    objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
+) -> Pruned:
+    return Pruned(report_of(objective, stages, method, selection, watch), objective)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
 
 from woodfisher.batches import Stream
 from woodfisher.checks import check_count
@@ -15,7 +20,7 @@ from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of
 from woodfisher.schedule import Schedule
 from woodfisher.stages import run_stages
-from woodfisher.watch import phase, watching
+from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +40,10 @@ class Pruner:
     Call `step()` after every step of the optimizer. When the schedule says so, curvature is estimated at the weights
     as they are then, weights are removed and the others moved to compensate. Between these times, and for as
     long as the pruner lives, removed weights are exactly zero after every step of any optimizer, get no gradient,
-    and have zeros in the optimizer's state.
+    and have zeros in the optimizer's state. Weights that are zero when the pruner is made are removed from the start.
+
+    Where several processes train one model, each makes a pruner and calls all of its methods; the first process
+    computes what is removed, on data of its own, and tells the others.
 
     Parameters
     ----------
@@ -44,7 +52,7 @@ class Pruner:
         one.
     objective:
         The `Objective` of the same model: which weights, on which data rows are taken, for which loss. Its data must
-        be readable more than once. Weights that are zero when it is made are removed from the start.
+        be readable more than once.
     schedule:
         `Polynomial`, `Milestones` or `one_shot`; times count calls of `step`, from 0.
     criterion:
@@ -61,7 +69,8 @@ class Pruner:
     Attributes
     ----------
     history:
-        A report for each time that weights were removed by this pruner, in this process.
+        A report for each time that weights were removed by this pruner, in this process; without the masks, of which
+        `masks` has the last.
     steps:
         Calls of `step` so far.
 
@@ -105,15 +114,20 @@ class Pruner:
         check_count("stages", given["stages"])
         self.method = replaced(method_for(criterion, fixed=True), given)
         self.schedule, self.seed, self.progress = schedule, seed, progress
-        if self.method.curvature.samples and iter(objective.data) is objective.data:
-            raise WoodfisherError(
-                "rows are taken anew each time that weights are removed, and the objective's data can be read only "
-                "once: give a list of batches or a DataLoader."
-            )
-        self.selection = self.method.selection(objective)
+        if self.method.curvature.samples:
+            _check_rereadable(objective.data)
+        with isolated(objective.model), reseeded(objective.data, seed):
+            self.selection = self.method.selection(objective)
         self.selection.final(schedule.goal)
         self.objective = objective
-        self._masks = Masks(objective.parameters, objective.layout.split(objective.kept))
+        masks = objective.layout.split(objective.current().kept)
+        for name, kept in masks.items():
+            if not kept.any():
+                warn(
+                    f"every weight of {name!r} is zero, and counts as removed for good: leave it out of the objective "
+                    "with exclude= if it is to be trained."
+                )
+        self._masks = Masks(objective.parameters, masks)
         self.steps = 0
         self._times = 0
         self.history: list[Report] = []
@@ -126,7 +140,7 @@ class Pruner:
     @property
     def sparsity(self) -> float:
         """Fraction of the chosen weights that is removed."""
-        kept = self.objective.layout.flatten(self.masks)
+        kept = self._kept
         return 1 - int(kept.sum()) / len(kept)
 
     def step(self) -> Report | None:
@@ -135,9 +149,11 @@ class Pruner:
         Raises
         ------
         WoodfisherError
-            On a numerical failure; the model is then as it was.
+            On a numerical failure, or where the optimizer trains other parameters; the model is then as it was.
         """
-        self._masks.check_optimizers()
+        if self._masks.released:
+            raise WoodfisherError("this pruner let its model go by release(): make another to go on.")
+        self._masks.check(self.objective.model)
         sparsity = self.schedule.at(self.steps)
         report = None if sparsity is None else self._prune(sparsity)
         if report is None:
@@ -150,7 +166,7 @@ class Pruner:
         self._masks.apply(model)
 
     def release(self) -> None:
-        """Let the model go; removed weights are zero and may come back."""
+        """Let the model go; removed weights are zero and may come back. The pruner is of no more use."""
         self._masks.release()
 
     def state_dict(self) -> dict[str, Any]:
@@ -184,11 +200,22 @@ class Pruner:
         self._masks.set({name: mask.bool() for name, mask in masks.items()})
 
     def _prune(self, sparsity: float) -> Report | None:
-        objective = self.objective.current(self.objective.layout.flatten(self.masks))
+        objective = self.objective.current(self._kept)
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):
             return None
-        with watching(self.progress) as watch, phase("total"), isolated(objective.model):
+        device = objective.device
+        with (
+            watching(self.progress) as watch,
+            phase("total"),
+            isolated(objective.model),
+            torch.autocast(device.type, enabled=False),
+        ):
+            if self._masks.trained_elsewhere:
+                warn(
+                    "weights are removed from a model that no optimizer has trained since the pruner was made, while "
+                    "one trains parameters of the same shapes: see that the pruner has the model that is trained."
+                )
 
             def pruned() -> tuple[Tensor, Tensor, dict[str, Tensor], Report]:
                 with reseeded(objective.data, self.seed + self._times):
@@ -196,15 +223,23 @@ class Pruner:
                     stream.skip(self._times * self._samples)
                     at, stages = run_stages(objective, amount, self.method, self.selection, stream)
                 fresh = {name: b.cpu() for name, b in at.buffers.items() if b is not objective.buffers[name]}
-                return at.weights.cpu(), at.kept.cpu(), fresh, report_of(at, stages, self.method, watch)
+                report = report_of(at, stages, self.method, self.selection, watch)
+                return at.weights.cpu(), at.kept.cpu(), fresh, replace(report, masks={})
 
             weights, kept, buffers, report = on_first_rank(pruned)
-        at = objective.at(weights.to(objective.device), kept.to(objective.device), buffers)
+        at = objective.at(weights.to(device), kept.to(device), buffers)
         at.write()
         self._masks.set(at.layout.split(at.kept))
         self._times += 1
         self.history.append(report)
-        return report
+        return replace(report, masks=self.masks)
+
+    @property
+    def _kept(self) -> Tensor:
+        """The masks as one vector `(d,)`, where the first weight is."""
+        masks = self.masks
+        device = next(iter(masks.values())).device
+        return self.objective.layout.flatten({name: mask.to(device) for name, mask in masks.items()})
 
     @property
     def _samples(self) -> int:
@@ -215,3 +250,16 @@ class Pruner:
 
 def _described(shape: tuple[int, ...] | None) -> str:
     return "no mask" if shape is None else f"a mask of shape {shape}"
+
+
+def _check_rereadable(data: object) -> None:
+    if isinstance(data, Iterator):
+        raise WoodfisherError(
+            "rows are taken anew each time that weights are removed, and the objective's data can be read only "
+            "once: give a list of batches or a DataLoader."
+        )
+    if isinstance(data, DataLoader) and data.persistent_workers:
+        raise WoodfisherError(
+            "a DataLoader with persistent_workers=True has a single iterator, so that taking rows from it would start "
+            "the training loop's epoch over: give the objective one without them."
+        )

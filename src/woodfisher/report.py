@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from woodfisher.method import Method
     from woodfisher.objective import Objective
+    from woodfisher.selection import Selection
     from woodfisher.watch import Watch
 
 
@@ -68,6 +69,8 @@ class Report:
     ----------
     sparsity:
         Fraction of the chosen weights that are removed now.
+    flops_removed:
+        Fraction of the FLOPs of the chosen layers that are removed; None unless the scope counts them.
     size, kept:
         Chosen weights in all, and those that remain.
     layers, stages:
@@ -83,6 +86,7 @@ class Report:
     """
 
     sparsity: float
+    flops_removed: float | None
     size: int
     kept: int
     layers: list[Layer]
@@ -97,6 +101,7 @@ class Report:
         return {
             "woodfisher": __version__,
             "sparsity": self.sparsity,
+            "flops_removed": self.flops_removed,
             "size": self.size,
             "kept": self.kept,
             "method": self.method,
@@ -123,7 +128,9 @@ class Report:
         return "\n".join(lines)
 
 
-def report_of(objective: Objective, stages: Sequence[Stage], method: Method, watch: Watch) -> Report:
+def report_of(
+    objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
+) -> Report:
     """The report of a run that ended at `objective`; warns of layers that lost all their weights."""
     masks = objective.layout.split(objective.kept)
     layers = [Layer(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()]
@@ -137,6 +144,9 @@ def report_of(objective: Objective, stages: Sequence[Stage], method: Method, wat
     kept = int(objective.kept.sum())
     return Report(
         sparsity=1 - kept / objective.layout.size,
+        flops_removed=1 - selection.amount(objective.kept) / selection.total
+        if selection.scope == "flops"
+        else None,
         size=objective.layout.size,
         kept=kept,
         layers=layers,

@@ -158,7 +158,7 @@ class Selection:
             index, number = self._quota[0].to(rank.device), self._quota[1]
             best = torch.where(alive, rank, -torch.inf)[index].topk(number).indices
             fixed[index.gather(1, best)] = True
-        if self.floor:
+        elif self.floor:
             for where, units in self._layers():
                 sizes = (
                     torch.ones_like(units) if self._owner is None else self._owner[where].bincount()[units]

@@ -17,7 +17,8 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_json, write_folder
-from woodfisher.oneshot import sweep_objective
+from woodfisher.oneshot import SPARSITIES, sweep_objective
+from woodfisher.patterns import NM
 from woodfisher.plots import plot_accuracy, require_plots
 
 if TYPE_CHECKING:
@@ -46,8 +47,8 @@ class Compare:
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
-    """Fractions of the weights to remove, each in [0, 1)."""
+    sparsity: tuple[float, ...] = ()
+    """Fractions of the weights to remove, each in [0, 1) (default: seven from 0.5 to 0.98, or that of the pattern)."""
 
     methods: str = "magnitude,obd,woodfisher"
     """Comma-separated criteria, as in `woodfisher prune`."""
@@ -63,13 +64,13 @@ class Compare:
 
     def run(self) -> None:
         """Check everything, prune and evaluate seed by seed and method by method, write, show."""
-        if not self.sparsity:
-            raise WoodfisherError("name at least one sparsity, as in --sparsity 0.5 0.9.")
         for sparsity in self.sparsity:
             check_sparsity(sparsity)
         check_count("seeds", self.seeds)
         names = parse_methods(self.methods)
         methods = {name: self.method.method(name, strict=False) for name in names}
+        pattern = methods[names[0]].pattern
+        family = self.sparsity or ((pattern.sparsity,) if isinstance(pattern, NM) else SPARSITIES)
         if self.out is not None:
             check_folder(self.out)
             require_plots()
@@ -82,7 +83,7 @@ class Compare:
             note(f"dense: {task.metric_name} {dense[-1]:.2f}")
             data = Replay(task.train)
             for name, method in methods.items():
-                cells = self._results(task, data, name, method)
+                cells = self._results(task, data, name, method, family)
                 results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
         if all("error" in result for result in results):
             raise WoodfisherError("every run failed, as told above.")
@@ -121,10 +122,12 @@ class Compare:
         else:
             _show(content, names)
 
-    def _results(self, task: Task, data: Replay, name: str, method: Method) -> Iterator[dict[str, Any]]:
+    def _results(
+        self, task: Task, data: Replay, name: str, method: Method, family: tuple[float, ...]
+    ) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
         together = isinstance(method.plan, Adaptive)
-        for sparsities in [self.sparsity] if together else [(sparsity,) for sparsity in self.sparsity]:
+        for sparsities in [family] if together else [(sparsity,) for sparsity in family]:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:
                 with progress(f"{name} to {label}") as show:

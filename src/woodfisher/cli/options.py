@@ -15,6 +15,7 @@ from woodfisher.curvature import Damping, Relative
 from woodfisher.errors import WoodfisherError
 from woodfisher.method import METHODS, Method, Scope, Update, method_for, options_of, with_options
 from woodfisher.objective import Objective
+from woodfisher.patterns import parse_pattern
 from woodfisher.tasks import Task, load_task
 
 Labels = Literal["data", "model"]
@@ -97,8 +98,16 @@ class MethodOptions:
     update: Annotated[Update | None, arg(metavar="independent|joint|none", help_behavior_hint="")] = None
     """How kept weights move: sum of single-weight updates, minimiser for the whole removed set, or not."""
 
-    scope: Annotated[Scope | None, arg(metavar="global|layer", help_behavior_hint="")] = None
-    """Rank weights across all layers, or give each layer the same sparsity."""
+    scope: Annotated[Scope | None, arg(metavar="global|layer|flops", help_behavior_hint="")] = None
+    """Rank weights across all layers, give each layer the same sparsity, or rank by the rise of the loss for each
+    FLOP saved, where --sparsity is the fraction of FLOPs removed."""
+
+    pattern: Annotated[str | None, arg(metavar="PATTERN", help_behavior_hint="")] = None
+    """What is removed together: unstructured, 2:4 (any N:M along the inputs, at the sparsity 1 − N/M), 1x4 or 4x4
+    (blocks of outputs × inputs), channels (whole outputs), or 12heads."""
+
+    floor: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """Fraction of every layer's weights that stays at least."""
 
     stages: Annotated[Literal["auto"] | int | None, arg(metavar="N|auto", help_behavior_hint="")] = None
     """Rounds of gradients, curvature and removal on the way to the sparsity; auto for many small ones that are
@@ -113,8 +122,8 @@ class MethodOptions:
     def method(self, criterion: str, *, strict: bool) -> Method:
         """Build the method of that name with these options.
 
-        Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update,
-        scope and stages for methods that take no samples.
+        Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update
+        and stages for methods that take no samples.
         """
         fixed = isinstance(self.stages, int) or self.update not in (None, "joint")
         method = method_for(criterion, self.preset, fixed=fixed or self.refine is not None)
@@ -133,8 +142,10 @@ class MethodOptions:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
             raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
         curvature = with_options(method.curvature, {k: v for k, v in asked.items() if k in known})
-        moves = _given(update=self.update, scope=self.scope, stages=self.stages)
+        moves = _given(update=self.update, stages=self.stages)
+        pattern = None if self.pattern is None else parse_pattern(self.pattern)
         parts = {
+            **_given(scope=self.scope, pattern=pattern, floor=self.floor),
             **(moves if strict or method.curvature.samples else {}),
             **_given(recalibrate=self.recalibrate, refine=self.refine if method.curvature.samples else None),
         }

@@ -19,11 +19,13 @@ from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
 from woodfisher.oneshot import prune_objective, prune_within
+from woodfisher.patterns import NM
 from woodfisher.plots import plot_layers, require_plots
 
 SHOWN_STAGES = 12
 
 if TYPE_CHECKING:
+    from woodfisher.method import Method
     from woodfisher.report import Report
     from woodfisher.tasks import Task
 
@@ -45,7 +47,7 @@ class Prune:
     method: MethodOptions = field(default_factory=MethodOptions)
 
     sparsity: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
-    """Fraction of the weights to remove, in [0, 1) (default: 0.95)."""
+    """Fraction of the weights to remove, in [0, 1) (default: 0.95, or that of the pattern)."""
 
     max_drop: Annotated[str | None, arg(metavar="X%", help_behavior_hint="")] = None
     """Instead: the sparsest network whose validation metric stays within this share of the dense one, as in 1%."""
@@ -64,9 +66,9 @@ class Prune:
 
     def run(self) -> None:
         """Check everything, prune, evaluate, write, show."""
-        goal, sparsity = self._goal()
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True)
+        goal, sparsity = self._goal(method)
         aim = f"drop{goal:g}" if goal is not None else f"{sparsity:g}"
         folder = self.out or Path("runs") / (
             f"{self.model.task.replace(':', '-')}-{self.criterion}-{aim}-seed{self.model.seed}"
@@ -85,8 +87,14 @@ class Prune:
                 report = prune_within(
                     objective, goal, lambda model: task.metric(model, task.validation), method, show
                 )
-                sparsity = report.sparsity
-        by_size = replace(METHODS["magnitude"], recalibrate=method.recalibrate)
+                sparsity = report.sparsity if report.flops_removed is None else report.flops_removed
+        by_size = replace(
+            METHODS["magnitude"],
+            recalibrate=method.recalibrate,
+            pattern=method.pattern,
+            scope=method.scope,
+            floor=method.floor,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WoodfisherWarning)
             magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
@@ -121,10 +129,11 @@ class Prune:
         else:
             _show(task, content, report, magnitude)
 
-    def _goal(self) -> tuple[float | None, float]:
+    def _goal(self, method: Method) -> tuple[float | None, float]:
         """The drop allowed, or None, and the sparsity."""
         if self.max_drop is None:
-            sparsity = 0.95 if self.sparsity is None else self.sparsity
+            usual = method.pattern.sparsity if isinstance(method.pattern, NM) else 0.95
+            sparsity = usual if self.sparsity is None else self.sparsity
             check_sparsity(sparsity)
             return None, sparsity
         if self.sparsity is not None:

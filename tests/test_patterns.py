@@ -1,0 +1,248 @@
+"""Patterns, budgets and floors: what may go together, and how much of it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import woodfisher as wf
+from models import ConvNet, samples
+from reference import kkt
+from test_curvature import random, spd
+from woodfisher.adaptive import Adaptive
+from woodfisher.curvature.base import DiagonalInverse
+from woodfisher.curvature.dense import DenseInverse
+from woodfisher.layout import Layout
+from woodfisher.patterns import parse_pattern
+from woodfisher.saliency import group_saliency
+from woodfisher.selection import Selection
+
+QUICK = Adaptive(stages=5, window=30, held_out=20)
+CURVATURE = wf.WoodFisher(samples=40, block_size=None, damping=1e-2)
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))
+
+
+def batches(shape=(8,), classes=4, count=200):
+    inputs, targets = samples(count, shape, classes)
+    return [(inputs[i : i + 50], targets[i : i + 50]) for i in range(0, count, 50)]
+
+
+def by_size(weights, amount, selection):
+    """What stays under the identity, where a group costs half of its squared norm."""
+    flat = torch.as_tensor(weights, dtype=torch.float64)
+    return selection(flat, DiagonalInverse(torch.ones_like(flat)), flat != 0, amount)
+
+
+TABLE = [
+    # pattern, shape, groups as flat indexes
+    (wf.Block(2), (2, 4), [[0, 1], [2, 3], [4, 5], [6, 7]]),
+    (wf.Block(2, 2), (2, 4), [[0, 1, 4, 5], [2, 3, 6, 7]]),
+    (wf.Block(2), (1, 2, 1, 3), [[0, 3], [1, 4], [2, 5]]),
+    (wf.Channels(), (2, 1, 1, 3), [[0, 1, 2], [3, 4, 5]]),
+    (wf.Channels(), (3, 2), [[0, 1], [2, 3], [4, 5]]),
+]
+
+
+@pytest.mark.parametrize(("pattern", "shape", "expected"), TABLE)
+def test_groups(pattern, shape, expected):
+    (groups,) = pattern.groups(Layout({"w": shape}))
+    assert sorted(map(sorted, groups.tolist())) == expected
+
+
+def test_sets_of_n_m_lie_along_the_inputs():
+    index, kept = wf.NM(1, 2).quota(Layout({"conv": (1, 4, 1, 2), "fc": (1, 2)}))
+    assert kept == 1
+    assert sorted(index.tolist()) == [[0, 2], [1, 3], [4, 6], [5, 7], [8, 9]]
+    index, _ = wf.NM(1, 2).quota(Layout({"up": (2, 1, 1, 2)}, frozenset({"up"})))
+    assert sorted(index.tolist()) == [[0, 2], [1, 3]]
+
+
+def test_a_transposed_convolution_has_its_inputs_first():
+    model = nn.Sequential(nn.ConvTranspose2d(4, 2, 3), nn.Flatten(), nn.Linear(32, 3))
+    objective = wf.Objective(model, None)
+    assert objective.layout.transposed == {"0.weight"}
+    assert [len(group) for group in wf.Channels().groups(objective.layout)] == [2, 3]
+
+
+def test_heads_take_rows_of_the_inputs_and_columns_of_the_output():
+    packed = Layout({"attn.in_proj_weight": (12, 4), "attn.out_proj.weight": (4, 4)})
+    apart = Layout(
+        {**{f"l.{k}.weight": (4, 4) for k in ("query", "key", "value")}, "l.out.dense.weight": (4, 4)}
+    )
+    for layout in (packed, apart):
+        (groups,) = wf.Heads(2).groups(layout)
+        rows = [[r * 4 + c for r in (0, 1, 4, 5, 8, 9) for c in range(4)], None]
+        first = rows[0] + [48 + 4 * r + c for r in range(4) for c in (0, 1)]
+        assert sorted(groups[0].tolist()) == sorted(first)
+        assert sorted(groups.flatten().tolist()) == list(range(64))
+
+
+def test_attention_without_a_removed_head_is_attention_without_it():
+    torch.manual_seed(0)
+    attention = nn.MultiheadAttention(8, 4, batch_first=True)
+    layer = nn.TransformerEncoderLayer(8, 4, 16, dropout=0.0, batch_first=True)
+    layer.self_attn = attention
+    model = nn.Sequential(layer, nn.Flatten(), nn.Linear(40, 3))
+    report = wf.prune(
+        model, batches((5, 8), 3), cross_entropy, 0.5, params=["0.self_attn.in_proj_weight", "*out_proj.weight"],
+        pattern=wf.Heads(4), curvature=CURVATURE, stages=1,
+    )  # fmt: skip
+    rows = attention.in_proj_weight.detach().reshape(3, 4, 2, 8)
+    gone = [h for h in range(4) if not rows[:, h].any()]
+    columns = attention.out_proj.weight.detach().reshape(8, 4, 2)
+    assert len(gone) == 2 and not columns[:, gone].any() and report.sparsity == 0.5
+    assert all(rows[:, h].all() and columns[:, h].all() for h in range(4) if h not in gone)
+
+
+@pytest.mark.parametrize("stages", [1, 3, QUICK])
+@pytest.mark.parametrize("pattern", [wf.NM(2, 4), wf.NM(1, 4), wf.Block(4), wf.Block(2, 2), wf.Channels()])
+def test_patterns_hold_and_the_rest_moves(pattern, stages):
+    model = net()
+    before = model[0].weight.detach().clone()
+    report = wf.prune(model, batches(), cross_entropy, pattern=pattern, curvature=CURVATURE, stages=stages,
+                      floor=0.1, sparsity=None if isinstance(pattern, wf.NM) else 0.5)  # fmt: skip
+    masks = torch.cat([mask.flatten() for mask in report.masks.values()])
+    layout = wf.Objective(model, None).layout
+    if isinstance(pattern, wf.NM):
+        index, n = pattern.quota(layout)
+        assert (masks[index].sum(1) == n).all()
+        assert report.sparsity == pattern.sparsity
+    else:
+        for groups in pattern.groups(layout):
+            assert (masks[groups].all(1) | ~masks[groups].any(1)).all()
+        assert 0.5 <= report.sparsity < 0.7
+    if stages is not QUICK:  # stages that adapt may find that the weights had better stay
+        assert (report.masks["0.weight"] & (model[0].weight != before)).any()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.floats(0, 1), st.data())
+def test_on_the_way_to_n_m_exactly_the_amount_stays_and_never_less_in_a_set(seed, n, share, data):
+    layout = Layout({"w": (6, 8)})
+    selection = Selection(layout, wf.NM(n, 4))
+    weights = torch.randn(48, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    least = 12 * n
+    amount = least + round(share * (48 - least))
+    keep = by_size(weights, amount, selection)
+    sets = keep[wf.NM(n, 4).quota(layout)[0]].sum(1)
+    assert int(keep.sum()) == amount and int(sets.min()) >= n
+    later = data.draw(st.integers(least, amount))
+    again = by_size(torch.where(keep, weights, 0), later, selection)
+    assert int(again.sum()) == later and not (again & ~keep).any()
+
+
+def test_a_set_with_fewer_weights_than_n_m_keeps_them():
+    keep = by_size(
+        [[1.0, 0, 0, 0], [4, 3, 2, 1]][0] + [4.0, 3, 2, 1], 4, Selection(Layout({"w": (2, 4)}), wf.NM(2, 4))
+    )
+    assert keep.tolist() == [True, False, False, False, True, True, False, False]
+
+
+def test_groups_are_ranked_by_their_cost_for_each_weight():
+    layout = Layout({"a": (2, 2), "b": (2, 4)})
+    weights = [3.0, 0.1, 1, 1, 2, 2, 0.1, 0.1, 1.5, 1.5, 1.5, 1.5]
+    keep = by_size(weights, 8, Selection(layout, wf.Channels()))
+    assert keep.tolist() == [True] * 2 + [False] * 2 + [False] * 4 + [True] * 4
+
+
+def test_the_cost_of_a_group_is_its_least_rise_of_the_quadratic_however_large(monkeypatch):
+    F = spd(12)
+    finv, w = DenseInverse(F[None], "F"), random(12)
+    index = torch.arange(12).reshape(2, 6)
+    expected = []
+    for group in index:
+        removed = torch.zeros(12, dtype=torch.bool)
+        removed[group] = True
+        delta = kkt(F, w, torch.zeros_like(w), removed)
+        expected.append(float(delta @ F @ delta / 2))
+    assert group_saliency(w, finv, index).tolist() == pytest.approx(expected)
+    monkeypatch.setattr("woodfisher.saliency.LARGEST", 2)
+    assert group_saliency(w, finv, index).tolist() == pytest.approx(expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0, 0.5), st.floats(0.5, 1))
+def test_no_layer_falls_below_the_floor(seed, floor, share):
+    layout = Layout({"a": (4, 5), "b": (3, 7), "c": (30,)})
+    scale = torch.cat([torch.full((20,), 1e-3), torch.full((21,), 1.0), torch.full((30,), 1e3)])
+    weights = scale * torch.randn(71, generator=torch.Generator().manual_seed(seed))
+    amount = max(round(share * 71), -(-round(71 * floor) // 1) + 3)
+    keep = by_size(weights, amount, Selection(layout, floor=floor))
+    assert int(keep.sum()) == min(amount, 71)
+    for part in layout.split(keep).values():
+        assert int(part.sum()) >= floor * part.numel() - 1e-9
+
+
+def test_flops_are_counted_and_the_target_is_met_to_one_weight():
+    model = ConvNet()
+    objective = wf.Objective(model, batches((2, 6, 6), 3), cross_entropy)
+    each = {name: int(part.flatten()[0]) for name, part in objective.layout.split(objective.flops()).items()}
+    assert each == {"conv.weight": 2 * 36, "grouped.weight": 2 * 4, "fc.weight": 2}
+    for sparsity in (0.3, 0.8):
+        pruned = ConvNet()
+        report = wf.prune(pruned, batches((2, 6, 6), 3), cross_entropy, sparsity, scope="flops",
+                          curvature=CURVATURE, stages=2)  # fmt: skip
+        assert 0 <= report.flops_removed - sparsity < 72 / int(objective.flops().sum())
+
+
+def test_a_layer_whose_flops_are_unknown_is_named():
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.used(x)
+
+    with pytest.raises(wf.WoodfisherError, match=r"FLOPs of 'idle.weight' can't be counted"):
+        wf.prune(Half(), batches(), cross_entropy, 0.5, criterion="magnitude", scope="flops")
+
+
+def test_ends_can_be_left_out():
+    layout = wf.Objective(ConvNet(), None, exclude=[":first", ":last"]).layout
+    assert list(layout.shapes) == ["grouped.weight"]
+
+
+WRONG = [
+    ({"pattern": wf.NM(2, 5)}, r"2:5 does not divide '0.weight', which has 12 outputs and 8 inputs"),
+    ({"pattern": wf.Block(4, 5)}, r"5x4 does not divide '0.weight'"),
+    ({"pattern": wf.NM(2, 4), "sparsity": 0.9}, "reached at a sparsity of 0.5 and at no other"),
+    ({"pattern": wf.NM(2, 4), "max_drop": 0.1, "metric": lambda model: 1.0}, "has one sparsity"),
+    ({"pattern": "2:4"}, "pattern must be a value such as wf.NM"),
+    ({"pattern": wf.Heads(2)}, "heads are made of query, key and value weights"),
+    ({"pattern": wf.Channels(), "refine": 3, "stages": 1}, "refine swaps single weights"),
+    ({"floor": 1.5}, r"floor must be a number in \[0, 1\)"),
+    ({"floor": 0.5, "sparsity": 0.9}, "a floor of 0.5 in every layer keeps more"),
+    ({"scope": "best"}, "scope must be one of global, layer, flops"),
+    ({"patern": wf.NM(2, 4)}, "there is no argument 'patern'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_wrong_options_say_what_to_do(options, message):
+    model = net()
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.prune(model, batches(), cross_entropy, **options)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: wf.NM(4, 4), lambda: wf.NM(0, 4), lambda: wf.Block(0), lambda: wf.Heads(0)]
+)
+def test_wrong_patterns_are_refused(make):
+    with pytest.raises(wf.WoodfisherError, match=r"n:m keeps n of m|must be a whole number"):
+        make()
+
+
+def test_patterns_by_name():
+    names = ["unstructured", "2:4", "1x4", "channels", "12heads"]
+    assert [str(parse_pattern(name)) for name in names] == names
+    with pytest.raises(wf.WoodfisherError, match="a pattern is one of"):
+        parse_pattern("2-4")
