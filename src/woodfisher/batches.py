@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from woodfisher.errors import WoodfisherError
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 Batch = Any
 """`(inputs, targets)` or a dict, of tensors (or nested tuples, lists and dicts of them) with one leading
 dimension, the samples."""
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+_AT_ONCE = 256
+"""Samples that are held at once while many are passed over."""
 
 
 def check_data(data: object) -> None:
@@ -188,20 +193,23 @@ class Stream:
         return drawn
 
     def skip(self, samples: int) -> None:
-        """Pass over as many samples, around the end, of data that comes in the same order each time it is read.
+        """Pass over as many samples, around the end, so as to go on where another stream of the same data stopped.
 
-        That is a list, or a `DataLoader` that does not shuffle; other data has random numbers to come in new order.
+        A `DataLoader` that shuffles has random numbers to come in new order, and none are passed over.
         """
-        data = self._data
-        sampler = getattr(data, "sampler", None)
-        if isinstance(data, (list, tuple)):
-            known = sum(map(samples_in, data))
-        elif isinstance(data, DataLoader) and isinstance(sampler, SequentialSampler):
-            known = len(sampler)
-        else:
+        if isinstance(self._data, DataLoader) and isinstance(self._data.sampler, _SHUFFLING):
             return
-        if known:
-            self._next(samples % known)
+        passed = self._pass(samples)
+        if 0 < passed < samples:
+            self._current = iter(self._data)
+            self._pass(samples % passed)
+
+    def _pass(self, samples: int) -> int:
+        """Let go of as many of the next samples as there are; their number."""
+        passed = 0
+        while drawn := self._next(min(samples - passed, _AT_ONCE)):
+            passed += sum(map(samples_in, drawn))
+        return passed
 
     def _next(self, samples: int) -> list[Batch]:
         """As many of the next samples as there are, with what is left of the last batch kept for later."""

@@ -9,9 +9,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.parameters import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -23,15 +24,20 @@ class Masks:
 
     A removed weight gets no gradient (so that the norm that gradients are clipped by counts kept weights only),
     and after every step of an optimizer that has the parameter, it and its entries in the optimizer's state are
-    exactly zero. Optimizers are found as they step; none has to be named. Copies of the model (deepcopy, moving
-    averages, files) hold plain tensors: `apply` zeroes theirs.
+    exactly zero. Optimizers are found as they step; none has to be named. Masks follow parameters to other devices
+    and dtypes. Copies of the model (deepcopy, moving averages, files) hold plain tensors: `apply` zeroes theirs.
 
     Parameters
     ----------
     parameters:
-        Name → parameter.
+        Name → parameter. One that is frozen now may be trained later.
     kept:
-        Name → bool of the parameter's shape, False where removed; changed in place by `set`.
+        Name → bool of the parameter's shape, False where removed; it is copied.
+
+    Attributes
+    ----------
+    trained_elsewhere:
+        Whether no optimizer has trained the parameters so far, while one has trained others of the same shapes.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
@@ -43,16 +49,14 @@ class Masks:
                     f"another pruner holds masks on {name!r}: one model takes one pruner. Call release() on the "
                     "first, or let it go."
                 )
-        self.removed = {
+        self._removed = {
             name: (~kept[name]).to(parameter.device) for name, parameter in self._parameters.items()
         }
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._stranger = False
+        self._idle = self.trained_elsewhere = False
         handles = [
-            parameter.register_hook(_without(self.removed[name]))
-            for name, parameter in self._parameters.items()
-            if parameter.requires_grad
+            _hooked(parameter, _without(self._removed, name)) for name, parameter in self._parameters.items()
         ]
         handles.append(register_optimizer_step_post_hook(_to(weakref.ref(self))))
         self._release = weakref.finalize(self, _remove, handles)
@@ -62,44 +66,65 @@ class Masks:
     @property
     def kept(self) -> dict[str, Tensor]:
         """Name → bool of the parameter's shape, False where removed."""
-        return {name: ~removed for name, removed in self.removed.items()}
+        self._follow(self._parameters)
+        return {name: ~removed for name, removed in self._removed.items()}
+
+    @property
+    def released(self) -> bool:
+        """Whether `release` was called."""
+        return not self._release.alive
 
     def set(self, kept: Mapping[str, Tensor]) -> None:
         """Take other masks, and put them into force."""
-        for name, removed in self.removed.items():
+        before = {name: removed.clone() for name, removed in self._removed.items()}
+        for name, removed in self._removed.items():
             removed.copy_(~kept[name])
+        if any(not torch.equal(removed, before[name]) for name, removed in self._removed.items()):
+            for optimizer in self._optimizers:
+                if isinstance(optimizer, torch.optim.LBFGS):
+                    # Its memory is of flat vectors, and of the curvature with the weights that were there.
+                    optimizer.state.clear()
         self.enforce()
 
     def enforce(self) -> None:
         """Zero removed weights, their gradients and their entries in the state of every optimizer seen so far."""
+        self._follow(self._parameters)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                for tensor in (parameter, parameter.grad):
-                    if tensor is not None:
-                        tensor.masked_fill_(self.removed[name], 0)
-        for optimizer in self._optimizers:
-            self._enforce_state(optimizer)
+                parameter.masked_fill_(self._removed[name], 0)
+                if parameter.grad is not None:
+                    parameter.grad.masked_fill_(self._removed[name], 0)
+            for optimizer in self._optimizers:
+                self._enforce_state(optimizer, self._parameters)
 
     def apply(self, model: nn.Module) -> None:
         """Zero the removed weights of a copy of the model, such as a moving average of it."""
-        parameters = dict(model.named_parameters())
-        for name, removed in self.removed.items():
+        parameters = dict(unwrapped(model).named_parameters())
+        for name, removed in self._removed.items():
             if name not in parameters or parameters[name].shape != removed.shape:
                 raise WoodfisherError(
                     f"this model has no parameter {name!r} of shape {tuple(removed.shape)}: give a copy of the one "
                     "that is pruned (of an averaged model, its .module)."
                 )
         with torch.no_grad():
-            for name, removed in self.removed.items():
+            for name, removed in self._removed.items():
                 parameters[name].masked_fill_(removed.to(parameters[name].device), 0)
 
-    def check_optimizers(self) -> None:
-        """Raise if what trains this model's weights can't be right."""
-        if self._stranger and not self._optimizers:
+    def check(self, model: nn.Module) -> None:
+        """Raise if the model has other parameters by now, or is trained by an optimizer that has others."""
+        now = dict(model.named_parameters())
+        for name, parameter in self._parameters.items():
+            if now.get(name) is not parameter:
+                raise WoodfisherError(
+                    f"the model's parameter {name!r} is another tensor than when the pruner was made, as after "
+                    "load_state_dict(assign=True), a replaced layer, a parametrization or sharding: make the "
+                    "objective, the pruner and the optimizer from the model as it is now."
+                )
+        if self._idle and not self._optimizers:
             raise WoodfisherError(
-                "an optimizer stepped that has parameters of the pruned ones' shapes, but not these: it was built "
-                "before the model was moved, copied or loaded, and trains nothing. Build it from model.parameters() "
-                "afterwards."
+                "the optimizer has parameters of the pruned ones' shapes, but not these, and they get no gradient: "
+                "it was built before the model was moved, copied or loaded, and trains nothing. Build it from "
+                "model.parameters() afterwards."
             )
 
     def release(self) -> None:
@@ -109,38 +134,61 @@ class Masks:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         """Called after every step of any optimizer."""
-        if optimizer not in self._optimizers:
-            trained = [p for group in optimizer.param_groups for p in group["params"]]
-            if not any(id(p) in self._names for p in trained):
-                shapes = {p.shape for p in trained}
-                self._stranger |= all(p.shape in shapes for p in self._parameters.values())
-                return
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        names = [name for p in trained if (name := self._names.get(id(p))) is not None]
+        if names:
             self._optimizers.add(optimizer)
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                parameter.masked_fill_(self.removed[name], 0)
-        self._enforce_state(optimizer)
+            self.trained_elsewhere = False
+            self._follow(names)
+            with torch.no_grad():
+                for name in names:
+                    self._parameters[name].masked_fill_(self._removed[name], 0)
+                self._enforce_state(optimizer, names)
+        elif not self._optimizers and {p.shape for p in self._parameters.values()} <= {
+            p.shape for p in trained
+        }:
+            moving = any(p.grad is not None and bool(p.grad.any()) for p in trained)
+            self._idle |= not moving
+            self.trained_elsewhere |= moving
 
-    def _enforce_state(self, optimizer: Optimizer) -> None:
-        for parameter, state in optimizer.state.items():
-            name = self._names.get(id(parameter))
-            if name is None or not isinstance(state, dict):
-                continue
-            for tensor in _alike(state, parameter):
-                tensor.masked_fill_(self.removed[name], 0)
+    def _enforce_state(self, optimizer: Optimizer, names: Iterable[str]) -> None:
+        for name in names:
+            # A plain look-up would give each parameter a state, as `state` is a defaultdict.
+            state = optimizer.state.get(self._parameters[name])
+            for tensor in _alike(state, self._parameters[name]):
+                tensor.masked_fill_(self._removed[name].to(tensor.device), 0)
+
+    def _follow(self, names: Iterable[str]) -> None:
+        """Take masks to the devices where the parameters are now."""
+        for name in names:
+            self._removed[name] = self._removed[name].to(self._parameters[name].device)
 
 
 def _alike(state: Any, parameter: Tensor) -> list[Tensor]:
-    """The tensors in an optimizer's state that have an entry for each weight."""
+    """The tensors in an optimizer's state that have a number for each weight.
+
+    Codes of quantised states are left alone: zero is not the code of the number zero.
+    """
     if isinstance(state, torch.Tensor):
-        return [state] if state.shape == parameter.shape and state.ndim else []
+        each = state.shape == parameter.shape and state.ndim > 0 and state.is_floating_point()
+        return [state] if each else []
     if isinstance(state, dict):
         state = list(state.values())
     return [t for part in state for t in _alike(part, parameter)] if isinstance(state, (list, tuple)) else []
 
 
-def _without(removed: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient.masked_fill(removed, 0)
+def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Hook a parameter's gradient; hooks outlast freezing, but are refused while frozen."""
+    frozen = not parameter.requires_grad
+    handle: RemovableHandle = parameter.requires_grad_().register_hook(hook)
+    if frozen:
+        parameter.requires_grad_(False)
+    return handle
+
+
+def _without(removed: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    """A hook on a gradient that keeps the dict of masks alive, and not what holds it."""
+    return lambda gradient: gradient.masked_fill(removed[name].to(gradient.device), 0)
 
 
 def _to(masks: weakref.ref[Masks]) -> Callable[..., None]:

@@ -59,7 +59,8 @@ class Milestones(Schedule):
                 )
 
     def at(self, step: int) -> float | None:
-        return self.sparsities.get(step)
+        due = [sparsity for time, sparsity in self.sparsities.items() if math.ceil(time) == step]
+        return max(due, default=None)
 
     @property
     def goal(self) -> float:
@@ -67,7 +68,9 @@ class Milestones(Schedule):
 
     def in_epochs(self, steps: int) -> Milestones:
         check_count("steps", steps)
-        return Milestones({round(time * steps): sparsity for time, sparsity in self.sparsities.items()})
+        return Milestones(
+            {round(time * steps): sparsity for time, sparsity in sorted(self.sparsities.items())}
+        )
 
 
 def one_shot(sparsity: float, at: float = 0) -> Milestones:
