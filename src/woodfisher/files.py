@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import tempfile
@@ -16,7 +17,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import nn
 
@@ -57,6 +58,27 @@ def check_folder(folder: Path) -> None:
             f"results go into the folder {folder}, and {existing} is not a folder that can be written to. "
             "Choose another with --out."
         )
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file that is there whole or not at all, whenever the process ends; an old one is replaced."""
+    draft = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(draft)
+        draft.replace(path)
+    except OSError as error:
+        raise WoodfisherError(
+            f"{path} could not be written: {error}. Make room or choose another folder."
+        ) from error
+
+
+def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write rows as CSV under the names of the first one's columns."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]) if rows else [])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:

@@ -51,45 +51,13 @@ class Forward:
 
     def outputs(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Any:
         """What the model returns for a batch; it may change `buffers`."""
-        state = {**buffers, **weights}
-        if isinstance(batch, Mapping):
-            return functional_call(self.model, state, (), dict(batch))
-        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-            raise WoodfisherError(
-                "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
-                f"a {type(batch).__name__} of {len(batch)} came."
-            )
-        inputs = batch[0]
-        if isinstance(inputs, Mapping):
-            return functional_call(self.model, state, (), dict(inputs))
-        return functional_call(
-            self.model, state, tuple(inputs) if isinstance(inputs, (tuple, list)) else inputs
-        )
+        arguments, named = arguments_of(batch)
+        return functional_call(self.model, {**buffers, **weights}, arguments, named)
 
     def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
         """Mean loss of the samples of a batch, on copies of `buffers`."""
-        if self.loss is not None and isinstance(batch, Mapping):
-            raise WoodfisherError(
-                "a dict batch goes to a model that returns .loss, without loss=; for a loss of your own give "
-                "batches (inputs, targets), where inputs may be a dict."
-            )
-        outputs = self.outputs(weights, _copies(buffers), batch)
-        if self.loss is not None:
-            value: object = self.loss(outputs, batch[1])
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise WoodfisherError(
-                    f"loss(outputs, targets) must return a real tensor, as torch.nn.functional.cross_entropy does; "
-                    f"a {kind} came."
-                )
-            return value.mean()
-        own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
-        if not isinstance(own, Tensor):
-            raise WoodfisherError(
-                f"without loss= the model must return an object with .loss; it returned a "
-                f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
-            )
-        return own.mean()
+        check_form(self.loss, batch)
+        return mean_loss(self.loss, self.outputs(weights, _copies(buffers), batch), batch)
 
     def sum_of_losses(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
         """Sum of the samples' own losses, from one forward pass of the whole batch."""
@@ -165,6 +133,50 @@ class Forward:
             "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
             f"result, more slowly. ({reason})"
         )
+
+
+def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a model is called with for a batch: positional and named arguments."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise WoodfisherError(
+            "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
+            f"a {type(batch).__name__} of {len(batch)} came."
+        )
+    inputs = batch[0]
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def check_form(loss: Callable[[Any, Any], Tensor] | None, batch: Batch) -> None:
+    """Raise where a batch brings its own targets and there is a loss as well."""
+    if loss is not None and isinstance(batch, Mapping):
+        raise WoodfisherError(
+            "a dict batch goes to a model that returns .loss, without loss=; for a loss of your own give "
+            "batches (inputs, targets), where inputs may be a dict."
+        )
+
+
+def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Batch) -> Tensor:
+    """Mean loss of the samples of a batch, of which the model returned `outputs`."""
+    if loss is not None:
+        value: object = loss(outputs, batch[1])
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise WoodfisherError(
+                f"loss(outputs, targets) must return a real tensor, as torch.nn.functional.cross_entropy does; "
+                f"a {kind} came."
+            )
+        return value.mean()
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if not isinstance(own, Tensor):
+        raise WoodfisherError(
+            f"without loss= the model must return an object with .loss; it returned a "
+            f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
+        )
+    return own.mean()
 
 
 def _copies(buffers: Tensors) -> Tensors:

@@ -44,6 +44,26 @@ def reseeded(data: Iterable[Any], seed: int) -> Iterator[None]:
 
     A `DataLoader` and its samplers may have generators of their own; they are set too, and are as before afterwards.
     """
+    before = [(generator, generator.get_state()) for generator in _generators(data)]
+    try:
+        reseed(data, seed)
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
+
+
+def reseed(data: Iterable[Any], seed: int) -> None:
+    """Set all random generators, and those of `data`, to a state that `seed` alone determines."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+    for generator in _generators(data):
+        generator.manual_seed(seed)
+
+
+def _generators(data: Iterable[Any]) -> list[torch.Generator]:
+    """The generators of a `DataLoader` and its samplers, each once."""
     owners = [data]
     for owner in owners:
         owners += [
@@ -52,14 +72,4 @@ def reseeded(data: Iterable[Any], seed: int) -> Iterator[None]:
     found = {
         id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
     }
-    before = [(generator, generator.get_state()) for generator in found.values()]
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-    try:
-        for generator in found.values():
-            generator.manual_seed(seed)
-        yield
-    finally:
-        for generator, state in before:
-            generator.set_state(state)
+    return list(found.values())

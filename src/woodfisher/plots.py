@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from woodfisher.report import Layer
+    from woodfisher.train import Trained
 
 _COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
 
@@ -79,6 +80,47 @@ def plot_accuracy(
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def plot_training(trained: Trained, dense: float, metric: str, path: Path) -> None:
+    """Sparsity and the validation metric over the steps of the optimizer, with the best epoch marked.
+
+    Parameters
+    ----------
+    dense:
+        The dense model's metric, on test data.
+    """
+    figure, axes = _figure((7.2, 4.4))
+    steps = [0, *(removal.step for removal in trained.history), trained.epochs[-1].step]
+    sparsities = [0.0, *(removal.sparsity for removal in trained.history), trained.sparsity]
+    axes.step(
+        steps, [100 * s for s in sparsities], where="post", color=_COLOURS[1], linewidth=1.5, label="sparsity"
+    )
+    axes.set_xlabel("steps of the optimizer")
+    axes.set_ylabel("sparsity, %")
+    axes.set_ylim(0, 100)
+    right = axes.twinx()
+    right.spines["top"].set_visible(False)
+    right.plot(
+        [epoch.step for epoch in trained.epochs],
+        [epoch.validation for epoch in trained.epochs],
+        color=_COLOURS[0],
+        marker="o",
+        markersize=3,
+        label="validation",
+    )
+    right.plot(
+        [trained.best.step],
+        [trained.best.validation],
+        "*",
+        color=_COLOURS[2],
+        markersize=12,
+        label="best epoch",
+    )
+    right.axhline(dense, color="#222222", linewidth=1, linestyle="--", label="dense, on test data")
+    right.set_ylabel(metric)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 

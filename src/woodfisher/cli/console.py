@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,8 +27,11 @@ def out() -> Console:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar for each phase on standard error; plain files and pipes get none."""
+def progress(title: str, whole: str = "stages") -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar for each phase on standard error; plain files and pipes get none.
+
+    The phase `whole` is that of the first bar, the one with the title.
+    """
     console = Console(stderr=True, markup=False, emoji=False)
     if not console.is_terminal:
         note(title)
@@ -30,13 +40,15 @@ def progress(title: str) -> Iterator[Callable[[str, int, int], None]]:
         BarColumn(bar_width=30),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         tasks: dict[str, Any] = {}
         main = bars.add_task(title, total=None)
 
         def show(phase: str, done: int, total: int) -> None:
-            if phase == "stages":
+            if phase == whole:
                 bars.update(main, completed=done, total=total)
                 return
             if phase not in tasks:

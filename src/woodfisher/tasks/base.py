@@ -59,6 +59,9 @@ class Task:
         `metric(model, batches)`, larger is better; `accuracy` by default.
     metric_name:
         How tables name the metric.
+    augment:
+        `augment(inputs)` of a training batch → inputs of the same shape, with randomness from torch's global
+        generator; None for none. Only `train` uses it, and only on what the optimizer sees.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Task:
     loss: Callable[[Any, Any], Tensor] | None
     metric: Callable[[nn.Module, Iterable[Any]], float] = accuracy
     metric_name: str = "accuracy, %"
+    augment: Callable[[Any], Any] | None = None
 
     def evaluate(self, model: nn.Module) -> float:
         """Metric of `model` on the test data; raises unless it is a finite number."""

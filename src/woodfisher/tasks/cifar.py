@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain, pairwise
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ from torch.nn.functional import cross_entropy, relu
 from woodfisher.errors import WoodfisherError
 from woodfisher.tasks.base import Task, accuracy
 from woodfisher.tasks.files import data_folder, read_npz
-from woodfisher.tasks.images import CLASSES, EncodedImages, LabelledImages, labelled
+from woodfisher.tasks.images import CLASSES, EncodedImages, LabelledImages, flipped_and_shifted, labelled
 from woodfisher.tasks.loaders import image_loaders
 from woodfisher.tasks.pickles import read_python_batch
 from woodfisher.tasks.weights import find_weights, restored
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 ARCHIVE = "cifar10_jpeg.npz"
+MEAN, STD = 0.5, 0.5
 ACCEPTED = (
     f"{ARCHIVE} (train_jpeg, train_offsets, train_labels and the same for test), or the python version of "
     "CIFAR-10 (cifar-10-python.tar.gz from cs.toronto.edu/~kriz, unpacked), or 32 × 32 images as "
@@ -77,8 +79,9 @@ def resnet20_cifar10(*, data_root: Path | None, weights: Path | None, seed: int)
     """ResNet-20; with the usual weights its test accuracy on the JPEG copy of CIFAR-10 is 88.23 %."""
     folder = data_folder(data_root, "resnet20-cifar10", ACCEPTED)
     model = restored(ResNet20, find_weights(weights, folder, "resnet20_cifar10_jpeg.pt"))
-    train, validation, test = image_loaders(*read_cifar10(folder), mean=0.5, std=0.5, seed=seed)
-    return Task("resnet20-cifar10", model, train, validation, test, cross_entropy, accuracy)
+    train, validation, test = image_loaders(*read_cifar10(folder), mean=MEAN, std=STD, seed=seed)
+    augment = partial(flipped_and_shifted, pixels=4, fill=-MEAN / STD)
+    return Task("resnet20-cifar10", model, train, validation, test, cross_entropy, accuracy, augment=augment)
 
 
 def read_cifar10(folder: Path) -> tuple[LabelledImages, LabelledImages]:

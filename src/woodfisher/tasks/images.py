@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 from woodfisher.errors import WoodfisherError
 
@@ -101,3 +104,21 @@ class EncodedImages:
                 f"{name} cannot be decoded ({error}). Expected was a JPEG or PNG image: fetch the data again."
             ) from error
         return pixels.transpose(2, 0, 1)
+
+
+def flipped_and_shifted(images: Tensor, pixels: int, fill: float) -> Tensor:
+    """Each image mirrored or not, and moved by up to `pixels` either way, with `fill` where nothing was.
+
+    `N × channels × height × width`; random numbers come from torch's global generator.
+    """
+    count, channels, height, width = images.shape
+    down, right = torch.randint(2 * pixels + 1, (2, count, 1))
+    rows = down + torch.arange(height)
+    columns = right + torch.arange(width)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    sample, channel = torch.arange(count)[:, None, None, None], torch.arange(channels)[:, None, None]
+    index = (
+        part.to(images.device)
+        for part in (sample, channel, rows[:, None, :, None], columns[:, None, None, :])
+    )
+    return pad(images, (pixels,) * 4, value=fill)[tuple(index)]

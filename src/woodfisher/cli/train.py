@@ -1,0 +1,186 @@
+"""`woodfisher train`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from rich.table import Table
+from tyro.conf import arg
+
+from woodfisher.checks import check_choice, check_sparsity
+from woodfisher.cli.console import note, out, print_json, progress
+from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.files import check_folder, save_json, save_model, write_folder
+from woodfisher.method import METHODS, Method
+from woodfisher.plots import plot_training, require_plots
+from woodfisher.schedule import Polynomial
+from woodfisher.train import Training, gradually, require_lightning, train
+
+if TYPE_CHECKING:
+    from woodfisher.tasks import Task
+    from woodfisher.train import Epoch, Trained
+
+Times = Annotated[float | None, arg(metavar="EPOCHS", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a network on while weights are removed from it, step by step, and save the best one.
+
+    The sparsity rises from --initial at --begin to --sparsity at --end as a cubic (or as --power says); each time,
+    curvature is estimated at the weights as they are then. The best epoch after that is chosen on validation data,
+    and measured once on test data.
+
+    Without arguments: the network for scikit-learn's digits, in under a minute.
+
+    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json, OUT/metrics.csv and
+    OUT/training.png, and after every epoch OUT/checkpoint.ckpt, which --resume goes on from.
+    """
+
+    model: TaskOptions = field(default_factory=TaskOptions)
+    training: Training = field(default_factory=Training)
+    method: MethodOptions = field(default_factory=MethodOptions)
+
+    sparsity: float = 0.95
+    """Fraction of the weights to remove in the end, in [0, 1)."""
+
+    initial: float = 0.0
+    """Fraction to remove the first time."""
+
+    begin: Times = None
+    """When weights are removed for the first time, in epochs (default: 0)."""
+
+    end: Times = None
+    """When weights are removed for the last time (default: 0.6 of the epochs)."""
+
+    every: Times = None
+    """From one time to the next (default: a tenth of the way from begin to end)."""
+
+    power: float = 3.0
+    """3 removes most early, 1 the same each time."""
+
+    criterion: str = "woodfisher"
+    """What decides, as in `woodfisher prune`; methods whose stages adapt are taken with one stage each time."""
+
+    out: Folder = None
+    """Folder for the results (default: runs/TASK-train-CRITERION-SPARSITY-seedSEED); files there are replaced."""
+
+    resume: bool = False
+    """Go on from the checkpoint of a run with the same options, where there is one: the result is the same as if it
+    had never been interrupted."""
+
+    log: Literal["csv", "tensorboard"] = "csv"
+    """tensorboard writes its events beside metrics.csv."""
+
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def run(self) -> None:
+        """Check everything, train, evaluate, write, show."""
+        check_sparsity(self.sparsity)
+        check_choice("criterion", self.criterion, METHODS)
+        schedule = self._schedule()
+        once = replace(self.method, stages=self.method.stages or 1, recalibrate=self.method.recalibrate or 0)
+        method = once.method(self.criterion, strict=True)
+        parts = {part.name: getattr(method, part.name) for part in fields(Method)}
+        folder = self.out or Path("runs") / (
+            f"{self.model.task.replace(':', '-')}-train-{self.criterion}-{self.sparsity:g}-seed{self.model.seed}"
+        )
+        check_folder(folder)
+        require_plots()
+        require_lightning()
+        note(f"loading {self.model.task}")
+        task = self.model.load()
+        dense = task.evaluate(task.model)
+        note(f"dense: {task.metric_name} {dense:.2f} on test data")
+        try:
+            with progress(f"training to {self.sparsity:g}", "steps") as show:
+                trained = train(
+                    task,
+                    schedule,
+                    self.training,
+                    criterion=self.criterion,
+                    params=self.model.params or None,
+                    exclude=self.model.exclude,
+                    seed=self.model.seed,
+                    out=folder,
+                    resume=self.resume,
+                    log=self.log,
+                    progress=show,
+                    on_epoch=self._tell,
+                    **parts,
+                )
+        except KeyboardInterrupt:
+            note("the same command with --resume goes on from the last epoch that ended")
+            raise
+        pruned = task.evaluate(task.model)
+        content = {
+            "task": self.model.task,
+            "metric": task.metric_name,
+            "criterion": self.criterion,
+            "preset": self.method.preset,
+            "requested_sparsity": self.sparsity,
+            "seed": self.model.seed,
+            "dense": {"metric": dense},
+            "pruned": {"metric": pruned},
+            **trained.to_dict(),
+            "out": str(folder),
+        }
+        write_folder(
+            folder,
+            {
+                "model.safetensors": lambda path: save_model(task.model, trained.masks, path),
+                "report.json": lambda path: save_json(content, path),
+                "training.png": lambda path: plot_training(trained, dense, task.metric_name, path),
+            },
+        )
+        if self.json:
+            print_json(content)
+        else:
+            _show(task, content, trained)
+
+    def _schedule(self) -> Polynomial:
+        """The usual schedule with what was asked for instead."""
+        begin = self.begin or 0.0
+        end = gradually(self.sparsity, self.training.epochs).end if self.end is None else self.end
+        every = self.every or max(end - begin, 0.0) / 10 or 1.0
+        return Polynomial(self.initial, self.sparsity, begin=begin, end=end, every=every, power=self.power)
+
+    def _tell(self, epoch: Epoch) -> None:
+        note(
+            f"epoch {epoch.epoch} of {self.training.epochs}: loss {epoch.loss:.4f}, validation "
+            f"{epoch.validation:.2f}, sparsity {epoch.sparsity:.2%}"
+        )
+
+
+def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
+    console = out()
+    summary = Table(title=f"{content['task']}: {trained.sparsity:.2%} of {content['size']:,} weights removed")
+    for column in ("", f"test {task.metric_name}", "validation", "kept weights"):
+        summary.add_column(column, justify="right" if column else "left")
+    summary.add_row("dense", f"{content['dense']['metric']:.2f}", "", f"{content['size']:,}")
+    summary.add_row(
+        f"{content['criterion']}, epoch {trained.best.epoch}",
+        f"{content['pruned']['metric']:.2f}",
+        f"{trained.best.validation:.2f}",
+        f"{content['kept']:,}",
+    )
+    console.print(summary)
+    layers = Table(title="Sparsity of each layer")
+    layers.add_column("layer")
+    layers.add_column("weights", justify="right")
+    layers.add_column("removed", justify="right")
+    layers.add_column("")
+    for layer in trained.layers:
+        layers.add_row(
+            layer.name, f"{layer.size:,}", f"{layer.sparsity:.1%}", "█" * round(20 * layer.sparsity)
+        )
+    console.print(layers)
+    seconds = trained.seconds
+    console.print(
+        f"{seconds['total']:.1f} s, of which {seconds['pruning']:.1f} s ({content['pruning_share']:.0%}) pruned "
+        f"{len(trained.history)} times"
+    )
+    console.print(f"Results are in {content['out']}", soft_wrap=True)

@@ -1,0 +1,81 @@
+"""Pruning inside Lightning's `Trainer`. Needs the extra `train`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.pruner import Pruner
+
+try:
+    from lightning.pytorch import Callback
+except ImportError as error:
+    raise WoodfisherError("training needs Lightning: pip install 'woodfisher[train]'") from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class PruningCallback(Callback):
+    """Lets a `Pruner` step after every step of the optimizer, and keeps its state in Lightning's checkpoints.
+
+    Parameters
+    ----------
+    pruner:
+        A `Pruner` of the module that is trained (or of a part of it), or a function that makes one of the
+        LightningModule. The function is called once fitting starts, when the module is on its device.
+    on_pruned:
+        Called as `on_pruned(step, report)` whenever weights were removed, with the number of optimizer steps so far.
+
+    Examples
+    --------
+    ::
+
+        def pruner(module):
+            objective = wf.Objective(module.model, batches, cross_entropy)
+            return wf.Pruner(module.model, objective, wf.Polynomial(0.5, 0.9, begin=0, end=2000, every=200))
+
+        Trainer(max_epochs=10, callbacks=[PruningCallback(pruner)]).fit(module, loader)
+    """
+
+    def __init__(
+        self,
+        pruner: Pruner | Callable[[LightningModule], Pruner],
+        on_pruned: Callable[[int, Any], None] | None = None,
+    ) -> None:
+        self.pruner = pruner if isinstance(pruner, Pruner) else None
+        self._make = None if isinstance(pruner, Pruner) else pruner
+        self._on_pruned = on_pruned
+        self._loaded: dict[str, Any] | None = None
+        self._steps = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.pruner is None:
+            assert self._make is not None
+            self.pruner = self._make(pl_module)
+        if self._loaded is not None:
+            self.pruner.load_state_dict(self._loaded)
+            self._loaded = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._steps = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Where gradients accumulate over batches, most of them end without a step.
+        if trainer.global_step == self._steps:
+            return
+        self._steps = trainer.global_step
+        assert self.pruner is not None
+        report = self.pruner.step()
+        if report is not None and self._on_pruned is not None:
+            self._on_pruned(self.pruner.steps, report)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.pruner is None else self.pruner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = dict(state_dict)

@@ -1,0 +1,379 @@
+"""`train`: gradual pruning while a task's model is trained on. Needs the extra `train`."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import signal
+from collections.abc import Sized
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from woodfisher._version import __version__
+from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
+from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import isolated, reseeded
+from woodfisher.objective import Objective
+from woodfisher.pruner import Pruner
+from woodfisher.report import Layer
+from woodfisher.schedule import Polynomial, Schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor, nn
+    from typing_extensions import Unpack
+
+    from woodfisher.method import MethodParts
+    from woodfisher.tasks import Task
+    from woodfisher.watch import Progress
+
+LOGS = ("csv", "tensorboard")
+"""Where `train` can log to."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained while it is pruned: SGD with Nesterov momentum, and a rate that falls as a cosine."""
+
+    epochs: int = 10
+    """Passes over the training data."""
+
+    rate: float = 0.02
+    """Learning rate at its peak; it falls to 0 at the end as half a cosine."""
+
+    warm_up: float = 0.0
+    """Epochs in which the rate first rises from 0, linearly."""
+
+    momentum: float = 0.9
+    """Of SGD, in Nesterov's form."""
+
+    weight_decay: float = 1e-4
+    """Of SGD: factor of the weights that is added to their gradients."""
+
+    distil: float = 0.0
+    """Share of the loss, in [0, 1], that is the distance to the dense network's outputs: T² · KL(dense ‖ pruned)."""
+
+    temperature: float = 2.0
+    """T, which the logits are divided by for that."""
+
+    def __post_init__(self) -> None:
+        check_count("epochs", self.epochs)
+        check_positive("rate", self.rate, "the learning rate at its peak")
+        check_not_negative("warm_up", self.warm_up)
+        check_fraction("momentum", self.momentum)
+        check_not_negative("weight_decay", self.weight_decay)
+        check_not_negative("distil", self.distil)
+        if self.distil > 1:
+            raise WoodfisherError(f"distil is a share of the loss, in [0, 1]; {self.distil!r} came.")
+        check_positive("temperature", self.temperature, "which logits are divided by")
+
+
+def gradually(sparsity: float, epochs: int) -> Polynomial:
+    """The usual schedule, in epochs: cubic, in ten steps over the first 60 % of the training."""
+    return Polynomial(0.0, sparsity, begin=0.0, end=0.6 * epochs, every=0.06 * epochs)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The state after an epoch.
+
+    Attributes
+    ----------
+    epoch, step:
+        Epochs and steps of the optimizer so far.
+    rate:
+        Learning rate of the next step.
+    loss:
+        Mean training loss over the epoch.
+    validation:
+        Metric on the validation data.
+    sparsity:
+        Fraction of the chosen weights that is removed.
+    eligible:
+        Whether all removals are done, so that this may be the best epoch.
+    """
+
+    epoch: int
+    step: int
+    rate: float
+    loss: float
+    validation: float
+    sparsity: float
+    eligible: bool
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One time that weights were removed.
+
+    Attributes
+    ----------
+    step:
+        Steps of the optimizer before it.
+    sparsity:
+        Reached with it.
+    predicted:
+        Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
+    seconds:
+        That it took.
+    """
+
+    step: int
+    sparsity: float
+    predicted: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` did.
+
+    Attributes
+    ----------
+    sparsity:
+        Fraction of the chosen weights that is removed.
+    best:
+        The epoch whose weights the model has now.
+    epochs, history:
+        Every epoch, and every removal, in order.
+    layers:
+        In the model's order.
+    masks:
+        Name → bool tensor of the weight's shape, False where removed.
+    seconds:
+        `pruning`, `training` and `total`, over all processes that had a part in the run.
+    method:
+        The options of the `Method` that removed weights.
+    warnings:
+        Every fallback and warning on the way.
+    """
+
+    sparsity: float
+    best: Epoch
+    epochs: list[Epoch]
+    history: list[Removal]
+    layers: list[Layer]
+    masks: dict[str, Tensor] = field(repr=False)
+    seconds: dict[str, float]
+    method: dict[str, Any]
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything without the masks, as JSON takes it."""
+        return {
+            "woodfisher": __version__,
+            "sparsity": self.sparsity,
+            "size": sum(layer.size for layer in self.layers),
+            "kept": sum(layer.kept for layer in self.layers),
+            "validation": {"metric": self.best.validation},
+            "best_epoch": self.best.epoch,
+            "method": self.method,
+            "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
+            "epochs": [asdict(epoch) for epoch in self.epochs],
+            "history": [asdict(removal) for removal in self.history],
+            "seconds": self.seconds,
+            "pruning_share": self.seconds["pruning"] / self.seconds["total"],
+            "warnings": self.warnings,
+        }
+
+
+def train(
+    task: Task,
+    sparsity: float | Schedule,
+    training: Training | None = None,
+    *,
+    criterion: str = "woodfisher",
+    params: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    seed: int = 0,
+    out: Path | None = None,
+    resume: bool = False,
+    log: Literal["csv", "tensorboard"] = "csv",
+    progress: Progress | None = None,
+    on_epoch: Callable[[Epoch], None] | None = None,
+    **parts: Unpack[MethodParts],
+) -> Trained:
+    """Train a task's model on, and remove weights on the way; the model ends as it was in the best epoch.
+
+    That is the one of the best validation metric among the epochs after the last removal (of equal ones the
+    latest). The model changes at the very end. On a CPU the result depends on the arguments and the number of
+    threads alone, also where the run was killed at any moment and resumed.
+
+    Parameters
+    ----------
+    task:
+        Model, data, loss and metric. Training batches go through `task.augment`; rows for the curvature don't.
+    sparsity:
+        Fraction of the chosen weights to remove (see `gradually`), or a schedule whose times are in epochs.
+    training:
+        How to train.
+    criterion, parts:
+        As for `Pruner`.
+    params, exclude:
+        As for `Objective`.
+    seed:
+        Of the order of the batches, their augmentation, and the samples that rows are taken from.
+    out:
+        Folder of a checkpoint, checkpoint.ckpt, and metrics.csv, which are written after every epoch.
+    resume:
+        Go on from the checkpoint in `out`, which must be of a run with the same arguments; without one, start.
+    log:
+        `tensorboard` writes its events to `out`, too.
+    progress:
+        Called as `progress(phase, done, total)`, with phase `steps` for those of the optimizer.
+    on_epoch:
+        Called after every epoch.
+
+    Raises
+    ------
+    WoodfisherError
+        On bad input or a numerical failure; the model is then as it was.
+    """
+    require_lightning()
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from woodfisher.finetuning import CHECKPOINT, METRICS, Finetuning, WholeFiles, quiet, read_checkpoint
+    from woodfisher.integrations.lightning import PruningCallback
+
+    training = training or Training()
+    check_choice("log", log, LOGS)
+    if out is None and (resume or log != "csv"):
+        raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
+    if training.distil and task.loss is None:
+        raise WoodfisherError(
+            "distillation compares logits, for a task with a loss(outputs, targets); this one has none: distil=0."
+        )
+    schedule = sparsity if isinstance(sparsity, Schedule) else gradually(sparsity, training.epochs)
+    steps = batches_in(task.train)
+    schedule = schedule.in_epochs(steps)
+    last = _last_removal(schedule, steps, training.epochs)
+    model = copy.deepcopy(task.model).train()
+    with isolated(task.model), reseeded(task.train, seed):
+        objective = Objective(model, task.train, task.loss, params=params, exclude=exclude)
+        pruner = Pruner(
+            model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
+        )
+        options = {
+            "task": task.name,
+            "weights": digest(task.model),
+            "chosen": list(objective.layout.shapes),
+            "schedule": str(schedule),
+            "training": asdict(training),
+            "method": repr(pruner.method),
+            "seed": seed,
+        }
+        checkpoint = None
+        if out is not None:
+            if resume and (out / CHECKPOINT).exists():
+                checkpoint = out / CHECKPOINT
+                _check_same(read_checkpoint(checkpoint)["woodfisher"]["options"], options, checkpoint)
+            else:
+                (out / CHECKPOINT).unlink(missing_ok=True)
+                (out / METRICS).unlink(missing_ok=True)
+        module = Finetuning(
+            task,
+            model,
+            pruner,
+            training,
+            steps=steps,
+            last=last,
+            seed=seed,
+            folder=out,
+            options=options,
+            progress=progress,
+            on_epoch=on_epoch,
+        )
+        with quiet():
+            trainer = Trainer(
+                **_device_options(model),
+                max_epochs=training.epochs,
+                callbacks=[PruningCallback(pruner, module.note_removal)],
+                plugins=[WholeFiles()],
+                logger=TensorBoardLogger(out, name="", version="") if out and log == "tensorboard" else False,
+                log_every_n_steps=1,
+                default_root_dir=out,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
+            interrupted = signal.getsignal(signal.SIGINT)
+            try:
+                trainer.fit(module, ckpt_path=checkpoint)
+            except SystemExit as exit_:
+                # What Lightning makes of an interruption, after it has switched the signal off.
+                signal.signal(signal.SIGINT, interrupted)
+                raise KeyboardInterrupt from exit_
+            finally:
+                pruner.release()
+    assert module.best is not None
+    task.model.load_state_dict(module.best)
+    masks = {name: mask.cpu() for name, mask in pruner.masks.items()}
+    pruning = sum(removal.seconds for removal in module.removals)
+    return Trained(
+        sparsity=pruner.sparsity,
+        best=max((epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)),
+        epochs=module.epochs,
+        history=module.removals,
+        layers=[Layer(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()],
+        masks=masks,
+        seconds={"pruning": pruning, "training": module.seconds - pruning, "total": module.seconds},
+        method=pruner.method.to_dict(),
+        warnings=module.warned,
+    )
+
+
+def require_lightning() -> None:
+    """Raise, before any work, where Lightning is missing."""
+    try:
+        import lightning.pytorch  # noqa: F401
+    except ImportError as error:
+        raise WoodfisherError("training needs Lightning: pip install 'woodfisher[train]'") from error
+
+
+def batches_in(data: Iterable[Any]) -> int:
+    """Number of batches in an epoch, by counting where the data doesn't say."""
+    count = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+    if not count:
+        raise WoodfisherError("the task's training data holds no batch: give one at least.")
+    return count
+
+
+def digest(model: nn.Module) -> str:
+    """A digest of a model's state."""
+    found = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _last_removal(schedule: Schedule, steps: int, epochs: int) -> int:
+    """The step after which the schedule removes weights for the last time; raises if training ends before."""
+    times = [step for step in range(steps * epochs) if schedule.at(step) is not None]
+    if not times or schedule.at(times[-1]) != schedule.goal:
+        raise WoodfisherError(
+            f"the schedule reaches its sparsity {schedule.goal:g} after the training's last step ({epochs} epochs of "
+            f"{steps} steps): end it sooner, or train longer."
+        )
+    return times[-1]
+
+
+def _check_same(there: dict[str, Any], here: dict[str, Any], path: Path) -> None:
+    for name in here:
+        if there.get(name) != here[name]:
+            raise WoodfisherError(
+                f"{path} is of a run with other arguments ({name}: {there.get(name)} there, {here[name]} here): give "
+                "the same ones, or train without resume to start anew."
+            )
+
+
+def _device_options(model: nn.Module) -> dict[str, Any]:
+    """Of the Trainer: to stay where the model is."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        return {"accelerator": "gpu", "devices": [device.index or 0]}
+    return {"accelerator": device.type, "devices": 1}
