@@ -2,6 +2,7 @@
 
 from woodfisher._version import __version__
 from woodfisher.adaptive import Adaptive
+from woodfisher.channels import Cost, cost_of, shrink
 from woodfisher.curvature import (
     KFAC,
     DiagonalFisher,
@@ -27,6 +28,7 @@ __all__ = [
     "Adaptive",
     "Block",
     "Channels",
+    "Cost",
     "DiagonalFisher",
     "DiagonalHessian",
     "ExactHessian",
@@ -45,7 +47,9 @@ __all__ = [
     "WoodfisherError",
     "WoodfisherWarning",
     "__version__",
+    "cost_of",
     "one_shot",
     "prune",
+    "shrink",
     "sweep",
 ]

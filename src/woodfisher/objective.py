@@ -200,7 +200,10 @@ class Objective:
         return total / count
 
     def flops(self) -> Tensor:
-        """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used."""
+        """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used.
+
+        Those of matrix products and convolutions are counted; biases and norms take part in none.
+        """
         first = next(iter(self.data), None)
         if first is None:
             raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
@@ -211,6 +214,9 @@ class Objective:
         counts = {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
         out = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
         for name, where in self.layout.slices.items():
+            if len(self.layout.shapes[name]) == 1:
+                out[where] = 0
+                continue
             flops = counts.get(name.rpartition(".")[0], 0)
             if not flops or flops % (where.stop - where.start):
                 raise WoodfisherError(

@@ -6,7 +6,7 @@ import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,7 +14,7 @@ from woodfisher.checks import check_count
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from woodfisher.layout import Layout
 
@@ -104,13 +104,88 @@ class Block(Pattern):
 
 @dataclass(frozen=True)
 class Channels(Pattern):
-    """All weights of an output channel (of an output neuron of a Linear layer) go together."""
+    """All weights of an output channel (of an output neuron of a Linear layer) go together.
+
+    A channel that is to be cut out of the network has to be silent, its bias and what normalisation adds to it
+    included, and channels that meet in a sum have to go together: `of` finds what that takes.
+
+    Attributes
+    ----------
+    coupled:
+        Names of parameters whose i-th output channels are one group: weights, biases, weights and biases of
+        normalisation. `norm.weight[16:32]` is that part of a parameter. What no entry names goes by the output
+        channels of each parameter alone.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from woodfisher.layout import Layout
+    >>> layout = Layout({"fc.weight": (2, 3), "fc.bias": (2,)})
+    >>> Channels((("fc.weight", "fc.bias"),)).groups(layout)
+    [tensor([[0, 1, 2, 6],
+            [3, 4, 5, 7]])]
+    """
+
+    coupled: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> Channels:
+        """The pattern of all channels that can be cut out of a model; needs `woodfisher[channels]`.
+
+        Those that can't are left out, and belong in no `params`: channels of the outputs, channels whose number
+        the model's own code relies on, and those that still say something when they are zero (in front of a
+        sigmoid, or of a normalisation over channels).
+
+        Parameters
+        ----------
+        model:
+            Any module; it stays as it is.
+        example_inputs:
+            What the model takes, as in a batch `(inputs, targets)`: a tensor, a tuple, or a dict.
+
+        Raises
+        ------
+        WoodfisherError
+            If the model can't be traced, or none of its channels can be cut out.
+        """
+        from woodfisher.channels import coupled_channels
+
+        return cls(coupled_channels(model, example_inputs))
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the coupled parameters, as `params` of `Objective` takes them."""
+        return tuple(dict.fromkeys(part_of(name)[0] for entry in self.coupled for name in entry))
 
     def groups(self, layout: Layout) -> list[Tensor]:
-        return _by_width([layout.index(name).flatten(1) for name in layout.shapes])
+        missing = [name for name in self.params if name not in layout.shapes]
+        if missing:
+            raise WoodfisherError(
+                f"the pattern couples {missing[0]!r}, which is not among the chosen parameters: choose all that it "
+                "couples, with params=pattern.params."
+            )
+        left = {name: layout.index(name).flatten(1) for name in layout.shapes}
+        free = {name: torch.ones(len(index), dtype=torch.bool) for name, index in left.items()}
+        groups = []
+        for entry in self.coupled:
+            rows = []
+            for member in entry:
+                name, part = part_of(member)
+                rows.append(left[name][part])
+                if not free[name][part].all():
+                    raise WoodfisherError(f"the pattern names channels of {name!r} twice: name each once.")
+                free[name][part] = False
+            if len({len(index) for index in rows}) != 1:
+                raise WoodfisherError(
+                    "coupled parameters have the same number of channels, and these have not: "
+                    f"{', '.join(f'{name} {len(index)}' for name, index in zip(entry, rows, strict=True))}."
+                )
+            groups.append(torch.cat(rows, dim=1))
+        alone = [index[free[name]] for name, index in left.items() if free[name].any()]
+        return _by_width([*groups, *alone])
 
     def __str__(self) -> str:
-        return "channels"
+        return "coupled channels" if self.coupled else "channels"
 
 
 @dataclass(frozen=True)
@@ -201,6 +276,16 @@ def parse_pattern(text: str) -> Pattern:
             f"heads as in 12heads; {text!r} came."
         )
     return named[text]
+
+
+def part_of(member: str) -> tuple[str, slice]:
+    """A parameter's name and the channels of it that a member of a group names.
+
+    >>> part_of("norm.weight[16:32]"), part_of("conv.weight")
+    (('norm.weight', slice(16, 32, None)), ('conv.weight', slice(None, None, None)))
+    """
+    match = re.fullmatch(r"(.+)\[(\d+):(\d+)\]", member)
+    return (match[1], slice(int(match[2]), int(match[3]))) if match else (member, slice(None))
 
 
 def _tiles(layout: Layout, name: str, outputs: int, inputs: int, pattern: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from woodfisher.checks import check_fraction, check_sparsity
 from woodfisher.errors import WoodfisherError
-from woodfisher.patterns import NM, Heads, Unstructured
+from woodfisher.patterns import NM, Unstructured
 from woodfisher.saliency import group_saliency, saliency
 
 if TYPE_CHECKING:
@@ -54,15 +54,24 @@ class Selection:
     ) -> None:
         check_fraction("floor", floor)
         self.layout, self.pattern, self.scope, self.floor = layout, pattern, scope, floor
-        if scope == "layer" and isinstance(pattern, Heads):
-            raise WoodfisherError(
-                "heads span the tensors of a layer, so the scope layer can't rank them: use global."
-            )
         self._flops = flops
         self.total = layout.size if flops is None else int(flops.sum())
         self._groups = pattern.groups(layout)
         self._owner = None if self._groups is None else _owners(self._groups, layout.size)
         self._quota = pattern.quota(layout)
+        if scope == "layer" and self._spans_tensors:
+            raise WoodfisherError(
+                f"the pattern {pattern} has groups that span several tensors, so the scope layer can't rank them: use "
+                "global."
+            )
+
+    @property
+    def _spans_tensors(self) -> bool:
+        """Whether groups have weights of several tensors."""
+        if self._owner is None:
+            return False
+        units = [units for _, units in self._layers()]
+        return sum(map(len, units)) > len(torch.cat(units).unique())
 
     def amount(self, kept: Tensor) -> int:
         """How much of `total` the weights in `kept` `(d,)` are."""
@@ -128,7 +137,8 @@ class Selection:
                 f"the floor of {self.floor:g} in every layer keeps {int(cost[fixed].sum())} of {self.total}, more than "
                 f"the {amount} that the sparsity leaves: lower one of them."
             )
-        return self._spread(survivors(rank, alive, amount, cost), kept)
+        # What costs nothing stays: its removal would bring the amount no nearer.
+        return self._spread(survivors(rank, alive, amount, cost) | ~alive, kept)
 
     def _scores(self, point: Tensor, finv: InverseOperator) -> Tensor:
         if self._groups is None:
