@@ -181,12 +181,24 @@ def test_masks_hold(case):
         assert not any((now & ~before[name]).any() for name, now in pruner.masks.items())
         kept.append(sum(int(mask.sum()) for mask in pruner.masks.values()))
     assert kept == [35, *KEPT[1:]]
-    assert [int(kept.sum()) for _, kept in seen] == [35, 22]
-    for rows, mask in seen:
+    assert [int(kept.sum()) for _, kept, _ in seen] == [35, 22]
+    for rows, mask, _ in seen:
         assert not rows[:, ~mask].any()
         assert rows[:, mask].any(0).all()
     if case == "nested":
         assert all((state["codes"] == 7).all() for state in optimizer.state.values())
+
+
+def test_the_memory_of_lbfgs_starts_anew_when_weights_go():
+    model = mlp()
+    pruner = pruner_of(model, wf.Milestones({1: 0.5}))
+    optimizer = optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+    lengths = []
+    for batch in data()[:3]:
+        with_closure(model, optimizer, batch, 0)
+        pruner.step()
+        lengths.append(sum(len(state["old_dirs"]) for state in optimizer.state.values()))
+    assert lengths[0] > lengths[1] == 0 < lengths[2]
 
 
 def test_a_state_of_kept_weights_is_left_alone():

@@ -20,14 +20,15 @@ FISHER = wf.WoodFisher(samples=8, damping=1e-2)
 
 @dataclass(frozen=True)
 class Recorder(Estimator):
-    """The curvature that it is given, with a record of the rows and of what was kept each time."""
+    """The curvature that it is given, with a record of the rows, of what was kept and of the inputs each time."""
 
     inner: wf.WoodFisher = FISHER
     samples: int = FISHER.samples
     seen: list = None
 
     def __call__(self, objective):
-        self.seen.append((objective.rows(self.samples), objective.kept.clone()))
+        inputs = torch.cat([batch[0] for batch in objective.data])
+        self.seen.append((objective.rows(self.samples), objective.kept.clone(), inputs))
         return self.inner(objective)
 
 
