@@ -1,0 +1,152 @@
+"""Pruning inside the `Trainer` of Hugging Face transformers. Needs the extra `hf`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.files import write_whole
+from woodfisher.pruner import Pruner
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+except ImportError as error:
+    raise WoodfisherError(
+        "pruning in Hugging Face's Trainer needs transformers and accelerate: pip install 'woodfisher[hf]'"
+    ) from error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+FILE = "pruner.safetensors"
+"""The pruner's state in a checkpoint's folder: the masks as tensors, the numbers as JSON in the metadata."""
+
+_MARK = "woodfisher"
+
+
+class PruningCallback(TrainerCallback):
+    """Lets a `Pruner` step after every step of the optimizer, and keeps its state in the Trainer's checkpoints.
+
+    Steps of the schedule are the Trainer's: however many batches gradients accumulate over, each update is one.
+    `train(resume_from_checkpoint=...)` goes on from the pruner's state too. A checkpoint that was written without this
+    callback starts the schedule. Trials of a hyperparameter search store no state.
+
+    Parameters
+    ----------
+    pruner:
+        A `Pruner` of the model that is trained (or of a part of it), or a function that makes one of the model, for a
+        Trainer with `model_init`. The objective takes no `loss` where the model returns its own; its data is batches
+        as the model takes them, in a list or in a plain `DataLoader` with the Trainer's collator. Models look into
+        an attention mask of two dimensions, which makes rows sample by sample; with an additive one `(samples, 1,
+        length, length)` in these batches they are vectorised.
+    checkpoint:
+        The folder that training resumes from, where that is not in `output_dir`: a callback isn't told.
+
+    Examples
+    --------
+    ::
+
+        batches = DataLoader(train, batch_size=16, shuffle=True, collate_fn=collator)
+        objective = wf.Objective(model, batches, exclude="classifier")
+        pruner = wf.Pruner(model, objective, wf.Polynomial(0.5, 0.9, begin=0, end=2000, every=200))
+        Trainer(model, args, data_collator=collator, train_dataset=train, callbacks=[PruningCallback(pruner)]).train()
+    """
+
+    def __init__(
+        self, pruner: Pruner | Callable[[nn.Module], Pruner], checkpoint: str | Path | None = None
+    ) -> None:
+        self.pruner = pruner if isinstance(pruner, Pruner) else None
+        self._make = None if isinstance(pruner, Pruner) else pruner
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if args.load_best_model_at_end:
+            raise WoodfisherError(
+                "load_best_model_at_end=True would end with the weights of some earlier time, when fewer were removed: "
+                "set it to False, and choose among the checkpoints yourself."
+            )
+        assert model is not None
+        if self._make is not None:
+            self.pruner = None  # the last one holds the masks of a model that may be the same
+            self.pruner = self._make(model)
+        assert self.pruner is not None
+        there = {id(parameter) for parameter in model.parameters()}
+        for name, parameter in self.pruner.objective.parameters.items():
+            if id(parameter) not in there:
+                raise WoodfisherError(
+                    f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "
+                    "that the Trainer trains (with model_init: a function that makes one of the model). Models whose "
+                    "weights are sharded can't be pruned."
+                )
+        # Goes into each checkpoint with the Trainer's own state, and tells that a file of the pruner's belongs to it.
+        marks = cast("dict[str, Any]", state.stateful_callbacks)
+        if state.global_step:
+            self._resume(self.pruner, self._checkpoint or _folder(args, state), marked=_MARK in marks)
+        marks[_MARK] = {"args": {}, "attributes": {}}
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # `on_step_end` would come after gradients are dropped and the learning rate has changed.
+        assert self.pruner is not None
+        self.pruner.step()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.pruner is not None
+        if not args.should_save or state.is_hyper_param_search:
+            return
+        numbers = self.pruner.state_dict()
+        masks = {name: mask.cpu().contiguous() for name, mask in numbers.pop("masks").items()}
+        write_whole(
+            _folder(args, state) / FILE,
+            lambda path: save_file(masks, path, metadata={"woodfisher": json.dumps(numbers)}),
+        )
+
+    @staticmethod
+    def _resume(pruner: Pruner, folder: Path, *, marked: bool) -> None:
+        if not (folder / FILE).exists():
+            if marked:
+                raise WoodfisherError(
+                    f"the checkpoint was written with a pruner, and {folder} has no {FILE}: give PruningCallback(..., "
+                    "checkpoint=folder) the folder that training resumes from."
+                )
+            return
+        with safe_open(folder / FILE, framework="pt") as file:
+            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            numbers = json.loads(file.metadata()["woodfisher"])
+        for name, parameter in pruner.objective.parameters.items():
+            if (
+                name in masks
+                and masks[name].shape == parameter.shape
+                and parameter.detach().cpu()[~masks[name]].any()
+            ):
+                raise WoodfisherError(
+                    f"{folder / FILE} is of another run: weights of {name!r} that it has as removed are not zero "
+                    "in the checkpoint that training resumes from: give PruningCallback(..., checkpoint=folder) the "
+                    "folder of that."
+                )
+        pruner.load_state_dict({**numbers, "masks": masks})
+
+
+def _folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer puts the checkpoint of this step."""
+    assert args.output_dir is not None
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

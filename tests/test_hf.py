@@ -1,0 +1,237 @@
+"""`Pruner` inside the Trainer of Hugging Face transformers."""
+
+import importlib
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import woodfisher as wf
+from models import ConvNet, Output, mlp, samples
+from training import FISHER, assert_held
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from woodfisher.integrations.hf import PruningCallback  # noqa: E402
+
+STEPS = 6
+SCHEDULE = wf.Milestones({1: 0.4, 2: 0.6, 4: 0.8})
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.func can't vectorise:woodfisher.WoodfisherWarning")
+
+
+def bert(seed=0):
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=8,
+        num_labels=3,
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def sentences(count=24):
+    """Tokens with padding, its mask, and classes."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, 7, (count, 1), generator=generator)
+    mask = torch.arange(6) < lengths
+    return {
+        "input_ids": torch.randint(1, 50, (count, 6), generator=generator) * mask,
+        "attention_mask": mask.long(),
+        "labels": torch.randint(3, (count,), generator=generator),
+    }
+
+
+class Images(nn.Module):
+    """A convolutional network as the Trainer takes it: keyword arguments, and its own loss in what it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = ConvNet()
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.net(pixel_values)
+        return Output(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+
+
+def images(seed=0):
+    torch.manual_seed(seed)
+    return Images()
+
+
+def pictures(count=24):
+    return dict(zip(("pixel_values", "labels"), samples(count, (2, 6, 6)), strict=True))
+
+
+KINDS = {"bert": (bert, sentences), "conv": (images, pictures)}
+
+
+class Watcher(transformers.TrainerCallback):
+    """Looks at the gradients and weights right after the pruner did, and once gradients are dropped."""
+
+    def __init__(self, pruner):
+        self.pruner, self.calls, self.sparsities = pruner, 0, []
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        assert all(model.get_parameter(name).grad is not None for name in self.pruner.masks)
+        assert_held(model, self.pruner, getattr(optimizer, "optimizer", optimizer))
+        self.sparsities.append(round(self.pruner.sparsity, 1))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        assert_held(model, self.pruner)
+        self.calls += 1
+
+
+def trainer_of(kind, folder, seed=0, callback=None, **options):
+    build, make_batch = KINDS[kind]
+    model, batch = build(seed), make_batch()
+    if callback is None:
+        callback = PruningCallback(pruner_for(model, batch))
+    arguments = transformers.TrainingArguments(
+        **{
+            "output_dir": str(folder),
+            "max_steps": STEPS,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.01,
+            "save_steps": 3,
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            **options,
+        }
+    )
+    rows = [{key: value[i] for key, value in batch.items()} for i in range(24)]
+    trainer = transformers.Trainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback]
+    )
+    return trainer, callback
+
+
+def pruner_for(model, batch):
+    return wf.Pruner(model, wf.Objective(model, [batch]), SCHEDULE, curvature=FISHER)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_prunes_to_the_goal_and_resumes_to_the_last_bit(kind, tmp_path):
+    trainer, callback = trainer_of(kind, tmp_path)
+    watcher = Watcher(callback.pruner)
+    trainer.add_callback(watcher)
+    trainer.train()
+    assert watcher.sparsities == [0.0, 0.4, 0.6, 0.6, 0.8, 0.8]
+    assert watcher.calls == callback.pruner.steps == STEPS
+    assert_held(trainer.model, callback.pruner)
+    saved = load_file(tmp_path / "checkpoint-6" / "model.safetensors")
+    for name, kept in callback.pruner.masks.items():
+        assert not saved[name][~kept].any()
+
+    resumed, again = trainer_of(kind, tmp_path, seed=1)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert (again.pruner.steps, len(again.pruner.history)) == (STEPS, 1)
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    for name, mask in callback.pruner.masks.items():
+        assert torch.equal(mask, again.pruner.masks[name])
+
+
+def test_rows_of_a_transformer_are_its_gradients_with_either_mask():
+    model, batch = bert().eval().double(), sentences()
+    mask = batch["attention_mask"].bool()[:, None, None].expand(-1, 1, 6, 6)
+    additive = {**batch, "attention_mask": torch.zeros(mask.shape).double().masked_fill(~mask, -1e9)}
+    objective = wf.Objective(model, [batch])
+    rows = objective.rows(8)
+    for i, row in enumerate(rows):
+        model.zero_grad()
+        model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
+        expected = torch.cat([p.grad.flatten() for p in objective.parameters.values()])
+        torch.testing.assert_close(row, expected)
+    assert not objective._forward._vectorised
+    vectorised = wf.Objective(model, [additive])
+    torch.testing.assert_close(vectorised.rows(8), rows)
+    assert vectorised._forward._vectorised
+
+
+def test_a_dense_checkpoint_starts_the_schedule(tmp_path):
+    trainer, _ = trainer_of("conv", tmp_path, callback=transformers.TrainerCallback(), max_steps=3)
+    trainer.train()
+    resumed, callback = trainer_of("conv", tmp_path, seed=1)
+    resumed.train(resume_from_checkpoint=True)
+    assert (callback.pruner.steps, round(callback.pruner.sparsity, 1)) == (3, 0.6)
+
+
+def test_a_checkpoint_elsewhere_is_named(tmp_path):
+    trainer, _ = trainer_of("conv", tmp_path / "first")
+    trainer.train()
+    there = tmp_path / "first" / "checkpoint-3"
+    resumed, _ = trainer_of("conv", tmp_path / "second", seed=1)
+    with pytest.raises(
+        wf.WoodfisherError, match=r"second.checkpoint-3 has no pruner.safetensors.*checkpoint=folder"
+    ):
+        resumed.train(resume_from_checkpoint=str(there))
+    other, _ = trainer_of("conv", tmp_path / "second", seed=2)
+    other.train()
+    resumed, _ = trainer_of("conv", tmp_path / "second", seed=1)
+    with pytest.raises(wf.WoodfisherError, match=r"is of another run: weights of 'net.*checkpoint=folder"):
+        resumed.train(resume_from_checkpoint=str(there))
+    del resumed
+    model = images(1)
+    callback = PruningCallback(pruner_for(model, pictures()), checkpoint=there)
+    resumed, _ = trainer_of("conv", tmp_path / "second", callback=callback)
+    resumed.model = resumed.model_wrapped = resumed.callback_handler.model = model
+    resumed.train(resume_from_checkpoint=str(there))
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]), name
+
+
+def test_a_pruner_may_be_made_of_the_model_that_training_begins_with(tmp_path):
+    callback = PruningCallback(lambda model: pruner_for(model, pictures()))
+    trainer, _ = trainer_of("conv", tmp_path, callback=callback, save_strategy="no", max_steps=3)
+    assert callback.pruner is None
+    for _ in range(2):
+        trainer.train()
+        assert callback.pruner.objective.model is trainer.model
+        assert (callback.pruner.steps, round(callback.pruner.sparsity, 1)) == (3, 0.6)
+
+
+def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
+    def half(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr("woodfisher.integrations.hf.save_file", half)
+    trainer, _ = trainer_of("conv", tmp_path)
+    with pytest.raises(wf.WoodfisherError, match="disk full"):
+        trainer.train()
+    assert not (tmp_path / "checkpoint-3" / "pruner.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"callback": "other"}, "the Trainer's model doesn't have the pruner's '0.weight'"),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3},
+            "load_best_model_at_end=True would end with the weights of some earlier time",
+        ),
+    ],
+)
+def test_wrong_uses_are_explained(options, message, tmp_path):
+    if options.get("callback"):
+        options = {"callback": PruningCallback(pruner_for(mlp(), pictures()))}
+    trainer, _ = trainer_of("conv", tmp_path, **options)
+    with pytest.raises(wf.WoodfisherError, match=message):
+        trainer.train()
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "woodfisher.integrations.hf")
+    with pytest.raises(wf.WoodfisherError, match=r"pip install 'woodfisher\[hf\]'"):
+        importlib.import_module("woodfisher.integrations.hf")
