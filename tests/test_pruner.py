@@ -170,14 +170,14 @@ def test_a_loader_that_shuffles_gives_other_samples_each_time(generator):
     assert not torch.equal(drawn[0][0], drawn[2][0])
 
 
-def noisy_run(schedule):
+def noisy_run(schedule, **parts):
     """Training that draws from every generator there is; what it ended with."""
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(0.5), nn.Linear(4, 3))
     loader = DataLoader(ALL, batch_size=8, shuffle=True)
-    pruner = None if schedule is None else pruner_of(model, schedule, loader)
+    pruner = None if schedule is None else pruner_of(model, schedule, loader, **parts)
     optimizer = optim.AdamW(model.parameters(), lr=0.05)
     draws = []
     for _ in range(2):
@@ -190,9 +190,10 @@ def noisy_run(schedule):
     return model.state_dict(), draws, pruner
 
 
-def test_a_pruner_whose_time_has_not_come_changes_nothing():
+@pytest.mark.parametrize("scope", ["global", "flops"])
+def test_a_pruner_whose_time_has_not_come_changes_nothing(scope):
     dense, draws, _ = noisy_run(None)
-    with_pruner, same_draws, _ = noisy_run(wf.one_shot(0.5, at=1000))
+    with_pruner, same_draws, _ = noisy_run(wf.one_shot(0.5, at=1000), scope=scope)
     assert same(dense, with_pruner)
     assert all(torch.equal(a, b) for a, b in zip(draws, same_draws, strict=True))
 
@@ -303,6 +304,16 @@ def test_autocast_around_a_step_changes_nothing():
             pruner.step()
         states.append(model.state_dict())
     assert same(*states)
+
+
+def test_the_model_may_change_its_dtype_on_the_way():
+    model, batches, seen = mlp(), data(), []
+    pruner = pruner_of(model, wf.Milestones({0: 0.3, 1: 0.6}), batches, curvature=Recorder(seen=seen))
+    pruner.step()
+    model.double()
+    batches[:] = [(inputs.double(), targets) for inputs, targets in batches]
+    assert pruner.step().kept == 14
+    assert [rows.dtype for rows, *_ in seen] == [torch.float32, torch.float64]
 
 
 def test_progress_is_told():
