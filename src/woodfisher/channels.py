@@ -240,7 +240,8 @@ class _Traced:
                 return None
             whole = width == self._graph.get_out_channels(module)
             part = "" if whole else f"[{first}:{first + width}]"
-            members += [f"{self._names[module]}.{name}{part}" for name, _ in module.named_parameters()]
+            names = (f"{self._names[module]}.{name}".lstrip(".") for name, _ in module.named_parameters())
+            members += [name + part for name in names]
         return _ChannelSet(self._names[modules[0]], width, tuple(sorted(members, key=self._place)))
 
 

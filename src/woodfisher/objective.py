@@ -97,7 +97,11 @@ class Objective:
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
-            frozenset(name for name, module in self._modules.items() if inputs_first(module)),
+            frozenset(
+                name
+                for name, module in self._modules.items()
+                if self.parameters[name].ndim > 1 and inputs_first(module)
+            ),
         )
         self._read(None)
         self._forward = Forward(model, loss, sampler)

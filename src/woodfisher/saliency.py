@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import spans
+from woodfisher.curvature.base import DiagonalInverse, spans
 from woodfisher.errors import WoodfisherError
 from woodfisher.update import joint_update, quadratic_change
 
@@ -43,6 +43,8 @@ def group_saliency(point: Tensor, finv: InverseOperator, index: Tensor) -> Tenso
     index:
         Flat indexes of the groups, int64 `(m, k)`, all different within a group.
     """
+    if isinstance(finv, DiagonalInverse):
+        return saliency(point, finv)[index.to(point.device)].sum(1)
     width = index.shape[1]
     if width > LARGEST:
         point = point.double()
