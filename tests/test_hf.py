@@ -152,7 +152,6 @@ def test_rows_of_a_transformer_are_its_gradients_with_either_mask():
         model(**{key: value[i : i + 1] for key, value in batch.items()}).loss.backward()
         expected = torch.cat([p.grad.flatten() for p in objective.parameters.values()])
         torch.testing.assert_close(row, expected)
-    assert not objective._forward._vectorised
     vectorised = wf.Objective(model, [additive])
     torch.testing.assert_close(vectorised.rows(8), rows)
     assert vectorised._forward._vectorised
