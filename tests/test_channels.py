@@ -56,6 +56,20 @@ class Mobile(nn.Module):
         return self.fc(torch.relu(self.narrow(inner)).flatten(1))
 
 
+class Attention(nn.Module):
+    """Heads of two channels each, of which as many are made as there are channels for; the outputs are a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        q, k, v = (f(x).unflatten(2, (-1, 2)).transpose(1, 2) for f in (self.query, self.key, self.value))
+        mixed = torch.softmax(q @ k.mT, -1) @ v
+        return self.fc(mixed.transpose(1, 2).flatten(2).mean(1)), "cache"
+
+
 class Encoder(nn.Module):
     """A transformer's layer over four positions."""
 
@@ -214,6 +228,7 @@ def test_no_layer_can_rank_what_spans_layers():
     [
         pytest.param(ConvNet, (2, 6, 6), id="grouped"),
         pytest.param(Tied, (5,), id="tied"),
+        pytest.param(Attention, (4, 8), id="heads"),
         pytest.param(lambda: nn.Linear(6, 3), (6,), id="outputs alone"),
         pytest.param(
             lambda: nn.Sequential(nn.Linear(6, 4), nn.Sigmoid(), nn.Linear(4, 3)), (6,), id="not silent at zero"
@@ -362,7 +377,7 @@ def test_what_the_network_cannot_be_traced_for_is_said(monkeypatch):
             return self.fc(x).detach()
 
     inputs, _ = samples()
-    with pytest.raises(wf.WoodfisherError, match="can't trace the model|no channel of the model"):
+    with pytest.raises(wf.WoodfisherError, match="no output of the model depends on its parameters"):
         wf.Channels.of(Detached(), inputs)
     with pytest.raises(wf.WoodfisherError, match="fails on a batch"):
         wf.Channels.of(mlp(), inputs[:, :5])

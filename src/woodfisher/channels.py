@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
-from woodfisher.batches import tensors_of
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import arguments_of, explained
 from woodfisher.parameters import inputs_first, unwrapped
@@ -55,8 +55,8 @@ def cost_of(model: nn.Module, example_inputs: Any) -> Cost:
 def coupled_channels(model: nn.Module, example_inputs: Any) -> tuple[tuple[str, ...], ...]:
     """For each set of channels that can be cut out of a model, the parameters that make them silent.
 
-    A set counts if the network without the first half of its channels does what it does with that half at zero,
-    which is tried.
+    A set counts if the network with only its first channel does what it does with all others of the set at zero,
+    which is tried: heads of attention and statistics over channels don't survive it.
 
     Returns
     -------
@@ -184,13 +184,13 @@ class _Traced:
         try:
             with warnings.catch_warnings(), torch.enable_grad():
                 warnings.simplefilter("ignore")
-                self._graph.build_dependency(self.model, example_inputs, forward_fn=_called, verbose=False)
+                self._graph.build_dependency(self.model, example_inputs, forward_fn=_traceable, verbose=False)
         except WoodfisherError:
             raise
         except Exception as error:
             raise WoodfisherError(
                 f"torch-pruning can't trace the model: {type(error).__name__}: {error}\nIt follows autograd from the "
-                "outputs, tensors in tuples, lists or dicts, to the inputs."
+                "outputs back to the inputs."
             ) from error
         self._names = {module: name for name, module in self.model.named_modules()}
         uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
@@ -253,10 +253,10 @@ def _is_grouped(module: nn.Module) -> bool:
 
 
 def _can_be_cut(model: nn.Module, example_inputs: Any, channels: _ChannelSet) -> bool:
-    silent, half = copy.deepcopy(model).eval(), range(channels.width // 2)
-    channels.silence(silent, half)
+    silent, others = copy.deepcopy(model).eval(), range(1, channels.width)
+    channels.silence(silent, others)
     wanted = _outputs(silent, example_inputs)
-    return _without(silent, example_inputs, channels.root, half, wanted) is not None
+    return _without(silent, example_inputs, channels.root, others, wanted) is not None
 
 
 def _without(
@@ -281,14 +281,33 @@ def _close(output: Tensor, wanted: Tensor) -> bool:
 
 def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
     with torch.no_grad():
-        return tensors_of(_called(model, example_inputs))
+        return list(_called(model, example_inputs))
 
 
-def _called(model: nn.Module, example_inputs: Any) -> Any:
+def _called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
+    """What a model returns for these inputs, as the tensors in it; caches and the like are passed over."""
     batch = (example_inputs, ())
     arguments, named = arguments_of(batch)
     with explained(batch):
-        return model(*arguments, **named)
+        return _tensors_in(model(*arguments, **named))
+
+
+def _traceable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    outputs = [output for output in _called(model, example_inputs) if output.requires_grad]
+    if not outputs:
+        raise WoodfisherError(
+            "no output of the model depends on its parameters as autograd sees it: return tensors (in tuples, lists "
+            "or dicts) that are not detached."
+        )
+    return outputs
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (Mapping, tuple, list)):
+        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(part)
 
 
 def _torch_pruning() -> Any:
