@@ -21,7 +21,6 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from woodfisher.checks import finite_number
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, write_whole
 from woodfisher.forward import arguments_of, check_form, explained, mean_loss
@@ -149,11 +148,7 @@ class Finetuning(LightningModule):
             raise WoodfisherError(
                 f"the training loss is {loss} in epoch {number}: lower the rate, or remove weights more slowly."
             )
-        metric: object = self.task.metric(self.model, self.task.validation)
-        value = finite_number(
-            metric,
-            f"the metric of the task {self.task.name} must be a finite float; {metric!r} came on the validation data.",
-        )
+        value = self.task.validate(self.model)
         pruned = self.pruner.steps > self.last
         earlier = [epoch.validation for epoch in self.epochs if epoch.eligible]
         if pruned and value >= max(earlier, default=-math.inf):
@@ -263,9 +258,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
         raise WoodfisherError(
-            f"{path} can't be read as a checkpoint ({str(error).splitlines()[0]}): remove it, or train without "
-            "resume to start anew."
+            f"{path} can't be read as a checkpoint ({reason}): remove it, or train without resume to start anew."
         ) from error
     if not isinstance(state, dict) or "woodfisher" not in state:
         raise WoodfisherError(

@@ -84,14 +84,8 @@ def plot_accuracy(
     figure.savefig(path, dpi=150)
 
 
-def plot_training(trained: Trained, dense: float, metric: str, path: Path) -> None:
-    """Sparsity and the validation metric over the steps of the optimizer, with the best epoch marked.
-
-    Parameters
-    ----------
-    dense:
-        The dense model's metric, on test data.
-    """
+def plot_training(trained: Trained, metric: str, path: Path) -> None:
+    """Sparsity and the validation metric over the steps of the optimizer, with the best epoch marked."""
     figure, axes = _figure((7.2, 4.4))
     steps = [0, *(removal.step for removal in trained.history), trained.epochs[-1].step]
     sparsities = [0.0, *(removal.sparsity for removal in trained.history), trained.sparsity]
@@ -119,7 +113,7 @@ def plot_training(trained: Trained, dense: float, metric: str, path: Path) -> No
         markersize=12,
         label="best epoch",
     )
-    right.axhline(dense, color="#222222", linewidth=1, linestyle="--", label="dense, on test data")
+    right.axhline(trained.dense, color="#222222", linewidth=1, linestyle="--", label="dense")
     right.set_ylabel(metric)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)

@@ -9,6 +9,8 @@ from collections.abc import Sized
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+
 from woodfisher._version import __version__
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
 from woodfisher.errors import WoodfisherError
@@ -58,7 +60,8 @@ class Training:
     temperature: float = 2.0
     """T, which the logits are divided by for that."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise on values that make no sense."""
         check_count("epochs", self.epochs)
         check_positive("rate", self.rate, "the learning rate at its peak")
         check_not_negative("warm_up", self.warm_up)
@@ -134,6 +137,8 @@ class Trained:
     ----------
     sparsity:
         Fraction of the chosen weights that is removed.
+    dense:
+        Metric of the network that training began with, on the validation data.
     best:
         The epoch whose weights the model has now.
     epochs, history:
@@ -151,6 +156,7 @@ class Trained:
     """
 
     sparsity: float
+    dense: float
     best: Epoch
     epochs: list[Epoch]
     history: list[Removal]
@@ -167,7 +173,7 @@ class Trained:
             "sparsity": self.sparsity,
             "size": sum(layer.size for layer in self.layers),
             "kept": sum(layer.kept for layer in self.layers),
-            "validation": {"metric": self.best.validation},
+            "validation": {"metric": self.best.validation, "dense": self.dense},
             "best_epoch": self.best.epoch,
             "method": self.method,
             "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
@@ -220,7 +226,7 @@ def train(
     resume:
         Go on from the checkpoint in `out`, which must be of a run with the same arguments; without one, start.
     log:
-        `tensorboard` writes its events to `out`, too.
+        `tensorboard` writes its events to `out`/tensorboard, too.
     progress:
         Called as `progress(phase, done, total)`, with phase `steps` for those of the optimizer.
     on_epoch:
@@ -239,6 +245,7 @@ def train(
     from woodfisher.integrations.lightning import PruningCallback
 
     training = training or Training()
+    training.check()
     check_choice("log", log, LOGS)
     if out is None and (resume or log != "csv"):
         raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
@@ -252,6 +259,7 @@ def train(
     last = _last_removal(schedule, steps, training.epochs)
     model = copy.deepcopy(task.model).train()
     with isolated(task.model), reseeded(task.train, seed):
+        dense = task.validate(task.model)
         objective = Objective(model, task.train, task.loss, params=params, exclude=exclude)
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
@@ -292,7 +300,9 @@ def train(
                 max_epochs=training.epochs,
                 callbacks=[PruningCallback(pruner, module.note_removal)],
                 plugins=[WholeFiles()],
-                logger=TensorBoardLogger(out, name="", version="") if out and log == "tensorboard" else False,
+                logger=TensorBoardLogger(out, name="tensorboard", version="")
+                if out and log == "tensorboard"
+                else False,
                 log_every_n_steps=1,
                 default_root_dir=out,
                 enable_checkpointing=False,
@@ -315,6 +325,7 @@ def train(
     pruning = sum(removal.seconds for removal in module.removals)
     return Trained(
         sparsity=pruner.sparsity,
+        dense=dense,
         best=max((epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)),
         epochs=module.epochs,
         history=module.removals,
@@ -347,7 +358,7 @@ def digest(model: nn.Module) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(-1).numpy().tobytes())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -14,6 +14,7 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS, Method
+from woodfisher.patterns import NM
 from woodfisher.plots import plot_training, require_plots
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train
@@ -43,8 +44,8 @@ class Train:
     training: Training = field(default_factory=Training)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: float = 0.95
-    """Fraction of the weights to remove in the end, in [0, 1)."""
+    sparsity: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    """Fraction of the weights to remove in the end, in [0, 1) (default: 0.95, or that of the pattern)."""
 
     initial: float = 0.0
     """Fraction to remove the first time."""
@@ -72,21 +73,24 @@ class Train:
     had never been interrupted."""
 
     log: Literal["csv", "tensorboard"] = "csv"
-    """tensorboard writes its events beside metrics.csv."""
+    """tensorboard writes its events to OUT/tensorboard, too."""
 
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
     def run(self) -> None:
         """Check everything, train, evaluate, write, show."""
-        check_sparsity(self.sparsity)
+        self.training.check()
         check_choice("criterion", self.criterion, METHODS)
-        schedule = self._schedule()
         once = replace(self.method, stages=self.method.stages or 1, recalibrate=self.method.recalibrate or 0)
         method = once.method(self.criterion, strict=True)
+        usual = method.pattern.sparsity if isinstance(method.pattern, NM) else 0.95
+        sparsity = usual if self.sparsity is None else self.sparsity
+        check_sparsity(sparsity)
+        schedule = self._schedule(sparsity)
         parts = {part.name: getattr(method, part.name) for part in fields(Method)}
         folder = self.out or Path("runs") / (
-            f"{self.model.task.replace(':', '-')}-train-{self.criterion}-{self.sparsity:g}-seed{self.model.seed}"
+            f"{self.model.task.replace(':', '-')}-train-{self.criterion}-{sparsity:g}-seed{self.model.seed}"
         )
         check_folder(folder)
         require_plots()
@@ -96,7 +100,7 @@ class Train:
         dense = task.evaluate(task.model)
         note(f"dense: {task.metric_name} {dense:.2f} on test data")
         try:
-            with progress(f"training to {self.sparsity:g}", "steps") as show:
+            with progress(f"training to {sparsity:g}", "steps") as show:
                 trained = train(
                     task,
                     schedule,
@@ -121,7 +125,7 @@ class Train:
             "metric": task.metric_name,
             "criterion": self.criterion,
             "preset": self.method.preset,
-            "requested_sparsity": self.sparsity,
+            "requested_sparsity": sparsity,
             "seed": self.model.seed,
             "dense": {"metric": dense},
             "pruned": {"metric": pruned},
@@ -133,7 +137,7 @@ class Train:
             {
                 "model.safetensors": lambda path: save_model(task.model, trained.masks, path),
                 "report.json": lambda path: save_json(content, path),
-                "training.png": lambda path: plot_training(trained, dense, task.metric_name, path),
+                "training.png": lambda path: plot_training(trained, task.metric_name, path),
             },
         )
         if self.json:
@@ -141,12 +145,12 @@ class Train:
         else:
             _show(task, content, trained)
 
-    def _schedule(self) -> Polynomial:
+    def _schedule(self, sparsity: float) -> Polynomial:
         """The usual schedule with what was asked for instead."""
         begin = self.begin or 0.0
-        end = gradually(self.sparsity, self.training.epochs).end if self.end is None else self.end
-        every = self.every or max(end - begin, 0.0) / 10 or 1.0
-        return Polynomial(self.initial, self.sparsity, begin=begin, end=end, every=every, power=self.power)
+        end = gradually(sparsity, self.training.epochs).end if self.end is None else self.end
+        every = (max(end - begin, 0.0) / 10 or 1.0) if self.every is None else self.every
+        return Polynomial(self.initial, sparsity, begin=begin, end=end, every=every, power=self.power)
 
     def _tell(self, epoch: Epoch) -> None:
         note(
@@ -160,7 +164,9 @@ def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
     summary = Table(title=f"{content['task']}: {trained.sparsity:.2%} of {content['size']:,} weights removed")
     for column in ("", f"test {task.metric_name}", "validation", "kept weights"):
         summary.add_column(column, justify="right" if column else "left")
-    summary.add_row("dense", f"{content['dense']['metric']:.2f}", "", f"{content['size']:,}")
+    summary.add_row(
+        "dense", f"{content['dense']['metric']:.2f}", f"{trained.dense:.2f}", f"{content['size']:,}"
+    )
     summary.add_row(
         f"{content['criterion']}, epoch {trained.best.epoch}",
         f"{content['pruned']['metric']:.2f}",

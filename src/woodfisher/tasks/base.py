@@ -76,8 +76,15 @@ class Task:
 
     def evaluate(self, model: nn.Module) -> float:
         """Metric of `model` on the test data; raises unless it is a finite number."""
-        value: object = self.metric(model, self.test)
+        return self._measured(model, self.test, "test")
+
+    def validate(self, model: nn.Module) -> float:
+        """Metric of `model` on the validation data; raises unless it is a finite number."""
+        return self._measured(model, self.validation, "validation")
+
+    def _measured(self, model: nn.Module, batches: Iterable[Any], kind: str) -> float:
+        value: object = self.metric(model, batches)
         return finite_number(
             value,
-            f"the metric of the task {self.name} must be a finite float; {value!r} came on the test data.",
+            f"the metric of the task {self.name} must be a finite float; {value!r} came on the {kind} data.",
         )

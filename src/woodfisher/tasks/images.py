@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -58,7 +58,7 @@ def labelled(images: Images, labels: ArrayLike, source: Path) -> LabelledImages:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """32 × 32 JPEG or PNG images that stay encoded until they are picked.
+    """32 × 32 JPEG or PNG images that stay encoded until they are picked; each is decoded once.
 
     Attributes
     ----------
@@ -70,6 +70,7 @@ class EncodedImages:
 
     encoded: Sequence[Path | NDArray[np.uint8]]
     origin: str
+    _pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -83,7 +84,12 @@ class EncodedImages:
         return len(self.encoded)
 
     def __getitem__(self, positions: NDArray[np.int64], /) -> NDArray[np.uint8]:
-        return np.stack([self._decoded(int(position)) for position in positions])
+        return np.stack([self._picked(int(position)) for position in positions])
+
+    def _picked(self, position: int) -> NDArray[np.uint8]:
+        if position not in self._pixels:
+            self._pixels[position] = self._decoded(position)
+        return self._pixels[position]
 
     def _decoded(self, position: int) -> NDArray[np.uint8]:
         from PIL import Image

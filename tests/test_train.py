@@ -1,0 +1,416 @@
+"""Training and pruning together: the Lightning callback, `train`, and runs that are killed."""
+
+import csv
+import json
+import multiprocessing
+import random
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy
+
+import resumable
+import woodfisher as wf
+import woodfisher.pruner
+from woodfisher import WoodfisherError
+from woodfisher.cli import main
+from woodfisher.finetuning import WholeFiles, distance
+from woodfisher.integrations.lightning import PruningCallback
+from woodfisher.tasks import Task, accuracy, load_task
+from woodfisher.tasks.images import flipped_and_shifted
+from woodfisher.train import Training, train
+
+CURVATURE = wf.WoodFisher(samples=20, block_size=None, damping=1e-2)
+QUICK = ["--epochs", "2", "--samples", "20"]
+
+
+class Small(LightningModule):
+    """A small convolutional network, of 116 weights to choose."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(
+            torch.nn.Conv2d(1, 4, 3),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.ReLU(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * 4, 5),
+        )
+
+    def training_step(self, batch, _index):
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.model.parameters(), lr=1e-2)
+
+
+def batches(count=6, size=10):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(size, 1, 4, 4, generator=generator), torch.randint(5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def make_pruner(module):
+    objective = wf.Objective(module.model, batches(), cross_entropy)
+    return wf.Pruner(
+        module.model, objective, wf.Polynomial(0.2, 0.75, begin=1, end=9, every=2), curvature=CURVATURE
+    )
+
+
+def fit(module, callbacks, epochs, checkpoint=None, **options):
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=callbacks,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(batches(), batch_size=None)
+    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_callback_steps_once_for_each_step_of_the_optimizer(accumulate, tmp_path):
+    module, pruned = Small(), []
+    callback = PruningCallback(make_pruner, lambda step, report: pruned.append((step, report.sparsity)))
+    trainer = fit(
+        module, [callback], 2 * accumulate, accumulate_grad_batches=accumulate, enable_checkpointing=False
+    )
+    assert callback.pruner.steps == trainer.global_step == 12
+    assert [step for step, _ in pruned] == [2, 4, 6, 8, 10]
+    assert callback.pruner.sparsity == pytest.approx(0.75, abs=1 / 116)
+    for name, mask in callback.pruner.masks.items():
+        assert torch.equal(module.model.get_parameter(name) != 0, mask)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("made", [False, True])
+def test_a_lightning_checkpoint_resumes_the_pruner(made, tmp_path):
+    def callback(module):
+        return PruningCallback(make_pruner(module) if made else make_pruner)
+
+    whole = Small()
+    fit(whole, [callback(whole)], 2, enable_checkpointing=False)
+    half, rest = Small(), Small()
+    fit(half, [callback(half), ModelCheckpoint(tmp_path, "half")], 1)
+    resumed = callback(rest)
+    fit(rest, [resumed], 2, checkpoint=tmp_path / "half.ckpt", enable_checkpointing=False)
+    assert resumed.pruner.steps == 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, rest.state_dict()[name])
+
+
+class Untouched:
+    """Test data that nobody may look at."""
+
+    def __iter__(self):
+        raise AssertionError
+
+
+def small_task(metric=accuracy, **fields):
+    model = Small().model.eval()
+    return Task("small", model, batches(), batches(2), Untouched(), cross_entropy, metric, **fields)
+
+
+def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity():
+    scores, states = iter([50.0, 99.0, 10.0, 30.0, 30.0, 20.0]), []
+
+    def metric(model, data):
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        assert data is task.validation
+        return next(scores)
+
+    task = small_task(metric)
+    trained = train(task, wf.Polynomial(0.2, 0.5, 0, 1, 0.5), Training(epochs=5), curvature=CURVATURE)
+    assert trained.dense == 50
+    assert [epoch.eligible for epoch in trained.epochs] == [False, True, True, True, True]
+    assert (trained.best.epoch, trained.best.validation) == (4, 30)
+    for name, tensor in task.model.state_dict().items():
+        assert torch.equal(tensor, states[4][name])
+    for name, mask in trained.masks.items():
+        assert torch.equal(task.model.get_parameter(name) != 0, mask)
+    assert not any(module.training for module in task.model.modules())
+
+
+def test_equal_seeds_give_equal_runs_and_leave_no_trace():
+    weights = []
+    for seed in (0, 0, 1):
+        task = small_task(augment=lambda inputs: inputs + 0.1 * torch.randn_like(inputs))
+        before = torch.get_rng_state(), random.getstate()
+        train(task, 0.5, Training(epochs=2), seed=seed, criterion="magnitude")
+        assert torch.equal(before[0], torch.get_rng_state())
+        assert before[1] == random.getstate()
+        weights.append(task.model[0].weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_the_model_is_as_it_was_after_a_failure():
+    task = small_task()
+    before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}
+    with pytest.raises(WoodfisherError, match="the training loss is (nan|inf) in epoch 1: lower the rate"):
+        train(task, wf.one_shot(0.5, at=1.5), Training(epochs=2, rate=1e30), criterion="magnitude")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+
+
+def test_rows_and_validation_see_no_augmentation():
+    seen = []
+
+    def augment(inputs):
+        seen.append(len(inputs))
+        return torch.full_like(inputs, 1.0)
+
+    train(small_task(augment=augment), 0.5, Training(epochs=2), curvature=CURVATURE)
+    assert seen == [10] * 12
+
+
+def test_images_are_flipped_and_shifted():
+    image = torch.arange(16.0).reshape(1, 1, 4, 4)
+    shifted = torch.nn.functional.pad(image, (2, 2, 2, 2), value=-1.0)
+    windows = [shifted[0, 0, i : i + 4, j : j + 4] for i in range(5) for j in range(5)]
+    expected = {tuple(w.flatten().tolist()) for window in windows for w in (window, window.flip(1))}
+    torch.manual_seed(0)
+    found = flipped_and_shifted(image.expand(2000, 1, 4, 4), pixels=2, fill=-1.0)
+    assert {tuple(one.flatten().tolist()) for one in found} == expected
+    coloured = flipped_and_shifted(torch.cat([image, image + 100], 1).expand(50, 2, 4, 4), 2, -1.0)
+    inside = coloured[:, 0] >= 0
+    assert torch.equal(coloured[:, 1][inside], coloured[:, 0][inside] + 100)
+
+
+def test_distance_is_the_divergence_of_softened_outputs():
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 6, 4, dtype=torch.float64)
+    p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
+    expected = 9 * (p * (p / q).log()).sum(-1).mean()
+    assert distance(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert distance(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-15)
+    with pytest.raises(WoodfisherError, match="returned a tuple"):
+        distance((student,), teacher, 3.0)
+
+
+def test_distillation_keeps_the_outputs_of_the_dense_network():
+    far = {}
+    for share in (0.0, 1.0):
+        task = small_task()
+        with torch.no_grad():
+            dense = [task.model(inputs) for inputs, _ in task.train]
+        train(task, 0.3, Training(epochs=10, distil=share), criterion="magnitude")
+        with torch.no_grad():
+            pairs = zip(dense, (task.model(inputs) for inputs, _ in task.train), strict=True)
+            far[share] = sum(float(distance(now, before, 1.0)) for before, now in pairs)
+    assert far[1.0] < 0.5 * far[0.0]
+    with pytest.raises(WoodfisherError, match="this one has none"):
+        train(replace(small_task(), loss=None), 0.5, Training(distil=0.5))
+
+
+@pytest.fixture(scope="module")
+def digits_weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("weights") / "digits.safetensors"
+    save_file(load_task("digits").model.state_dict(), path)
+    return path
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", ["checkpoint", "pruning", "replacing"])
+def test_what_dies_at_a_bad_moment_resumes_exactly(moment, digits_weights, tmp_path, monkeypatch):
+    expected = resumable.run(digits_weights, tmp_path / "whole")
+    owner, name, last = {
+        "checkpoint": (torch, "save", 3),
+        "pruning": (woodfisher.pruner, "run_stages", 7),
+        "replacing": (WholeFiles, "save_checkpoint", 2),
+    }[moment]
+    original = getattr(owner, name)
+    count = 0
+
+    def dying(*arguments, **named):
+        nonlocal count
+        count += 1
+        if count < last:
+            return original(*arguments, **named)
+        if moment == "checkpoint":
+            arguments[1].write(b"half of a checkpoint")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            resumable.run(digits_weights, tmp_path / "out")
+    assert_same(resumable.run(digits_weights, tmp_path / "out", resume=True), expected)
+
+
+def assert_same(found, expected):
+    for kind in ("state", "masks"):
+        assert found[kind].keys() == expected[kind].keys()
+        for name, tensor in expected[kind].items():
+            assert torch.equal(found[kind][name], tensor), name
+    for kind in ("epochs", "history", "metrics"):
+        assert found[kind] == expected[kind]
+
+
+def test_runs_killed_at_twenty_random_moments_resume_exactly(digits_weights, tmp_path, monkeypatch):
+    # Not every version of Python gives the server its path before it preloads.
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["resumable"])
+    ready = context.Event()
+    file = tmp_path / "reference.pt"
+
+    def start(function, *arguments):
+        ready.clear()
+        child = context.Process(target=function, args=arguments)
+        child.start()
+        assert ready.wait(120)
+        return child, time.perf_counter()
+
+    child, since = start(resumable.reference, digits_weights, tmp_path / "whole", ready, file)
+    child.join()
+    length = time.perf_counter() - since
+    assert child.exitcode == 0
+    expected = torch.load(file, weights_only=True)
+    killed = 0
+    for number in range(20):
+        out = tmp_path / str(number)
+        child, _ = start(resumable.run, digits_weights, out, False, ready)
+        time.sleep(random.uniform(0, length))
+        child.kill()
+        child.join()
+        killed += child.exitcode == -signal.SIGKILL
+        assert_same(resumable.run(digits_weights, out, resume=True), expected)
+    assert killed
+
+
+def test_a_finished_run_resumes_to_the_same_and_other_arguments_are_refused(digits_weights, tmp_path):
+    first = resumable.run(digits_weights, tmp_path / "out")
+    assert_same(resumable.run(digits_weights, tmp_path / "out", resume=True), first)
+    task = load_task("digits", weights=digits_weights)
+    with pytest.raises(WoodfisherError, match="other arguments \\(schedule: Polynomial.*initial=0.3"):
+        train(task, 0.5, Training(epochs=5, distil=0.3), out=tmp_path / "out", resume=True)
+    with pytest.raises(WoodfisherError, match="needs a folder"):
+        train(task, 0.5, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda whole: whole[: len(whole) // 2], "can't be read as a checkpoint"),
+        (lambda _: b"", "can't be read as a checkpoint"),
+        (lambda _: b"cos\nsystem\n(S'true'\ntR.", "can't be read as a checkpoint"),
+        ("foreign", "is no checkpoint of a run of `train`"),
+    ],
+)
+def test_a_checkpoint_that_is_none_is_refused(content, message, tmp_path):
+    out = tmp_path / "out"
+    train(small_task(), 0.5, Training(epochs=2), criterion="magnitude", out=out)
+    path = out / "checkpoint.ckpt"
+    if content == "foreign":
+        torch.save({"state_dict": {}}, path)
+    else:
+        path.write_bytes(content(path.read_bytes()))
+    with pytest.raises(WoodfisherError, match=message):
+        train(small_task(), 0.5, Training(epochs=2), criterion="magnitude", out=out, resume=True)
+    train(small_task(), 0.5, Training(epochs=2), criterion="magnitude", out=out)
+
+
+def test_tensorboard_events_stand_beside_the_csv(tmp_path):
+    train(small_task(), 0.5, Training(epochs=2), criterion="magnitude", out=tmp_path, log="tensorboard")
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.ckpt", "metrics.csv", "tensorboard"}
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_train_prints_one_object_and_writes_its_results(folder, capsys):
+    assert main(["train", "--sparsity", "0.9", "--out", "out", "--json", *QUICK]) == 0
+    shown = capsys.readouterr()
+    content = json.loads(shown.out)
+    assert content["task"] == "digits"
+    assert content["sparsity"] == pytest.approx(0.9, abs=1e-4)
+    assert {"metric"} <= content["dense"].keys() & content["pruned"].keys() & content["validation"].keys()
+    assert {"name", "size", "kept"} <= content["layers"][0].keys()
+    assert content["seconds"]["total"] == pytest.approx(
+        content["seconds"]["pruning"] + content["seconds"]["training"]
+    )
+    assert [row["sparsity"] for row in content["history"]][-1] == content["sparsity"]
+    assert {"step", "predicted"} <= content["history"][0].keys()
+    assert "epoch 2 of 2" in shown.err
+    assert "GPU" not in shown.err
+    names = ["checkpoint.ckpt", "metrics.csv", "model.safetensors", "report.json", "training.png"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == names
+    with (folder / "out" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["validation"]) for row in rows] == [row["validation"] for row in content["epochs"]]
+    tensors = load_file(folder / "out" / "model.safetensors")
+    kept = sum(int(tensors[layer["name"] + "_mask"].sum()) for layer in content["layers"])
+    assert kept == content["kept"] == sum(layer["kept"] for layer in content["layers"])
+    again = load_task("digits", weights=folder / "out" / "model.safetensors")
+    assert again.evaluate(again.model) == pytest.approx(content["pruned"]["metric"])
+    assert main(["train", "--sparsity", "0.9", "--out", "out", "--resume", *QUICK]) == 0
+    assert "validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "epochs must be a whole number of at least 1; 0 came"),
+        (["--rate", "0"], "rate must be a finite number above 0"),
+        (["--distil", "1.5"], "distil is a share of the loss, in [0, 1]; 1.5 came"),
+        (["--begin", "3", "--end", "2"], "ends at 2, before it begins at 3"),
+        (["--epochs", "5", "--end", "5"], "after the training's last step (5 epochs of"),
+        (["--sparsity", "1.5"], "in [0, 1)"),
+        (["--sparsity", "0.5", "--initial", "0.6"], "can't fall from 0.6 to 0.5"),
+        (["--task", "cifar100"], "there is no task"),
+        (["--criterion", "fisher"], "criterion must be one of"),
+        (["--stages", "auto"], "stages must be a whole number"),
+        (["--out", "file"], "is not a folder"),
+        (["--out", "damaged", "--resume"], "can't be read as a checkpoint"),
+    ],
+)
+def test_bad_input_is_one_message_and_code_2(arguments, message, folder, capsys):
+    (folder / "file").touch()
+    (folder / "damaged").mkdir()
+    (folder / "damaged" / "checkpoint.ckpt").write_bytes(b"PK\x03\x04")
+    assert main(["train", *arguments]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert message in shown.err.replace("\n", " ")
+    assert "Traceback" not in shown.err
+
+
+def test_an_interruption_says_how_to_go_on(folder, capsys, monkeypatch):
+    handler = signal.getsignal(signal.SIGINT)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("woodfisher.pruner.run_stages", interrupt)
+    assert main(["train", *QUICK]) == 130
+    assert "--resume goes on" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_without_lightning_the_message_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
+    with pytest.raises(WoodfisherError, match=r"pip install 'woodfisher\[train\]'"):
+        train(small_task(), 0.5)
