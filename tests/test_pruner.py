@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.prune import l1_unstructured
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import woodfisher as wf
@@ -96,6 +97,19 @@ def test_a_sparse_start_counts(when):
     assert counts == [36 - removed, *([27] * 2 if when == "after" else [36 - removed] * 2), 18, 18, 9]
 
 
+def test_masks_of_torch_are_taken_over():
+    model = mlp()
+    l1_unstructured(model[0], "weight", 0.5)
+    removed = model[0].weight_mask == 0
+    assert model[0].weight_orig[removed].all()
+    pruner = pruner_of(model, wf.one_shot(0.75))
+    assert kept_by(pruner) == 24
+    assert not model[0].weight_orig[removed].any()
+    plain(model, optim.SGD(model.parameters(), lr=0.1), data()[0])
+    assert pruner.step().kept == 9
+    assert not model[0].weight_orig[removed].any()
+
+
 def test_a_layer_of_zeros_is_warned_of():
     model = mlp()
     nn.init.zeros_(model[2].weight)
@@ -144,12 +158,16 @@ def test_each_time_takes_samples_that_the_last_ones_left(source):
     seen, everything = [], torch.cat([batch[0] for batch in source])
     model = mlp()
     pruner = pruner_of(
-        model, wf.Milestones({0: 0.1, 1: 0.3, 2: 0.5}), source, curvature=Recorder(seen=seen), stages=2
+        model,
+        wf.Milestones({0: 0.1, 1: 0.3, 2: 0.5, 3: 0.6}),
+        source,
+        curvature=Recorder(seen=seen),
+        stages=2,
     )
-    for _ in range(3):
+    for _ in range(4):
         pruner.step()
     taken = torch.cat([inputs for *_, inputs in seen])
-    assert torch.equal(taken, torch.cat([everything, everything[:8]]))
+    assert torch.equal(taken, torch.cat([everything, everything[:24]]))
     assert all(rows.any() for rows, *_ in seen)
 
 
