@@ -30,6 +30,7 @@ Update = Literal["independent", "joint", "none"]
 Scope = Literal["global", "layer", "flops"]
 FirstOrder = bool | Literal["auto"]
 Stages = int | Adaptive | Literal["auto"]
+Use = Literal["adaptive", "fixed", "training"]
 
 UPDATES = {"independent": independent_update, "joint": joint_update, "none": no_update}
 
@@ -168,19 +169,31 @@ _FIXED = {
 }
 """What methods with adaptive stages are where those are not wanted."""
 
+_IN_TRAINING = WoodFisher(samples=400, block_size=200, damping=1e-3)
+
+_TRAINING = {
+    "woodfisher": Method(_IN_TRAINING),
+    "woodtaylor": Method(replace(_IN_TRAINING, **_MANY), first_order=True),
+}
+"""What they are inside a training loop, which mends what small blocks miss and has no time for large ones."""
+
 PRESETS = ("paper",)
 _PAPER = {"samples": 100, "damping": 1e-5, "block_size": 2000, "group": 1, "labels": "data"}
 
 
-def method_for(criterion: str, preset: str | None = None, *, fixed: bool = False) -> Method:
+def method_for(criterion: str, preset: str | None = None, *, use: Use = "adaptive") -> Method:
     """The method of that name, as it measures best, or under the protocol of a preset.
 
     The preset `paper` is that of Singh and Alistarh (2020), one shot: 100 gradients of single samples, damping
     1e-5, blocks of 2000 within a layer, global ranking, independent update. Methods that move no weights keep
-    to that. `fixed` says that the stages will not adapt, which takes other samples and damping.
+    to that. `use` says what for, which takes other samples, blocks and damping: stages that adapt where the method
+    has them, `fixed` ones, or a single one each time that weights are removed in `training`.
     """
     check_choice("criterion", criterion, METHODS)
-    method = _FIXED.get(criterion, METHODS[criterion]) if fixed or preset else METHODS[criterion]
+    others = {"adaptive": _FIXED if preset else {}, "fixed": _FIXED, "training": _TRAINING}
+    method = others[use].get(criterion, METHODS[criterion])
+    if use == "training":
+        method = replace(method, stages=1, recalibrate=0)
     if preset is None:
         return method
     check_choice("preset", preset, PRESETS)

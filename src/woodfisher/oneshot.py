@@ -252,7 +252,7 @@ def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
 
 def _method(criterion: str, preset: str | None, parts: MethodParts) -> Method:
     fixed = isinstance(parts.get("stages"), int) or parts.get("update") not in (None, "joint")
-    return replaced(method_for(criterion, preset, fixed=fixed), parts)
+    return replaced(method_for(criterion, preset, use="fixed" if fixed else "adaptive"), parts)
 
 
 def _each(

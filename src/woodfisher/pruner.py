@@ -56,8 +56,8 @@ class Pruner:
     schedule:
         `Polynomial`, `Milestones` or `one_shot`; times count calls of `step`, from 0.
     criterion:
-        Name of the method: see `woodfisher.METHODS`. Where its stages adapt, it is taken with one stage; give
-        `first_order=True` (or criterion `woodtaylor`) to count the gradient away from an optimum.
+        Name of the method: see `woodfisher.METHODS`. In training it has one stage each time, and `woodfisher` small
+        blocks; `woodtaylor` counts the gradient, away from an optimum.
     seed:
         Which samples rows are taken from. They depend on it and on the number of times that weights were removed
         before, and on nothing else; no random generator of the training run is touched.
@@ -110,9 +110,8 @@ class Pruner:
             raise WoodfisherError(
                 f"schedule must be wf.Polynomial(...), wf.Milestones(...) or wf.one_shot(...); {schedule!r} came."
             )
-        given: MethodParts = {"stages": 1, "recalibrate": 0, **parts}
-        check_count("stages", given["stages"])
-        self.method = replaced(method_for(criterion, fixed=True), given)
+        self.method = replaced(method_for(criterion, use="training"), parts)
+        check_count("stages", self.method.stages)
         self.schedule, self.seed, self.progress = schedule, seed, progress
         if self.method.curvature.samples:
             _check_rereadable(objective.data)

@@ -13,7 +13,7 @@ from woodfisher.batches import take
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
 from woodfisher.errors import WoodfisherError
-from woodfisher.method import METHODS, Method, Scope, Update, method_for, options_of, with_options
+from woodfisher.method import METHODS, Method, Scope, Update, Use, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.patterns import parse_pattern
 from woodfisher.tasks import Task, load_task
@@ -119,14 +119,15 @@ class MethodOptions:
     recalibrate: Count = None
     """Samples to take the statistics of batch normalisation from, after pruning; 0 leaves them."""
 
-    def method(self, criterion: str, *, strict: bool) -> Method:
+    def method(self, criterion: str, *, strict: bool, training: bool = False) -> Method:
         """Build the method of that name with these options.
 
         Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update
         and stages for methods that take no samples.
         """
-        fixed = isinstance(self.stages, int) or self.update not in (None, "joint")
-        method = method_for(criterion, self.preset, fixed=fixed or self.refine is not None)
+        fixed = isinstance(self.stages, int) or self.update not in (None, "joint") or self.refine is not None
+        use: Use = "training" if training else "fixed" if fixed else "adaptive"
+        method = method_for(criterion, self.preset, use=use)
         block_size: dict[str, Any] = {}
         if self.block_size is not None:
             block_size["block_size"] = None if self.block_size == "all" else self.block_size
