@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from woodfisher.errors import WoodfisherError
 
@@ -197,7 +203,10 @@ class Stream:
 
         A `DataLoader` that shuffles has random numbers to come in new order, and none are passed over.
         """
-        if isinstance(self._data, DataLoader) and isinstance(self._data.sampler, _SHUFFLING):
+        sampler = getattr(self._data, "sampler", None)
+        while isinstance(sampler, BatchSampler):
+            sampler = sampler.sampler
+        if isinstance(self._data, DataLoader) and isinstance(sampler, _SHUFFLING):
             return
         passed = self._pass(samples)
         if 0 < passed < samples:

@@ -86,6 +86,7 @@ class Finetuning(LightningModule):
         self.task, self.pruner, self.training_options = task, pruner, training
         self.steps, self.last, self.seed, self.folder = steps, last, seed, folder
         self.options = dict(options)
+        self._forwards = [torch.compile(net) if training.compile else net for net in (model, task.model)]
         self._progress, self._on_epoch = progress, on_epoch
         self.epochs: list[Epoch] = []
         self.removals: list[Removal] = []
@@ -121,16 +122,18 @@ class Finetuning(LightningModule):
         self._since = time.perf_counter()
 
     def training_step(self, batch: Any, _index: int) -> Tensor:
+        student, teacher = self._forwards
         check_form(self.task.loss, batch)
-        batch = self._augmented(batch)
+        if self.training_options.augment:
+            batch = self._augmented(batch)
         arguments, named = arguments_of(batch)
         with explained(batch):
-            outputs = self.model(*arguments, **named)
+            outputs = student(*arguments, **named)
             loss = mean_loss(self.task.loss, outputs, batch)
         share = self.training_options.distil
         if share:
             with torch.no_grad():
-                wanted = self.task.model(*arguments, **named)
+                wanted = teacher(*arguments, **named)
             loss = (1 - share) * loss + share * distance(outputs, wanted, self.training_options.temperature)
         self._loss = self._loss + loss.detach()
         return loss

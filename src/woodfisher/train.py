@@ -60,6 +60,12 @@ class Training:
     temperature: float = 2.0
     """T, which the logits are divided by for that."""
 
+    augment: bool = True
+    """Augment training inputs as the task does; a network that keeps few weights may do better without."""
+
+    compile: bool = False
+    """Run the network through torch.compile, which takes a minute to begin with and needs a C++ compiler on a CPU."""
+
     def check(self) -> None:
         """Raise on values that make no sense."""
         check_count("epochs", self.epochs)

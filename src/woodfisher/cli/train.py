@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -82,8 +82,7 @@ class Train:
         """Check everything, train, evaluate, write, show."""
         self.training.check()
         check_choice("criterion", self.criterion, METHODS)
-        once = replace(self.method, stages=self.method.stages or 1, recalibrate=self.method.recalibrate or 0)
-        method = once.method(self.criterion, strict=True)
+        method = self.method.method(self.criterion, strict=True, training=True)
         usual = method.pattern.sparsity if isinstance(method.pattern, NM) else 0.95
         sparsity = usual if self.sparsity is None else self.sparsity
         check_sparsity(sparsity)
