@@ -168,6 +168,35 @@ class Replay:
             position += 1
 
 
+class Few:
+    """The first samples of some data, held in memory, in batches of another order each time it is iterated over.
+
+    Parameters
+    ----------
+    data:
+        Any batches.
+    samples:
+        How many of their samples to take.
+    seed:
+        Of the order.
+    """
+
+    def __init__(self, data: Iterable[Batch], samples: int, seed: int) -> None:
+        taken = list(take(data, samples))
+        self._size = samples_in(taken[0]) if taken else 1
+        self._parts = list(rechunk(taken, samples, 1))
+        self.dataset = range(sum(map(samples_in, taken)))
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return sum(-(-samples_in(part) // self._size) for part in self._parts)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for part in self._parts:
+            for index in torch.randperm(samples_in(part), generator=self.generator).split(self._size):
+                yield map_tensors(lambda t, index=index: t[index.to(t.device)], part)
+
+
 class Stream:
     """Data drawn a few samples at a time: new ones until it ends, then again from its start.
 

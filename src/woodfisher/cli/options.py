@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from woodfisher.batches import take
+from woodfisher.batches import Few
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
 from woodfisher.errors import WoodfisherError
@@ -65,7 +65,7 @@ class TaskOptions:
         if self.train_samples is None:
             return task
         check_count("train_samples", self.train_samples)
-        return replace(task, train=list(take(task.train, self.train_samples)))
+        return replace(task, train=Few(task.train, self.train_samples, self.seed))
 
     def objective(self, task: Task, model: torch.nn.Module) -> Objective:
         """Objective of `model` on the task's training data."""
