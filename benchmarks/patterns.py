@@ -26,7 +26,7 @@ METHODS = {
     "joint": replace(_FULL, stages=1),
     "joint, 16 stages": _FULL,
 }
-PATTERNS = [wf.NM(2, 4), wf.NM(4, 8), wf.NM(1, 4), wf.Block(4), wf.Block(4, 4)]
+PATTERNS = [wf.NM(2, 4), wf.NM(4, 8), wf.Block(4)]
 
 
 def measured() -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 import resumable
 import woodfisher as wf
 import woodfisher.pruner
+from test_hf import bert, sentences
 from woodfisher import WoodfisherError
 from woodfisher.cli import main
 from woodfisher.finetuning import WholeFiles, distance
@@ -96,6 +97,43 @@ def test_the_callback_steps_once_for_each_step_of_the_optimizer(accumulate, tmp_
     assert callback.pruner.sparsity == pytest.approx(0.75, abs=1 / 116)
     for name, mask in callback.pruner.masks.items():
         assert torch.equal(module.model.get_parameter(name) != 0, mask)
+
+
+class Sentences(LightningModule):
+    """A BERT, which returns its own loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = bert()
+
+    def training_step(self, batch, _index):
+        return self.model(**batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_callback_prunes_a_bert_whose_sentences_are_padded():
+    whole = sentences()
+    padded = [{key: value[i : i + 8] for key, value in whole.items()} for i in range(0, 24, 8)]
+
+    def make(module):
+        objective = wf.Objective(module.model, padded, exclude="classifier")
+        return wf.Pruner(
+            module.model, objective, wf.one_shot(0.5, at=1), pattern=wf.NM(2, 4), curvature=CURVATURE
+        )
+
+    module, callback = Sentences(), PruningCallback(make)
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[callback], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(padded, batch_size=None))
+    assert callback.pruner.sparsity == 0.5
+    for name, mask in callback.pruner.masks.items():
+        assert torch.equal(module.model.get_parameter(name) != 0, mask)
+        assert (mask.reshape(-1, 4).sum(1) == 2).all()
 
 
 @pytest.mark.filterwarnings("ignore")
