@@ -144,6 +144,20 @@ def test_a_set_with_fewer_weights_than_n_m_keeps_them():
     assert keep.tolist() == [True, False, False, False, True, True, False, False]
 
 
+def test_a_bias_that_begins_at_zero_is_no_removed_weight():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
+    with torch.no_grad():
+        model[0].bias.zero_()
+        model[0].weight[1] = 0
+    pattern = wf.Channels((("0.weight", "0.bias"),))
+    objective = wf.Objective(model, batches(), cross_entropy, params=pattern.params)
+    pruner = wf.Pruner(model, objective, wf.one_shot(0.5), pattern=pattern, curvature=CURVATURE)
+    assert pruner.masks["0.bias"].tolist() == [True, False, True, True]
+    report = wf.prune(model, batches(), cross_entropy, 0.5, params=pattern.params, pattern=pattern, stages=1,
+                      curvature=CURVATURE)  # fmt: skip
+    assert int(report.masks["0.bias"].sum()) == 2 and model[0].bias[report.masks["0.bias"]].all()
+
+
 def test_groups_are_ranked_by_their_cost_for_each_weight():
     layout = Layout({"a": (2, 2), "b": (2, 4)})
     weights = [3.0, 0.1, 1, 1, 2, 2, 0.1, 0.1, 1.5, 1.5, 1.5, 1.5]

@@ -174,6 +174,7 @@ def sweep_objective(
     if not sparsities:
         raise WoodfisherError("name at least one sparsity to prune to.")
     selection = method.selection(objective)
+    objective = objective.at(objective.weights, selection.present(objective.kept))
     total, now = selection.total, selection.amount(objective.kept)
     amounts = [selection.final(sparsity) for sparsity in sparsities]
     reached: dict[int, Pruned] = {}
@@ -205,6 +206,7 @@ def prune_within(
         )
     trial = copy.deepcopy(objective.model)
     selection = method.selection(objective)
+    objective = objective.at(objective.weights, selection.present(objective.kept))
     now = selection.amount(objective.kept)
     if not now:
         raise WoodfisherError("every chosen weight is zero already: there is nothing to prune.")

@@ -119,7 +119,7 @@ class Pruner:
             self.selection = self.method.selection(objective)
         self.selection.final(schedule.goal)
         self.objective = objective
-        masks = objective.layout.split(objective.current().kept)
+        masks = objective.layout.split(self.selection.present(objective.current().kept))
         for name, kept in masks.items():
             if not kept.any():
                 warn(

@@ -80,7 +80,7 @@ def one_shot(sparsity: float, at: float = 0) -> Milestones:
 
 @dataclass(frozen=True)
 class Polynomial(Schedule):
-    """s(t) = final + (initial − final) · (1 − (t − begin)/(end − begin))^power, every so many steps (docs/method.md §10).
+    """s(t) = final + (initial − final) · (1 − (t − begin)/(end − begin))^power, at times (docs/method.md §10).
 
     Attributes
     ----------

@@ -73,6 +73,24 @@ class Selection:
         units = [units for _, units in self._layers()]
         return sum(map(len, units)) > len(torch.cat(units).unique())
 
+    def present(self, kept: Tensor) -> Tensor:
+        """What is there to begin with, where `kept` `(d,)` is what isn't zero.
+
+        A zero counts as a removed weight, but for biases and parameters of normalisation in a group that has other
+        weights left: these begin at zero.
+        """
+        if self._owner is None:
+            return kept
+        owner = self._owner.to(kept.device)
+        alive = torch.zeros_like(self._units(kept.device)).index_add(0, owner, kept.long()) > 0
+        vectors = torch.cat(
+            [
+                torch.full((size,), len(shape) < 2, device=kept.device)
+                for size, shape in zip(self.layout.sizes, self.layout.shapes.values(), strict=True)
+            ]
+        )
+        return kept | (vectors & alive[owner])
+
     def amount(self, kept: Tensor) -> int:
         """How much of `total` the weights in `kept` `(d,)` are."""
         return int(kept.sum()) if self._flops is None else int(self._flops.to(kept.device)[kept].sum())
