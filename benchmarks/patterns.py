@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/patterns.py
 
 For the Linear layers of the transformer of `networks.py`, prints one row a pattern: the mean rise of the test loss over
-dense (and the accuracy) by magnitude, by WoodFisher with the paper's independent update, with the joint update in one
-step, and in 16 stages; a mean over seeds, which choose the samples.
+dense (and the accuracy) by magnitude, and by WoodFisher with the paper's independent update and with the joint one; a
+mean over seeds, which choose the samples.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ SEEDS = range(3)
 _FULL = wf.METHODS["woodfisher-full"]
 METHODS = {
     "magnitude": wf.METHODS["magnitude"],
-    "independent": replace(_FULL, stages=1, update="independent"),
-    "joint": replace(_FULL, stages=1),
-    "joint, 16 stages": _FULL,
+    "independent": replace(_FULL, update="independent"),
+    "joint": _FULL,
 }
 PATTERNS = [wf.NM(2, 4), wf.NM(4, 8), wf.Block(4)]
 
@@ -42,7 +41,7 @@ def measured() -> dict[str, dict[str, list[tuple[float, float]]]]:
                 model = copy.deepcopy(task.model)
                 wf.prune(
                     model, task.train, task.loss, sparsity, pattern=pattern, curvature=method.curvature,
-                    update=method.update, stages=method.stages,
+                    update=method.update, stages=1,
                 )  # fmt: skip
                 rise = wf.Objective(model, task.test, task.loss).mean_loss() - dense
                 cells = results.setdefault(str(pattern), {}).setdefault(name, [])

@@ -14,6 +14,7 @@ from woodfisher.curvature import (
     Estimator,
     ExactHessian,
     Identity,
+    Relative,
     WoodFisher,
 )
 from woodfisher.errors import WoodfisherError
@@ -140,8 +141,8 @@ class Method:
 FIXED_STAGES = 16
 """Stages where they don't adapt, as M-FAC recomputes."""
 
-_FULL = WoodFisher(samples=400, block_size=None, damping=1e-3)
-_BLOCKS = WoodFisher(samples=400, block_size=2000, damping=1e-3)
+_FULL = WoodFisher(samples=400, block_size=None, damping="auto")
+_BLOCKS = WoodFisher(samples=400, block_size=2000, damping="auto")
 _CARRIED = WoodFisher(samples=240_000, group=16, block_size=None, damping="auto")
 
 # The gradient of a few hundred samples is mostly noise, and a Newton step fits it: average more of them.
@@ -169,7 +170,7 @@ _FIXED = {
 }
 """What methods with adaptive stages are where those are not wanted."""
 
-_IN_TRAINING = WoodFisher(samples=400, block_size=200, damping=1e-3)
+_IN_TRAINING = WoodFisher(samples=400, block_size=200, damping=Relative(0.1))
 
 _TRAINING = {
     "woodfisher": Method(_IN_TRAINING),
