@@ -261,7 +261,7 @@ def parse_pattern(text: str) -> Pattern:
     """The pattern that the command line calls `unstructured`, `2:4`, `1x4`, `12heads` or `channels`.
 
     >>> parse_pattern("2:4"), parse_pattern("4x4"), parse_pattern("channels")
-    (NM(n=2, m=4), Block(inputs=4, outputs=4), Channels())
+    (NM(n=2, m=4), Block(inputs=4, outputs=4), Channels(coupled=()))
     """
     if match := re.fullmatch(r"(\d+):(\d+)", text):
         return NM(int(match[1]), int(match[2]))

@@ -10,6 +10,7 @@ import torch
 
 from woodfisher.checks import check_positive
 from woodfisher.errors import WoodfisherError
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,11 +104,12 @@ def held_out_damping(gram: Tensor, size: int, group: int) -> float:
 
 
 def _positive_scale(energies: Tensor, size: int, group: int) -> float:
-    """Mean diagonal entry of F without damping, from the rows' squared norms `(N,)`."""
+    """Mean diagonal entry of F without damping, from the rows' squared norms `(N,)`; 1 where all are zero."""
     scale = float(energies.mean()) * group / size
-    if not scale > 0:
-        raise WoodfisherError(
-            "every gradient row is zero, so the curvature has no scale for a damping relative to it: the model "
-            "fits these samples perfectly, or does not depend on the chosen weights. Give damping as a number."
+    if scale == 0:
+        warn(
+            "every gradient row is zero, so that the curvature says nothing and weights are ranked by magnitude: the "
+            "model fits these samples perfectly, or nothing passes through it any more."
         )
+        return 1.0
     return scale
