@@ -296,7 +296,7 @@ def test_a_sweep_is_one_run_through_all_sparsities():
 
 
 @pytest.mark.filterwarnings("ignore:400 samples were asked for")
-@pytest.mark.filterwarnings("ignore:every gradient row is zero")
+@pytest.mark.filterwarnings("ignore:every gradient row is zero", "ignore:every weight of")
 def test_a_sweep_by_a_fixed_number_of_stages_is_a_prune_each():
     for criterion, stages in (("magnitude", None), ("obd", 2), ("woodfisher-block", 2)):
         points = wf.sweep(trained(), batches(), cross_entropy, [0.8, 0.5], criterion=criterion, stages=stages)
