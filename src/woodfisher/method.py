@@ -170,7 +170,7 @@ _FIXED = {
 }
 """What methods with adaptive stages are where those are not wanted."""
 
-_IN_TRAINING = WoodFisher(samples=400, block_size=200, damping=Relative(0.1))
+_IN_TRAINING = WoodFisher(samples=400, block_size=200, damping=Relative(10))
 
 _TRAINING = {
     "woodfisher": Method(_IN_TRAINING),
