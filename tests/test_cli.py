@@ -238,6 +238,7 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--task", "my_tasks:bad_metric"], "must be a finite float; nan came"),
         (["prune", "--task", "my_tasks:read_once"], "accuracy of no samples"),
         (["compare", "--task", "my_tasks:nan", "--methods", "woodfisher"], "every run failed"),
+        (["compare", "--sparsity", "--methods", "magnitude"], "name at least one sparsity"),
         (["compare", "--pattern", "2-4", "--methods", "magnitude"], "a pattern is one of unstructured"),
         (["prune", "--pattern", "2:4"], "2:4 does not divide 'conv1.weight'"),
         (["prune", "--task", "mlpnet-mnist", "--data-root", "nowhere"], "MNIST"),

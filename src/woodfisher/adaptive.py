@@ -10,7 +10,7 @@ import torch
 
 from woodfisher.batches import Stream, samples_in
 from woodfisher.checks import check_count, check_fraction, check_positive
-from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
+from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
@@ -425,15 +425,7 @@ def _loss_on(held_out: Sequence[Batch], objective: Objective) -> float:
 
 def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
     """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
-    gone = (~kept).nonzero().squeeze(1)
-    if not len(gone):
-        return finv
-    return BlockDiagonalInverse(
-        [
-            (kept.nonzero().squeeze(1), finv),
-            (gone, DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64))),
-        ]
-    )
+    return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), *removed_part(kept, damping)])
 
 
 def recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:

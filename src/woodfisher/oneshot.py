@@ -14,7 +14,6 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
-from woodfisher.patterns import NM
 from woodfisher.report import report_of
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
@@ -95,9 +94,8 @@ def prune(
     method = _method(criterion, preset, parts)
     objective = Objective(model, data, loss, params=params, exclude=exclude)
     if max_drop is None:
-        return prune_objective(
-            objective, default_sparsity(method) if sparsity is None else sparsity, method, progress
-        )
+        usual = method.pattern.sparsity or 0.9
+        return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
     if metric is None:
         raise WoodfisherError(
             "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
@@ -131,11 +129,6 @@ def sweep(
     method = _method(criterion, preset, parts)
     objective = Objective(model, data, loss, params=params, exclude=exclude)
     return sweep_objective(objective, sparsities, method, progress)
-
-
-def default_sparsity(method: Method) -> float:
-    """What is pruned to where nobody says: what the pattern determines, or 0.9."""
-    return method.pattern.sparsity if isinstance(method.pattern, NM) else 0.9
 
 
 @dataclass(frozen=True)
@@ -173,8 +166,7 @@ def sweep_objective(
     """`sweep` for an objective and a method that are made already."""
     if not sparsities:
         raise WoodfisherError("name at least one sparsity to prune to.")
-    selection = method.selection(objective)
-    objective = objective.at(objective.weights, selection.present(objective.kept))
+    objective, selection = _started(objective, method)
     total, now = selection.total, selection.amount(objective.kept)
     amounts = [selection.final(sparsity) for sparsity in sparsities]
     reached: dict[int, Pruned] = {}
@@ -200,13 +192,12 @@ def prune_within(
 ) -> Report:
     """`prune` with a `max_drop`, for an objective and a method that are made already."""
     check_fraction("max_drop", max_drop)
-    if isinstance(method.pattern, NM):
+    if method.pattern.sparsity is not None:
         raise WoodfisherError(
             f"the pattern {method.pattern} has one sparsity, so there is none to look for: no max_drop."
         )
     trial = copy.deepcopy(objective.model)
-    selection = method.selection(objective)
-    objective = objective.at(objective.weights, selection.present(objective.kept))
+    objective, selection = _started(objective, method)
     now = selection.amount(objective.kept)
     if not now:
         raise WoodfisherError("every chosen weight is zero already: there is nothing to prune.")
@@ -255,6 +246,12 @@ def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
 def _method(criterion: str, preset: str | None, parts: MethodParts) -> Method:
     fixed = isinstance(parts.get("stages"), int) or parts.get("update") not in (None, "joint")
     return replaced(method_for(criterion, preset, use="fixed" if fixed else "adaptive"), parts)
+
+
+def _started(objective: Objective, method: Method) -> tuple[Objective, Selection]:
+    """The objective with what is there to begin with, and what may stay of it."""
+    selection = method.selection(objective)
+    return objective.at(objective.weights, selection.present(objective.kept)), selection
 
 
 def _each(

@@ -26,6 +26,11 @@ class Pattern(ABC):
     convolution with one position for each entry of its kernel. Patterns are values: frozen and comparable.
     """
 
+    @property
+    def sparsity(self) -> float | None:
+        """The one sparsity at which the pattern holds; None where any will do."""
+        return None
+
     @abstractmethod
     def groups(self, layout: Layout) -> list[Tensor] | None:
         """Flat indexes of what goes together, int64 `(m, k)` for each size k; None for weights one by one.

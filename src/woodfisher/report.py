@@ -9,7 +9,7 @@ from woodfisher._version import __version__
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -31,6 +31,15 @@ class Layer:
     def sparsity(self) -> float:
         """Fraction removed."""
         return 1 - self.kept / self.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {**asdict(self), "sparsity": self.sparsity}
+
+
+def layers_of(masks: Mapping[str, Tensor]) -> list[Layer]:
+    """What masks (name → bool, False where removed) leave of each tensor."""
+    return [Layer(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()]
 
 
 @dataclass(frozen=True)
@@ -105,10 +114,7 @@ class Report:
             "size": self.size,
             "kept": self.kept,
             "method": self.method,
-            "layers": [
-                {"name": layer.name, "size": layer.size, "kept": layer.kept, "sparsity": layer.sparsity}
-                for layer in self.layers
-            ],
+            "layers": [layer.to_dict() for layer in self.layers],
             "stages": [asdict(stage) for stage in self.stages],
             "seconds": self.seconds,
             "warnings": self.warnings,
@@ -133,7 +139,7 @@ def report_of(
 ) -> Report:
     """The report of a run that ended at `objective`; warns of layers that lost all their weights."""
     masks = objective.layout.split(objective.kept)
-    layers = [Layer(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()]
+    layers = layers_of(masks)
     for layer in layers:
         if layer.kept == 0:
             warn(

@@ -43,8 +43,9 @@ def group_saliency(point: Tensor, finv: InverseOperator, index: Tensor) -> Tenso
     index:
         Flat indexes of the groups, int64 `(m, k)`, all different within a group.
     """
+    index = index.to(point.device)
     if isinstance(finv, DiagonalInverse):
-        return saliency(point, finv)[index.to(point.device)].sum(1)
+        return saliency(point, finv)[index].sum(1)
     width = index.shape[1]
     if width > LARGEST:
         point = point.double()
@@ -66,7 +67,7 @@ def _energy(point: Tensor, finv: InverseOperator, index: Tensor) -> Tensor:
             f"{_listed(index[failed[0, 0]].tolist())}: a weight stands twice in its group, or the damping is too small "
             "for float64. Mend the index, or raise the damping."
         )
-    w = point[index.to(point.device)][..., None]
+    w = point[index][..., None]
     return torch.linalg.solve_triangular(factor, w.to(factor), upper=False).square().sum((1, 2)) / 2
 
 

@@ -8,7 +8,7 @@ import torch
 
 from woodfisher.checks import check_fraction, check_sparsity
 from woodfisher.errors import WoodfisherError
-from woodfisher.patterns import NM, Unstructured
+from woodfisher.patterns import Unstructured
 from woodfisher.saliency import group_saliency, saliency
 
 if TYPE_CHECKING:
@@ -103,9 +103,10 @@ class Selection:
             raise WoodfisherError(
                 f"a sparsity of {sparsity:g} keeps none of {self.total} weights: ask for less."
             )
-        if isinstance(self.pattern, NM) and sparsity > self.pattern.sparsity + 1e-9:
+        only = self.pattern.sparsity
+        if only is not None and sparsity > only + 1e-9:
             raise WoodfisherError(
-                f"the pattern {self.pattern} leaves a sparsity of {self.pattern.sparsity:g}, and {sparsity:g} was "
+                f"the pattern {self.pattern} leaves a sparsity of {only:g}, and {sparsity:g} was "
                 "asked for: leave the sparsity out, or choose another pattern."
             )
         if self.floor > 1 - sparsity:
@@ -116,10 +117,11 @@ class Selection:
         return amount
 
     def final(self, sparsity: float) -> int:
-        """`target` for where pruning ends: there, N:M has to be reached exactly."""
-        if isinstance(self.pattern, NM) and abs(sparsity - self.pattern.sparsity) > 1e-9:
+        """`target` for where pruning ends: there, a pattern with one sparsity has to be reached exactly."""
+        only = self.pattern.sparsity
+        if only is not None and abs(sparsity - only) > 1e-9:
             raise WoodfisherError(
-                f"the pattern {self.pattern} is reached at a sparsity of {self.pattern.sparsity:g} and at no other; "
+                f"the pattern {self.pattern} is reached at a sparsity of {only:g} and at no other; "
                 f"{sparsity:g} was asked for. Leave the sparsity out, or choose another pattern."
             )
         return self.target(sparsity)
@@ -138,14 +140,16 @@ class Selection:
         scores, cost = self._scores(point, finv), self._costs(kept)
         bad = scores.isnan().nonzero()
         if len(bad):
-            first = int(bad[0]) if self._owner is None else int((self._owner == bad[0]).nonzero()[0])
+            unit = int(bad[0])
+            first = unit if self._owner is None else int((self._owner == unit).nonzero()[0])
             raise WoodfisherError(
                 f"the score of a weight of {self.layout.name_at(first)!r} is NaN: raise the damping."
             )
         alive = cost > 0
         rank = scores / cost.clamp_min(1)
         fixed = self._protected(rank, alive)
-        if isinstance(self.pattern, NM) and amount <= self.target(self.pattern.sparsity):
+        only = self.pattern.sparsity
+        if only is not None and amount <= self.target(only):
             return self._spread(fixed, kept)
         rank[fixed] = torch.inf
         if self.scope == "layer":

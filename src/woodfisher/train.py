@@ -17,7 +17,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated, reseeded
 from woodfisher.objective import Objective
 from woodfisher.pruner import Pruner
-from woodfisher.report import Layer
+from woodfisher.report import layers_of
 from woodfisher.schedule import Polynomial, Schedule
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from woodfisher.method import MethodParts
+    from woodfisher.report import Layer
     from woodfisher.tasks import Task
     from woodfisher.watch import Progress
 
@@ -182,7 +183,7 @@ class Trained:
             "validation": {"metric": self.best.validation, "dense": self.dense},
             "best_epoch": self.best.epoch,
             "method": self.method,
-            "layers": [{**asdict(layer), "sparsity": layer.sparsity} for layer in self.layers],
+            "layers": [layer.to_dict() for layer in self.layers],
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "history": [asdict(removal) for removal in self.history],
             "seconds": self.seconds,
@@ -335,7 +336,7 @@ def train(
         best=max((epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)),
         epochs=module.epochs,
         history=module.removals,
-        layers=[Layer(name, mask.numel(), int(mask.sum())) for name, mask in masks.items()],
+        layers=layers_of(masks),
         masks=masks,
         seconds={"pruning": pruning, "training": module.seconds - pruning, "total": module.seconds},
         method=pruner.method.to_dict(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 import statistics
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -16,14 +15,12 @@ from woodfisher.checks import check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.errors import WoodfisherError
-from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.oneshot import SPARSITIES, sweep_objective
-from woodfisher.patterns import NM
 from woodfisher.plots import plot_accuracy, require_plots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from woodfisher.method import Method
     from woodfisher.oneshot import Pruned
@@ -47,7 +44,7 @@ class Compare:
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: tuple[float, ...] = ()
+    sparsity: tuple[float, ...] | None = None
     """Fractions of the weights to remove, each in [0, 1) (default: seven from 0.5 to 0.98, or that of the pattern)."""
 
     methods: str = "magnitude,obd,woodfisher"
@@ -64,13 +61,15 @@ class Compare:
 
     def run(self) -> None:
         """Check everything, prune and evaluate seed by seed and method by method, write, show."""
-        for sparsity in self.sparsity:
+        if self.sparsity == ():
+            raise WoodfisherError("name at least one sparsity, as in --sparsity 0.5 0.9.")
+        for sparsity in self.sparsity or ():
             check_sparsity(sparsity)
         check_count("seeds", self.seeds)
         names = parse_methods(self.methods)
         methods = {name: self.method.method(name, strict=False) for name in names}
         pattern = methods[names[0]].pattern
-        family = self.sparsity or ((pattern.sparsity,) if isinstance(pattern, NM) else SPARSITIES)
+        family = self.sparsity or ((pattern.sparsity,) if pattern.sparsity else SPARSITIES)
         if self.out is not None:
             check_folder(self.out)
             require_plots()
@@ -111,7 +110,7 @@ class Compare:
                 self.out,
                 {
                     "report.json": lambda path: save_json(content, path),
-                    "results.csv": lambda path: _save_csv(results, path),
+                    "results.csv": lambda path: save_csv([_row(result) for result in results], path),
                     "accuracy.png": lambda path: plot_accuracy(
                         curves, content["dense"]["metric"], task.metric_name, path
                     ),
@@ -170,13 +169,10 @@ def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
-def _save_csv(results: list[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, _COLUMNS, extrasaction="ignore")
-        writer.writeheader()
-        for result in results:
-            seconds = result["seconds"]["total"] if "seconds" in result else None
-            writer.writerow({**result, "seconds": seconds})
+def _row(result: dict[str, Any]) -> dict[str, Any]:
+    """A result as a line of the CSV."""
+    seconds = result["seconds"]["total"] if "seconds" in result else None
+    return {column: {**result, "seconds": seconds}.get(column) for column in _COLUMNS}
 
 
 def _show(content: dict[str, Any], names: list[str]) -> None:

@@ -19,7 +19,6 @@ from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
 from woodfisher.oneshot import prune_objective, prune_within
-from woodfisher.patterns import NM
 from woodfisher.plots import plot_layers, require_plots
 
 SHOWN_STAGES = 12
@@ -84,9 +83,7 @@ class Prune:
             if goal is None:
                 report = prune_objective(objective, sparsity, method, show)
             else:
-                report = prune_within(
-                    objective, goal, lambda model: task.metric(model, task.validation), method, show
-                )
+                report = prune_within(objective, goal, task.validate, method, show)
                 sparsity = report.sparsity if report.flops_removed is None else report.flops_removed
         by_size = replace(
             METHODS["magnitude"],
@@ -132,7 +129,7 @@ class Prune:
     def _goal(self, method: Method) -> tuple[float | None, float]:
         """The drop allowed, or None, and the sparsity."""
         if self.max_drop is None:
-            usual = method.pattern.sparsity if isinstance(method.pattern, NM) else 0.95
+            usual = method.pattern.sparsity or 0.95
             sparsity = usual if self.sparsity is None else self.sparsity
             check_sparsity(sparsity)
             return None, sparsity

@@ -14,7 +14,6 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS, Method
-from woodfisher.patterns import NM
 from woodfisher.plots import plot_training, require_plots
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train
@@ -83,7 +82,7 @@ class Train:
         self.training.check()
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True, training=True)
-        usual = method.pattern.sparsity if isinstance(method.pattern, NM) else 0.95
+        usual = method.pattern.sparsity or 0.95
         sparsity = usual if self.sparsity is None else self.sparsity
         check_sparsity(sparsity)
         schedule = self._schedule(sparsity)

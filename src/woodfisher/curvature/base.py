@@ -220,6 +220,12 @@ class DiagonalInverse(InverseOperator):
         return torch.where(keep, b / self.curvature, 0)
 
 
+def removed_part(kept: Tensor, damping: float) -> list[tuple[Tensor, DiagonalInverse]]:
+    """Of weights outside `kept` `(d,)`, for `BlockDiagonalInverse`: they have no rows, and F is the damping alone."""
+    gone = (~kept).nonzero().squeeze(1)
+    return [(gone, DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64)))] if len(gone) else []
+
+
 def spans(count: int, bytes_each: int) -> list[slice]:
     """Cut `count` things into slices of at most `WORKSPACE` bytes, one thing at least."""
     step = max(WORKSPACE // max(bytes_each, 1), 1)

@@ -11,10 +11,10 @@ from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature.base import (
     WORKSPACE,
     BlockDiagonalInverse,
-    DiagonalInverse,
     Estimator,
     InverseOperator,
     pieces,
+    removed_part,
     spans,
 )
 from woodfisher.curvature.damping import Damping, check_damping, resolve
@@ -286,10 +286,7 @@ class WoodFisher(Estimator):
             )
             for run in runs
         ]
-        if sparse:
-            removed = (~objective.kept).nonzero().squeeze(1)
-            parts.append((removed, DiagonalInverse(torch.full_like(removed, damping, dtype=torch.float64))))
-        return BlockDiagonalInverse(parts)
+        return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
 
     def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:
         N = objective.most_rows(self.samples, self.group)
