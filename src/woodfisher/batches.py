@@ -288,7 +288,7 @@ class Stream:
     def hold_out(self, samples: int) -> list[Batch]:
         """Draw samples that come in no later draw, in whatever order the data is read again."""
         drawn = self.draw(samples)
-        self._held_out.update(key for batch in drawn for key in _fingerprints(batch))
+        self._held_out.update(key for batch in drawn for key in fingerprints(batch))
         return drawn
 
     def _without_held_out(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -296,14 +296,14 @@ class Stream:
             yield from batches
             return
         for batch in batches:
-            stay = torch.tensor([key not in self._held_out for key in _fingerprints(batch)])
+            stay = torch.tensor([key not in self._held_out for key in fingerprints(batch)])
             if stay.all():
                 yield batch
             elif stay.any():
                 yield map_tensors(lambda t, stay=stay: t[stay.to(t.device)], batch)
 
 
-def _fingerprints(batch: Batch) -> list[bytes]:
+def fingerprints(batch: Batch) -> list[bytes]:
     """A digest of each sample's bytes."""
     parts = [
         tensor.detach().cpu().contiguous().flatten(1 if tensor.ndim > 1 else 0)

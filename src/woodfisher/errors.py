@@ -12,3 +12,7 @@ class WoodfisherError(ValueError):
 
 class WoodfisherWarning(UserWarning):
     """Something that the user should know: a fallback, data that ended early, a layer removed whole."""
+
+
+class ElsewhereError(WoodfisherError):
+    """Another of several processes failed, or is lost; it says itself why."""

@@ -44,7 +44,7 @@ def reseeded(data: Iterable[Any], seed: int) -> Iterator[None]:
 
     A `DataLoader` and its samplers may have generators of their own; they are set too, and are as before afterwards.
     """
-    before = [(generator, generator.get_state()) for generator in _generators(data)]
+    before = [(generator, generator.get_state()) for generator in generators(data)]
     try:
         reseed(data, seed)
         yield
@@ -58,11 +58,11 @@ def reseed(data: Iterable[Any], seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
-    for generator in _generators(data):
+    for generator in generators(data):
         generator.manual_seed(seed)
 
 
-def _generators(data: Iterable[Any]) -> list[torch.Generator]:
+def generators(data: Iterable[Any]) -> list[torch.Generator]:
     """The generators of a `DataLoader` and its samplers, each once."""
     owners = [data]
     for owner in owners:

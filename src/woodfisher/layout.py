@@ -11,7 +11,7 @@ import torch
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
 
     from torch import Tensor
 
@@ -127,6 +127,10 @@ class Layout:
         """Layout of the flat vector of only the weights in `kept` `(d,)`; tensors left empty drop out."""
         counts = {name: int(part.sum()) for name, part in self.split(kept).items()}
         return Layout({name: (count,) for name, count in counts.items() if count})
+
+    def only(self, names: Collection[str]) -> Layout:
+        """Layout of the weights in `names` alone."""
+        return Layout({name: self.shapes[name] for name in names}, self.transposed.intersection(names))
 
     def check(self, flat: Tensor, what: str) -> None:
         """Raise if `flat` does not have one entry (or row) for each weight."""

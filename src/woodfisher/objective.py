@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
+from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import Forward, explained
 from woodfisher.isolation import isolated
@@ -27,8 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from woodfisher.batches import Batch
+    from woodfisher.distributed import Ranks
 
 FORWARD_BATCH = 250
+
+Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Weights `(d,)`, which of them remain `(d,)`, and buffers that differ from the model's own."""
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
@@ -77,6 +82,8 @@ class Objective:
     kept:
         Bool `(d,)`: False where a weight is exactly zero or masked out by `torch.nn.utils.prune`. Such a
         weight counts as removed and takes part in no gradient row.
+    ranks:
+        The processes among which samples and weights are dealt out; this one alone unless pruning set others.
     """
 
     def __init__(
@@ -111,6 +118,7 @@ class Objective:
         self._bytes: dict[str, int] = {}
         self._means_checked: set[str] = set()
         self._tried: dict[str, dict[str, Factors]] = {}
+        self.ranks: Ranks = ALONE
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain, and other buffers."""
@@ -120,6 +128,28 @@ class Objective:
         other.buffers = {**self.buffers, **(buffers or {})}
         other.weights, other.kept = torch.where(kept, weights, 0).to(self.weights), kept
         return other
+
+    def changes(self) -> Changes:
+        """What became of the model, for `changed` in another process."""
+        own = dict(self.model.named_buffers())
+        fresh = {name: b.cpu() for name, b in self.buffers.items() if b is not own[name]}
+        return self.weights.cpu(), self.kept.cpu(), fresh
+
+    def changed(self, changes: Changes) -> Objective:
+        """The same objective after the changes of another process."""
+        weights, kept, buffers = changes
+        fresh = {name: buffer.to(self.buffers[name].device) for name, buffer in buffers.items()}
+        return self.at(weights.to(self.device), kept.to(self.device), fresh)
+
+    def among(self, ranks: Ranks) -> Objective:
+        """The same objective, whose samples and weights are dealt out among several processes."""
+        other = copy.copy(self)
+        other.ranks = ranks
+        return other
+
+    def joined(self) -> Objective:
+        """The objective for the weights of all processes: this one, unless it is for a part of them."""
+        return self
 
     def current(self, kept: Tensor | None = None) -> Objective:
         """The same objective where the model is now, of whose weights those in `kept` `(d,)` remain.
@@ -484,13 +514,14 @@ class Objective:
         count = 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, 1, 0, mean=True):
-                gradients = self._forward.gradient(weights, self.buffers, chunk)
-                flat = self._flat(gradients)
-                self._check_finite(flat[None], count, chunk, samples_in(chunk))
-                total += flat * samples_in(chunk)
+            for number, chunk in enumerate(self._chunks(samples, 1, 0, mean=True)):
+                if number % self.ranks.size == self.ranks.rank:
+                    gradients = self._forward.gradient(weights, self.buffers, chunk)
+                    flat = self._flat(gradients)
+                    self._check_finite(flat[None], count, chunk, samples_in(chunk))
+                    total += flat * samples_in(chunk)
                 count += samples_in(chunk)
-        return (total / count * self.kept).to(self.weights)
+        return (self.ranks.sum(total) / count * self.kept).to(self.weights)
 
     def iter_layer_signals(
         self, samples: int, *, labels: str = "data"
@@ -597,6 +628,10 @@ class Objective:
             self._check_mean(row)
         each = 2 * self._saved_bytes(row) + floats * self.dtype.itemsize
         rows = max(1, min(self.workspace // max(each, 1), 512))
+        if self.ranks.size > 1:  # each takes one chunk in turn, and all have chunks of the same size
+            most, size = self.most_rows(samples, group), self.ranks.size
+            turns = max(-(-most // (min(self.ranks.gather(rows)) * size)), 1)
+            rows = max(-(-most // (turns * size)), 1)
         seen = used = 0
 
         def counted() -> Iterator[Batch]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from woodfisher.adaptive import Adaptive, adaptive_run
 from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
+from woodfisher.dealing import align_random, can_be_dealt, check_alike
+from woodfisher.distributed import ALONE, in_a_group, on_first_rank, together
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import method_for, replaced
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
     from woodfisher.method import Method, MethodParts
+    from woodfisher.objective import Changes
     from woodfisher.report import Report, Stage
     from woodfisher.selection import Selection
     from woodfisher.watch import Progress, Watch
@@ -89,10 +92,11 @@ def prune(
     WoodfisherError
         On bad input or a numerical failure; the model is then as it was.
     """
-    if max_drop is not None and sparsity is not None:
-        raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
-    method = _method(criterion, preset, parts)
-    objective = Objective(model, data, loss, params=params, exclude=exclude)
+    with together():
+        if max_drop is not None and sparsity is not None:
+            raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
+        method = _method(criterion, preset, parts)
+        objective = Objective(model, data, loss, params=params, exclude=exclude)
     if max_drop is None:
         usual = method.pattern.sparsity or 0.9
         return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
@@ -126,8 +130,9 @@ def sweep(
     -------
     In the order of `sparsities`.
     """
-    method = _method(criterion, preset, parts)
-    objective = Objective(model, data, loss, params=params, exclude=exclude)
+    with together():
+        method = _method(criterion, preset, parts)
+        objective = Objective(model, data, loss, params=params, exclude=exclude)
     return sweep_objective(objective, sparsities, method, progress)
 
 
@@ -150,6 +155,17 @@ class Pruned:
         """Put it into `model`, of the same architecture; by default into the one that was pruned."""
         self.objective.write(model)
 
+    def told(self) -> tuple[Changes, Report]:
+        """What another process needs to have the same."""
+        return self.objective.changes(), replace(self.report, masks={})
+
+    @classmethod
+    def of(cls, told: tuple[Changes, Report], objective: Objective) -> Pruned:
+        """That of another process, which has the same `objective`."""
+        at = objective.changed(told[0])
+        masks = {name: mask.clone() for name, mask in at.layout.split(at.kept).items()}
+        return cls(replace(told[1], masks=masks), at)
+
 
 def prune_objective(
     objective: Objective, sparsity: float, method: Method, progress: Progress | None = None
@@ -164,6 +180,27 @@ def sweep_objective(
     objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None = None
 ) -> list[Pruned]:
     """`sweep` for an objective and a method that are made already."""
+    return _in_all_processes(
+        objective, method, sparsities, lambda at: _sweep(at, sparsities, method, progress)
+    )
+
+
+def _in_all_processes(
+    objective: Objective, method: Method, asked: object, prune: Callable[[Objective], list[Pruned]]
+) -> list[Pruned]:
+    """Prune on all ranks of the process group, each with its weights, or else on the first, which tells the others."""
+    if not in_a_group() or can_be_dealt(method):
+        with together() as ranks:
+            among = objective.among(ranks)
+            check_alike(among, (method, asked))
+            return [replace(each, objective=each.objective.among(ALONE)) for each in prune(among)]
+    told = on_first_rank(lambda: [pruned.told() for pruned in prune(objective)])
+    return [Pruned.of(each, objective) for each in told]
+
+
+def _sweep(
+    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None
+) -> list[Pruned]:
     if not sparsities:
         raise WoodfisherError("name at least one sparsity to prune to.")
     objective, selection = _started(objective, method)
@@ -171,6 +208,7 @@ def sweep_objective(
     amounts = [selection.final(sparsity) for sparsity in sparsities]
     reached: dict[int, Pruned] = {}
     with watching(progress) as watch, phase("total"), isolated(objective.model):
+        align_random(objective.data, objective.ranks)
         for sparsity, amount in zip(sparsities, amounts, strict=True):
             if amount > now:
                 warn(
@@ -191,6 +229,20 @@ def prune_within(
     progress: Progress | None = None,
 ) -> Report:
     """`prune` with a `max_drop`, for an objective and a method that are made already."""
+    (pruned,) = _in_all_processes(
+        objective, method, max_drop, lambda at: [_within(at, max_drop, metric, method, progress)]
+    )
+    pruned.write()
+    return pruned.report
+
+
+def _within(
+    objective: Objective,
+    max_drop: float,
+    metric: Callable[[nn.Module], float],
+    method: Method,
+    progress: Progress | None,
+) -> Pruned:
     check_fraction("max_drop", max_drop)
     if method.pattern.sparsity is not None:
         raise WoodfisherError(
@@ -205,14 +257,15 @@ def prune_within(
     counts = sorted({round(now * FINEST_RATIO**step) for step in range(1, steps + 1)} - {0}, reverse=True)
     best: Pruned | None = None
     with watching(progress) as watch, phase("total"), isolated(objective.model):
+        align_random(objective.data, objective.ranks)
         with phase("metric"):
-            dense = _metric_of(metric, trial)
+            dense = objective.ranks.first(lambda: _metric_of(metric, trial))
         least = dense - max_drop * abs(dense)
 
         def good(pruned: Pruned) -> bool:
             pruned.write(trial)
             with phase("metric"):
-                return _metric_of(metric, trial) >= least
+                return objective.ranks.first(lambda: _metric_of(metric, trial)) >= least
 
         if isinstance(method.plan, Adaptive):
             for _, pruned in _each(objective, counts, method, selection, watch):
@@ -234,8 +287,7 @@ def prune_within(
                 f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
             best = _pruned(objective, [], method, selection, watch)
-    best.write()
-    return replace(best.report, warnings=watch.warnings)
+    return replace(best, report=replace(best.report, warnings=watch.warnings))
 
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
@@ -271,4 +323,6 @@ def _each(
 def _pruned(
     objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
 ) -> Pruned:
-    return Pruned(report_of(objective, stages, method, selection, watch), objective)
+    report = report_of(objective, stages, method, selection, watch)
+    seconds, warnings = objective.ranks.first(lambda: (report.seconds, report.warnings))
+    return Pruned(replace(report, seconds=seconds, warnings=warnings), objective)

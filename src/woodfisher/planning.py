@@ -197,13 +197,16 @@ class _Work:
         self.budget = None if curvature.memory is None else parse_bytes(curvature.memory)
         self.base = resident_memory(objective.device)
         free = available_memory(objective.device)
+        if free is not None and objective.device.type == "cpu":
+            free //= objective.ranks.local_size
         self.room = free if self.budget is None else self.budget - self.base
 
     def alternatives(self) -> list[Keep]:
         """Where else exact rows can be kept."""
         others: list[Keep] = []
         if not self.objective.reads_once:
-            others.append("again")
+            if self.objective.ranks.size == 1:  # several would have to take each window together
+                others.append("again")
             self._factors = self.objective.factors(self.curvature.group)
             if self._factors.keys() == self.objective.layout.shapes.keys():
                 others.append("factors")

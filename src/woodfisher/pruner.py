@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from woodfisher.method import MethodParts
-    from woodfisher.objective import Objective
+    from woodfisher.objective import Changes, Objective
     from woodfisher.report import Report
     from woodfisher.watch import Progress
 
@@ -216,17 +216,16 @@ class Pruner:
                     "one trains parameters of the same shapes: see that the pruner has the model that is trained."
                 )
 
-            def pruned() -> tuple[Tensor, Tensor, dict[str, Tensor], Report]:
+            def pruned() -> tuple[Changes, Report]:
                 with reseeded(objective.data, self.seed + self._times):
                     stream = Stream(objective.data)
                     stream.skip(self._times * self._samples)
                     at, stages = run_stages(objective, amount, self.method, self.selection, stream)
-                fresh = {name: b.cpu() for name, b in at.buffers.items() if b is not objective.buffers[name]}
                 report = report_of(at, stages, self.method, self.selection, watch)
-                return at.weights.cpu(), at.kept.cpu(), fresh, replace(report, masks={})
+                return at.changes(), replace(report, masks={})
 
-            weights, kept, buffers, report = on_first_rank(pruned)
-        at = objective.at(weights.to(device), kept.to(device), buffers)
+            changes, report = on_first_rank(pruned)
+        at = objective.changed(changes)
         at.write()
         self._masks.set(at.layout.split(at.kept))
         self._times += 1

@@ -326,7 +326,7 @@ def gathered(objective: Objective, curvature: WoodFisher, plan: Plan, index: Ten
     """The gradient rows of an objective for the weights in `index` (None: all), kept as planned."""
     objective = objective.within(plan.chunk)
     samples, group, labels = curvature.samples, curvature.group, curvature.labels
-    if plan.keep == "memory":
+    if plan.keep == "memory" or not objective.layout.size:
         return HeldRows(objective.rows(samples, group=group, labels=labels, columns=index))
     if plan.keep == "factors":
         layers = _stacked(objective.iter_layer_rows(samples, group=group, labels=labels), plan.rows)

@@ -9,12 +9,14 @@ import torch
 from woodfisher.checks import check_fraction, check_sparsity
 from woodfisher.errors import WoodfisherError
 from woodfisher.patterns import Unstructured
+from woodfisher.ranking import Standing, StandingAmong, survivors
 from woodfisher.saliency import group_saliency, saliency
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from woodfisher.curvature.base import InverseOperator
+    from woodfisher.distributed import Ranks
     from woodfisher.layout import Layout
     from woodfisher.patterns import Pattern
 
@@ -37,6 +39,8 @@ class Selection:
         Fraction of every tensor's weights that stay at least.
     flops:
         FLOPs of a sample that each weight takes part in, int64 `(d,)`, for the scope `flops`.
+    standing:
+        Where the layers stand among those of all processes; by default they are all there are.
 
     Attributes
     ----------
@@ -51,19 +55,38 @@ class Selection:
         scope: str = "global",
         floor: float = 0.0,
         flops: Tensor | None = None,
+        standing: Standing | None = None,
     ) -> None:
         check_fraction("floor", floor)
         self.layout, self.pattern, self.scope, self.floor = layout, pattern, scope, floor
         self._flops = flops
         self.total = layout.size if flops is None else int(flops.sum())
-        self._groups = pattern.groups(layout)
+        self._standing = standing or Standing(layout.sizes)
+        self._groups = pattern.groups(layout) if layout.size else None
         self._owner = None if self._groups is None else _owners(self._groups, layout.size)
-        self._quota = pattern.quota(layout)
+        self._quota = pattern.quota(layout) if layout.size else None
         if scope == "layer" and self._spans_tensors:
             raise WoodfisherError(
                 f"the pattern {pattern} has groups that span several tensors, so the scope layer can't rank them: use "
                 "global."
             )
+
+    def dealt(self, part: Layout, ranks: Ranks) -> Selection:
+        """The selection for the weights of one of several processes, which rank theirs among all; amounts are of all.
+
+        For patterns whose groups lie within a parameter, in the order of the layout.
+        """
+        if ranks.size == 1:
+            return self
+        flops = self._flops
+        if flops is not None:
+            parts = self.layout.split(flops)
+            flops = torch.cat([flops[:0], *(parts[name].reshape(-1) for name in part.shapes)])
+        width = 1 if self._groups is None else self._groups[0].shape[1]
+        standing = StandingAmong(self.layout, part, ranks, width)
+        selection = Selection(part, self.pattern, self.scope, self.floor, flops, standing)
+        selection.total = self.total
+        return selection
 
     @property
     def _spans_tensors(self) -> bool:
@@ -154,13 +177,14 @@ class Selection:
         rank[fixed] = torch.inf
         if self.scope == "layer":
             return self._spread(self._within_layers(rank, alive, cost, amount), kept)
-        if int(cost[fixed].sum()) > amount:
+        least = self._standing.total(int(cost[fixed].sum()))
+        if least > amount:
             raise WoodfisherError(
-                f"the floor of {self.floor:g} in every layer keeps {int(cost[fixed].sum())} of {self.total}, more than "
+                f"the floor of {self.floor:g} in every layer keeps {least} of {self.total}, more than "
                 f"the {amount} that the sparsity leaves: lower one of them."
             )
         # What costs nothing stays: its removal would bring the amount no nearer.
-        return self._spread(survivors(rank, alive, amount, cost) | ~alive, kept)
+        return self._spread(survivors(rank, alive, amount, cost, self._standing) | ~alive, kept)
 
     def _scores(self, point: Tensor, finv: InverseOperator) -> Tensor:
         if self._groups is None:
@@ -210,9 +234,10 @@ class Selection:
 
     def _within_layers(self, rank: Tensor, alive: Tensor, cost: Tensor, amount: int) -> Tensor:
         layers = self._layers()
-        available = [int(cost[units].sum()) for _, units in layers]
+        available = self._standing.of_all([int(cost[units].sum()) for _, units in layers])
+        counts = self._standing.own(_counts(self._standing.sizes, available, amount))
         stay = torch.zeros_like(alive)
-        for (_, units), number in zip(layers, _counts(self.layout.sizes, available, amount), strict=True):
+        for (_, units), number in zip(layers, counts, strict=True):
             stay[units] = survivors(rank[units], alive[units], number, cost[units])
         return stay
 
@@ -225,37 +250,6 @@ def _owners(groups: list[Tensor], size: int) -> Tensor:
         owner[index] = torch.arange(first, first + len(index))[:, None]
         first += len(index)
     return owner
-
-
-def survivors(scores: Tensor, kept: Tensor, amount: int, cost: Tensor | None = None) -> Tensor:
-    """Mask of those with the highest scores among those in `kept`: as many as cost no more than `amount`.
-
-    Without `cost` each costs 1, so that exactly `amount` stay. Of equal scores those first in the flat order stay.
-
-    >>> scores, kept = torch.tensor([3.0, 1.0, 1.0, 9.0]), torch.tensor([True, True, True, False])
-    >>> survivors(scores, kept, 2)
-    tensor([ True,  True, False, False])
-    >>> survivors(scores, kept, 6, torch.tensor([4, 2, 2, 1]))
-    tensor([ True,  True, False, False])
-    """
-    each = torch.ones_like(kept, dtype=torch.int64) if cost is None else cost
-    present = each[kept]
-    if amount >= int(present.sum()):
-        return kept.clone()
-    uniform = int(present[0]) if bool((present == present[0]).all()) else 0
-    count = amount // uniform if uniform else 0
-    ranked = torch.where(kept, scores, -torch.inf)
-    if not uniform:
-        order = ranked.argsort(descending=True, stable=True)
-        stay = torch.zeros_like(kept)
-        stay[order[(each * kept)[order].cumsum(0) <= amount]] = True
-        return stay & kept
-    if count == 0:
-        return torch.zeros_like(kept)
-    threshold = ranked.kthvalue(len(ranked) - count + 1).values
-    above = ranked > threshold
-    ties = ranked == threshold
-    return above | (ties & (ties.cumsum(0) <= count - above.sum()))
 
 
 def _counts(sizes: list[int], available: list[int], count: int) -> list[int]:

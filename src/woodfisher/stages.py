@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from woodfisher.adaptive import recalibrated
+from woodfisher.dealing import check_same_samples, dealt
 from woodfisher.errors import WoodfisherError
 from woodfisher.method import UPDATES
 from woodfisher.refine import refine as refined
@@ -38,12 +39,22 @@ def run_stages(
     for number, amount in enumerate(targets):
         report_progress("stages", number, len(targets))
         here = objective.on(stream.draw(method.curvature.samples))
-        objective, predicted = _stage(here, amount, method, selection)
+        check_same_samples(here)
+        mine = dealt(here)
+        pruned, predicted = _stage(mine, amount, method, selection.dealt(mine.layout, mine.ranks))
+        objective = pruned.joined()
         sparsity = 1 - int(objective.kept.sum()) / objective.layout.size
         stages.append(Stage(sparsity, predicted, first_order=method.first_order is True))
-    objective = recalibrated(objective, stream, method)
+    objective = _recalibrated(objective, stream, method)
     report_progress("stages", len(targets), len(targets))
     return objective, stages
+
+
+def _recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:
+    """With statistics of batch normalisation that the first rank takes anew."""
+    if objective.ranks.size == 1:
+        return recalibrated(objective, stream, method)
+    return objective.changed(objective.ranks.first(lambda: recalibrated(objective, stream, method).changes()))
 
 
 def _stage(
@@ -68,5 +79,7 @@ def _stage(
                 "the update gives weights that are not finite; the model is unchanged. Raise the damping."
             )
         estimated = method.curvature.samples > 0
-        predicted = quadratic_change(new - weights, finv, gradient) if estimated else math.nan
+        predicted = sum(
+            objective.ranks.gather(quadratic_change(new - weights, finv, gradient) if estimated else math.nan)
+        )
     return objective.at(new, keep), predicted if math.isfinite(predicted) else None

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from woodfisher.checks import check_positive
+from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.distributed import Ranks
     from woodfisher.rows import Rows
 
 
@@ -54,13 +56,14 @@ def check_damping(value: object, why: str) -> None:
     check_positive("damping", value, why)
 
 
-def resolve(damping: Damping, rows: Rows, group: int) -> float:
-    """λ for rows each of which averages `group` samples."""
+def resolve(damping: Damping, rows: Rows, group: int, ranks: Ranks = ALONE) -> float:
+    """λ for rows each of which averages `group` samples, and whose columns are spread over `ranks`."""
+    if not isinstance(damping, Relative) and damping != "auto":
+        return float(damping)
+    size = sum(ranks.gather(rows.size))
     if damping == "auto":
-        return held_out_damping(rows.gram(), rows.size, group)
-    if isinstance(damping, Relative):
-        return damping.factor * _positive_scale(rows.energies(), rows.size, group)
-    return float(damping)
+        return held_out_damping(ranks.sum(rows.gram()), size, group)
+    return damping.factor * _positive_scale(ranks.sum(rows.energies()), size, group)
 
 
 def held_out_damping(gram: Tensor, size: int, group: int) -> float:

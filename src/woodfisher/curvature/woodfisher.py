@@ -10,12 +10,14 @@ import torch
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature.base import (
     BlockDiagonalInverse,
+    DiagonalInverse,
     Estimator,
     InverseOperator,
     removed_part,
 )
 from woodfisher.curvature.blocks import FisherBlocks
 from woodfisher.curvature.damping import Damping, check_damping, resolve
+from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
 from woodfisher.layout import Layout
 from woodfisher.memory import parse_bytes
@@ -25,6 +27,7 @@ from woodfisher.rows import HeldRows, gathered
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.distributed import Ranks
     from woodfisher.layout import Run
     from woodfisher.objective import Objective
     from woodfisher.rows import Rows
@@ -92,9 +95,11 @@ class WoodFisher(Estimator):
         plan = planned(objective, self)
         kept = None if bool(objective.kept.all()) else objective.kept.nonzero().squeeze(1)
         rows = gathered(objective, self, plan, kept)
-        parts, damping = self._parts(rows, self.runs(objective), plan)
+        parts, damping = self._parts(rows, self.runs(objective), plan, objective.ranks)
         if kept is not None:
             parts = [(kept[where], part) for where, part in parts]
+        if not objective.layout.size:  # on a rank that was dealt no weights
+            parts = [(slice(0, 0), DiagonalInverse(objective.weights))]
         return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
 
     def runs(self, objective: Objective) -> list[Run]:
@@ -116,10 +121,10 @@ class WoodFisher(Estimator):
         return BlockDiagonalInverse(self._parts(HeldRows(rows), runs)[0])
 
     def _parts(
-        self, rows: Rows, runs: list[Run], plan: Plan | None = None
+        self, rows: Rows, runs: list[Run], plan: Plan | None = None, ranks: Ranks = ALONE
     ) -> tuple[list[tuple[slice | Tensor, InverseOperator]], float]:
         """An operator for each run of blocks, or for what is at hand of it at once; and the damping."""
-        damping = resolve(self.damping, rows, self.group)
+        damping = resolve(self.damping, rows, self.group, ranks)
         hold = plan is None or plan.hold
         parts: list[tuple[slice | Tensor, InverseOperator]] = []
         for run in runs:
