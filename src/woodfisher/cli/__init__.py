@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from typing import TYPE_CHECKING
@@ -13,7 +14,7 @@ from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
 from woodfisher.cli.prune import Prune
 from woodfisher.cli.train import Train
-from woodfisher.errors import WoodfisherError, WoodfisherWarning
+from woodfisher.errors import ElsewhereError, WoodfisherError, WoodfisherWarning
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +50,8 @@ def main(args: Sequence[str] | None = None) -> int:
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             command.run()
     except WoodfisherError as error:
-        note(f"woodfisher: {error}")
+        if not isinstance(error, ElsewhereError) or os.environ.get("RANK", "0") == "0":
+            note(f"woodfisher: {error}")
         return 2
     except KeyboardInterrupt:
         note("woodfisher: interrupted; no results were written")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -16,9 +19,43 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import distributed
+
+from woodfisher.distributed import in_a_group
+from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+LONGEST_WAIT = timedelta(hours=12)
+"""Time that processes wait for one that computes alone; one that ends is noticed at once."""
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """The group of the processes that `torchrun` started, if it did; of these only the first says anything."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    on_cuda = device.startswith("cuda")
+    try:
+        if on_cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        distributed.init_process_group("nccl" if on_cuda else "gloo", timeout=LONGEST_WAIT)
+    except (RuntimeError, ValueError) as error:
+        raise WoodfisherError(
+            f"the processes can't meet: {error} Start them all with torchrun, or unset WORLD_SIZE."
+        ) from error
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def silent() -> bool:
+    """Whether another process speaks for this one."""
+    return in_a_group() and distributed.get_rank() > 0
 
 
 def out() -> Console:
@@ -33,7 +70,8 @@ def progress(title: str, whole: str = "stages") -> Iterator[Callable[[str, int, 
     The phase `whole` is that of the first bar, the one with the title.
     """
     console = Console(stderr=True, markup=False, emoji=False)
-    if not console.is_terminal:
+    shown = console.is_terminal and not silent()
+    if not shown:
         note(title)
     columns = (
         TextColumn("{task.description:<28}"),
@@ -43,7 +81,7 @@ def progress(title: str, whole: str = "stages") -> Iterator[Callable[[str, int, 
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, transient=True, disable=not shown) as bars:
         tasks: dict[str, Any] = {}
         main = bars.add_task(title, total=None)
 
@@ -60,6 +98,8 @@ def progress(title: str, whole: str = "stages") -> Iterator[Callable[[str, int, 
 
 def note(message: str) -> None:
     """One line on standard error."""
+    if silent():
+        return
     sys.stderr.write(f"{message}\n")
     sys.stderr.flush()
 

@@ -13,8 +13,9 @@ from rich.table import Table
 from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
-from woodfisher.cli.console import note, out, print_json, progress
+from woodfisher.cli.console import note, out, print_json, process_group, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
@@ -38,6 +39,8 @@ class Prune:
     test accuracy is shown beside the dense network's and beside magnitude pruning of the same sparsity.
 
     Without arguments: a small network is trained on scikit-learn's digits and pruned, in under a minute.
+
+    Started by torchrun, its processes share the work (for blockwise methods), and the first one writes and shows.
 
     Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json and OUT/layers.png.
     """
@@ -65,6 +68,10 @@ class Prune:
 
     def run(self) -> None:
         """Check everything, prune, evaluate, write, show."""
+        with process_group(self.model.device):
+            self._run()
+
+    def _run(self) -> None:
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True)
         goal, sparsity = self._goal(method)
@@ -75,9 +82,10 @@ class Prune:
         check_folder(folder)
         require_plots()
         note(f"loading {self.model.task}")
-        task = self.model.load()
-        baseline = copy.deepcopy(task.model)
-        dense = _evaluate(task, task.model, "dense")
+        with together() as ranks:
+            task = self.model.load()
+            baseline = copy.deepcopy(task.model)
+            dense = ranks.first(lambda: _evaluate(task, task.model, "dense"))
         with progress(f"{self.criterion} to {aim}") as show:
             objective = self.model.objective(task, task.model)
             if goal is None:
@@ -95,6 +103,23 @@ class Prune:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WoodfisherWarning)
             magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
+        with together() as ranks:
+            ranks.first(
+                lambda: self._finish(task, folder, baseline, dense, (goal, sparsity), report, magnitude)
+            )
+
+    def _finish(
+        self,
+        task: Task,
+        folder: Path,
+        baseline: Any,
+        dense: float,
+        aim: tuple[float | None, float],
+        report: Report,
+        magnitude: Report,
+    ) -> None:
+        """Evaluate, write, show."""
+        goal, sparsity = aim
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
 
