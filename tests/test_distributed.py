@@ -41,8 +41,8 @@ CASES = {
     "2:4": {**BLOCK, "pattern": wf.NM(2, 4)},
     "1x2": {**BLOCK, "pattern": wf.Block(2)},
     "magnitude": {"criterion": "magnitude"},
-    "obd": {"criterion": "obd"},
-    "kfac": {"criterion": "kfac", "stages": 1},
+    "obd": {"curvature": wf.DiagonalFisher(23), "stages": 2, "update": "none"},
+    "kfac": {"curvature": wf.KFAC(23), "stages": 1, "scope": "layer"},
     "full": {"criterion": "woodfisher-full", "curvature": wf.WoodFisher(23, None, 1e-2), "stages": 2},
     "refine": {**BLOCK, "refine": 2},
     "sampled": {**BLOCK, "curvature": wf.WoodFisher(23, 5, 1e-2, labels="model")},
@@ -75,7 +75,7 @@ def pruned(kind, case, start=0.0):
     """State, masks and report of a pruned network."""
     model = {"net": Net, "mlp": mlp}[kind]()
     if start:
-        wf.prune(model, None, sparsity=start, criterion="magnitude-layer")
+        wf.prune(model, None, sparsity=start, criterion="magnitude-layer", recalibrate=0)
     data = batches() if kind == "net" else [samples(40, seed=1)]
     sparsity = 0.5 if "pattern" in case else 0.7
     report = wf.prune(model, data, cross_entropy, sparsity, recalibrate=20, **case)
@@ -88,7 +88,7 @@ def tied():
     with torch.no_grad():
         for p in model.parameters():
             p.copy_((4 * p).round().clamp(-1, 1) / 4 + 0.5)
-    report = wf.prune(model, None, sparsity=0.6, criterion="magnitude")
+    report = wf.prune(model, None, sparsity=0.6, criterion="magnitude", recalibrate=0)
     return model.state_dict(), report.masks, report.to_dict()
 
 

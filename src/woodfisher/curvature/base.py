@@ -118,7 +118,7 @@ class InverseOperator(ABC):
                 f"the operator takes a floating-point vector ({self.size},) or matrix ({self.size}, k); "
                 f"{v.dtype} of shape {tuple(v.shape)} came."
             )
-        V = v.reshape(self.size, -1).to(self.device, torch.float64)
+        V = (v if v.ndim == 2 else v[:, None]).to(self.device, torch.float64)
         return product(V).reshape(v.shape).to(v)
 
 
