@@ -20,6 +20,8 @@ from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
 from woodfisher.schedule import Milestones, Polynomial, one_shot
+from woodfisher.tour import Tour, tour
+from woodfisher.tour_plots import plot_tour
 
 __all__ = [
     "KFAC",
@@ -42,6 +44,7 @@ __all__ = [
     "Pruner",
     "Relative",
     "Report",
+    "Tour",
     "Unstructured",
     "WoodFisher",
     "WoodfisherError",
@@ -49,7 +52,9 @@ __all__ = [
     "__version__",
     "cost_of",
     "one_shot",
+    "plot_tour",
     "prune",
     "shrink",
     "sweep",
+    "tour",
 ]

@@ -291,16 +291,36 @@ class Objective:
                 with phase("gradients"):
                     if labels == "model":
                         chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
-                    count = samples_in(chunk) // group
-                    grouped = map_tensors(lambda t, c=count: t.reshape(c, group, *t.shape[1:]), chunk)
-                    flat = self._flat(
-                        self._forward.row_gradients(weights, self.buffers, grouped, count), rows=count
-                    )
-                    self._check_finite(flat, done, grouped)
-                    flat *= self.kept
+                    flat = self._rows_of(weights, chunk, group, done)
                 yield flat
-                done += count
+                done += len(flat)
                 report_progress("gradients", done, samples // group)
+
+    def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
+        """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
+
+        The expectation over the model's distribution is exact for the usual losses of torch and up to 100 classes
+        or outputs: as many rows a sample, √p(y | x) ∇ℓ(y, x). Otherwise each sample gives one row, of a drawn target.
+        """
+        done = 0
+        with isolated(self.model), torch.enable_grad():
+            weights = self._cast(self.weights)
+            for chunk in self._chunks(samples, 1):
+                for share, batch in self._forward.with_every_target(weights, self.buffers, chunk):
+                    with phase("gradients"):
+                        rows = self._rows_of(weights, batch, 1, done)
+                    yield rows * share[:, None].to(rows).sqrt()
+                done += samples_in(chunk)
+                report_progress("Fisher", done, samples)
+
+    def _rows_of(self, weights: dict[str, Tensor], chunk: Batch, group: int, done: int) -> Tensor:
+        """Rows of a chunk of whole groups, after `done` others: `(c, d)`, zero on removed weights."""
+        count = samples_in(chunk) // group
+        grouped = map_tensors(lambda t: t.reshape(count, group, *t.shape[1:]), chunk)
+        flat = self._flat(self._forward.row_gradients(weights, self.buffers, grouped, count), rows=count)
+        self._check_finite(flat, done, grouped)
+        flat *= self.kept
+        return flat
 
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""

@@ -1,0 +1,344 @@
+"""Pictures of a tour: heat maps on one colour scale, block mass, spectra, samples. Needs the extra `plots`."""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from woodfisher.files import write_folder
+from woodfisher.plots import new_figure
+from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from woodfisher.layout import Layout
+    from woodfisher.tour import Region, Stop, Tour
+
+PIXELS = 330
+"""Most pixels along a side of a heat map; entries beyond are pooled."""
+
+DECADES = 4
+"""Powers of ten between the largest entry of a tour and where its colour scale turns linear."""
+
+MOST_LAYERS = 8
+"""Layers that pictures by layer show, the largest ones."""
+
+_COLOURS = {HESSIAN: "#222222", FISHER: "#1b6ca8", EMPIRICAL: "#c8553d"}
+_LAYER_COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
+_GREY = "#8a929b"
+
+
+def plot_tour(tour: Tour, folder: Path) -> None:
+    """Write all pictures of a tour into a folder: matrices, layers at each point, blocks, spectra and samples."""
+    write_folder(folder, pictures(tour))
+
+
+def pictures(tour: Tour) -> dict[str, Callable[[Path], None]]:
+    """File name → what writes that picture to a path."""
+    layers = {
+        f"layers-{number}-{re.sub(r'[^A-Za-z0-9]+', '-', stop.name).strip('-').lower()}.png": partial(
+            plot_layers_of, tour, stop
+        )
+        for number, stop in enumerate(tour.stops, 1)
+    }
+    return {
+        "matrices.png": partial(plot_matrices, tour),
+        **layers,
+        "blocks.png": partial(plot_blocks, tour),
+        "spectra.png": partial(plot_spectra, tour),
+        "samples.png": partial(plot_samples, tour),
+    }
+
+
+def plot_matrices(tour: Tour, path: Path) -> None:
+    """Heat maps of the whole matrices, one row a point of training."""
+    names = list(tour.stops[0].matrices)
+    figure = new_figure((2.2 + 2.75 * len(names), 0.9 + 3.05 * len(tour.stops)))
+    grid = figure.subplots(len(tour.stops), len(names), squeeze=False)
+    norm, image = _norm(tour), None
+    for row, stop in zip(grid, tour.stops, strict=True):
+        for axes, name in zip(row, names, strict=True):
+            image = _heat_map(axes, stop.matrices[name], norm)
+            _draw_layers(axes, tour.layout, named=name == names[0])
+            _caption(axes, stop.whole, name, within_layers=True)
+        row[0].set_ylabel(f"{stop.name} (loss {stop.loss:.3g})", fontsize=10, labelpad=4)
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize=11)
+    _colour_bar(figure, image, grid)
+    figure.suptitle(f"Curvature over all {tour.layout.size:,} weights, {tour.samples:,} samples", fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def plot_layers_of(tour: Tour, stop: Stop, path: Path) -> None:
+    """Heat maps of the diagonal block of each layer at one point, on the colour scale of the whole tour."""
+    names = list(stop.matrices)
+    layers = _largest(stop.layers)
+    figure = new_figure((2.0 + 2.4 * len(names), 0.9 + 2.75 * len(layers)))
+    grid = figure.subplots(len(layers), len(names), squeeze=False)
+    norm, image = _norm(tour), None
+    for row, layer in zip(grid, layers, strict=True):
+        span = tour.layout.slices[layer.name]
+        for axes, name in zip(row, names, strict=True):
+            image = _heat_map(axes, stop.matrices[name][span, span], norm)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            _caption(axes, layer, name, within_layers=False)
+        row[0].set_ylabel(f"{_short(layer.name)} ({layer.size:,})", fontsize=10)
+    for axes, name in zip(grid[0], names, strict=True):
+        axes.set_title(name, fontsize=11)
+    _colour_bar(figure, image, grid)
+    figure.suptitle(f"Curvature within layers, {stop.name}{_which(stop.layers)}", fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def plot_blocks(tour: Tour, path: Path) -> None:
+    """Share of each matrix's squared norm in diagonal blocks, against their size."""
+    figure, grid = _regions_by_stops(tour)
+    for row, regions in zip(grid, _regions(tour), strict=True):
+        for axes, region in zip(row, regions, strict=True):
+            chance = region.by_chance[HESSIAN]
+            if None not in chance:
+                shares = [100 * (share or 0.0) for share in chance]
+                axes.plot(
+                    region.block_sizes,
+                    shares,
+                    "--",
+                    color=_GREY,
+                    linewidth=1,
+                    label="Hessian, weights shuffled",
+                )
+            for name, mass in region.mass.items():
+                if None in mass:
+                    continue
+                shares = [100 * (share or 0.0) for share in mass]
+                axes.plot(
+                    region.block_sizes,
+                    shares,
+                    color=_COLOURS[name],
+                    linewidth=1.5,
+                    marker="o",
+                    markersize=2.5,
+                    label=name,
+                )
+            fan_in = _fan_in(tour.layout, region)
+            if fan_in:
+                axes.axvline(fan_in, color=_GREY, linewidth=0.8, linestyle=":", label="weights of one output")
+            axes.set_xscale("log")
+            axes.set_ylim(0, 104)
+        row[0].set_ylabel(_label(regions[0], "%"), fontsize=9)
+    _finish(figure, grid, "weights in a block", "Share of the squared norm in diagonal blocks, %", path)
+
+
+def plot_spectra(tour: Tour, path: Path) -> None:
+    """Eigenvalues by size, on a log scale; negative ones of the Hessian are drawn hollow."""
+    figure, grid = _regions_by_stops(tour)
+    for row, regions in zip(grid, _regions(tour), strict=True):
+        top = max(float(v.abs().max()) for region in regions for v in region.eigenvalues.values())
+        for axes, region in zip(row, regions, strict=True):
+            for name, values in region.eigenvalues.items():
+                positive = values[values > 0].flip(0)
+                negative = -values[values < 0]
+                axes.plot(
+                    range(1, len(positive) + 1), positive, color=_COLOURS[name], linewidth=1.5, label=name
+                )
+                if name == HESSIAN:
+                    axes.plot(
+                        range(1, len(negative) + 1),
+                        negative,
+                        color=_COLOURS[name],
+                        linewidth=1,
+                        linestyle=":",
+                        label="Hessian, −λ of negative ones",
+                    )
+            axes.set_xscale("log")
+            if top > 0:
+                axes.set_yscale("log")
+                axes.set_ylim(1e-6 * top, 3 * top)
+        row[0].set_ylabel(_label(regions[0], "λ"), fontsize=9)
+    _finish(figure, grid, "rank", "Spectra: eigenvalues from the largest down", path)
+
+
+def plot_samples(tour: Tour, path: Path) -> None:
+    """Cosine between the Hessian and the empirical Fisher of the first few samples, by layer."""
+    figure = new_figure((1.0 + 2.9 * len(tour.stops), 3.3))
+    grid = figure.subplots(1, len(tour.stops), squeeze=False, sharey=True)
+    for axes, stop in zip(grid[0], tour.stops, strict=True):
+        for region, colour in zip(
+            (stop.whole, *_largest(stop.layers)), ("#222222", *_LAYER_COLOURS), strict=False
+        ):
+            values = [float("nan") if value is None else value for value in region.by_samples]
+            axes.plot(
+                tour.sample_counts,
+                values,
+                color=colour,
+                linewidth=1.5,
+                marker="o",
+                markersize=2.5,
+                label=_short(region.name),
+            )
+        axes.set_xscale("log")
+        axes.set_title(stop.name, fontsize=10)
+        axes.set_ylim(top=1.02)
+    grid[0][0].set_ylabel(f"cosine with the Hessian\nof {tour.samples:,} samples", fontsize=9)
+    _finish(
+        figure, grid, "samples in the empirical Fisher", "How many samples the empirical Fisher needs", path
+    )
+
+
+def pooled(M: Tensor, pixels: int = PIXELS) -> Tensor:
+    """Shrink a matrix to at most `pixels` a side: each pixel is the entry of largest magnitude under it.
+
+    >>> pooled(torch.tensor([[1.0, -3.0], [2.0, 0.0]]), pixels=1)
+    tensor([[-3.]])
+    """
+    factor = -(-len(M) // pixels)
+    if factor == 1:
+        return M
+    magnitudes = M.abs()[None, None]
+    _, index = torch.nn.functional.max_pool2d(magnitudes, factor, ceil_mode=True, return_indices=True)
+    return M.flatten()[index[0, 0]]
+
+
+def percent(share: float | None) -> str:
+    """A share for people; nothing for None."""
+    return "" if share is None else f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def _norm(tour: Tour) -> Any:
+    """The colour scale of a whole tour: logarithmic on both sides of zero, linear within the smallest entries."""
+    from matplotlib.colors import SymLogNorm
+
+    top = max(float(M.abs().max()) for stop in tour.stops for M in stop.matrices.values()) or 1.0
+    return SymLogNorm(linthresh=top * 10.0**-DECADES, linscale=0.4, vmin=-top, vmax=top, base=10)
+
+
+def _heat_map(axes: Any, M: Tensor, norm: Any) -> Any:
+    image = pooled(M).cpu().numpy()
+    return axes.imshow(
+        image,
+        norm=norm,
+        cmap="RdBu_r",
+        interpolation="nearest",
+        extent=(0, len(M), len(M), 0),
+        aspect="equal",
+    )
+
+
+def _draw_layers(axes: Any, layout: Layout, *, named: bool) -> None:
+    """Lines between layers, and their names at the left where they have room."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for span in list(layout.slices.values())[1:]:
+        axes.axhline(span.start, color="#444444", linewidth=0.5)
+        axes.axvline(span.start, color="#444444", linewidth=0.5)
+    if not named:
+        return
+    room = layout.size / 22
+    names = [
+        (name, (span.start + span.stop) / 2)
+        for name, span in layout.slices.items()
+        if span.stop - span.start >= room
+    ]
+    axes.set_yticks([middle for _, middle in names], [_short(name) for name, _ in names], fontsize=8)
+    axes.tick_params(length=0)
+
+
+def _caption(axes: Any, region: Region, name: str, *, within_layers: bool) -> None:
+    """The numbers under a heat map."""
+    mass = region.mass[name]
+    diagonal = f"{percent(mass[0])} on the diagonal" if mass[0] is not None else "all zero"
+    layers = f", {percent(mass[-1])} in layers" if within_layers and mass[-1] is not None else ""
+    if name == HESSIAN:
+        values = region.eigenvalues[name]
+        first = f"λ from {float(values[0]):.2g} to {float(values[-1]):.2g}"
+    else:
+        comparison = region.between(name, HESSIAN)
+        first = (
+            "no cosine"
+            if comparison.cosine is None
+            else f"cosine {comparison.cosine:.3f}, best scale {comparison.scale:.3g}"
+        )
+    axes.set_xlabel(f"{first}\n{diagonal}{layers}", fontsize=8)
+
+
+def _colour_bar(figure: Any, image: Any, grid: Any) -> None:
+    bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 0.9 / len(grid) + 0.1), aspect=30, pad=0.02)
+    bar.set_label("entry (of largest magnitude under a pixel)", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _regions(tour: Tour) -> list[list[Region]]:
+    """For each picture row, the region at every point: the whole first, then layers."""
+    shown = [None, *(layer.name for layer in _largest(tour.stops[0].layers))]
+    return [
+        [
+            stop.whole if name is None else next(r for r in stop.layers if r.name == name)
+            for stop in tour.stops
+        ]
+        for name in shown
+    ]
+
+
+def _regions_by_stops(tour: Tour) -> tuple[Any, Any]:
+    rows = len(_regions(tour))
+    figure = new_figure((1.2 + 2.5 * len(tour.stops), 1.2 + 1.55 * rows))
+    grid = figure.subplots(rows, len(tour.stops), squeeze=False, sharey="row")
+    for axes, stop in zip(grid[0], tour.stops, strict=True):
+        axes.set_title(stop.name, fontsize=10)
+    return figure, grid
+
+
+def _finish(figure: Any, grid: Any, label: str, title: str, path: Path) -> None:
+    """Axes, one legend and the title that the curves share."""
+    for axes in grid.flat:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.tick_params(labelsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel(label, fontsize=9)
+    entries = {
+        text: handle
+        for axes in grid.flat
+        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        entries.values(),
+        entries.keys(),
+        loc="outside lower center",
+        ncols=min(len(entries), 5),
+        frameon=False,
+        fontsize=9,
+    )
+    figure.suptitle(title, fontsize=12)
+    figure.savefig(path, dpi=110)
+
+
+def _label(region: Region, unit: str) -> str:
+    return f"{_short(region.name)} ({region.size:,})\n{unit}"
+
+
+def _largest(layers: Sequence[Region]) -> list[Region]:
+    """The layers that are shown, in their order."""
+    names = {layer.name for layer in sorted(layers, key=lambda layer: -layer.size)[:MOST_LAYERS]}
+    return [layer for layer in layers if layer.name in names]
+
+
+def _which(layers: Sequence[Region]) -> str:
+    return f" (the {MOST_LAYERS} largest of {len(layers)})" if len(layers) > MOST_LAYERS else ""
+
+
+def _fan_in(layout: Layout, region: Region) -> int | None:
+    """Weights of one output, where they lie side by side in the flat order."""
+    shape = layout.shapes.get(region.name, ())
+    fan_in = torch.Size(shape[1:]).numel()
+    return fan_in if len(shape) > 1 and fan_in > 1 and region.name not in layout.transposed else None
+
+
+def _short(name: str) -> str:
+    return name.removesuffix(".weight")
