@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 HESSIAN, FISHER, EMPIRICAL = "Hessian", "Fisher", "empirical Fisher"
 
-_NEGLIGIBLE = 1e-6
+NEGLIGIBLE = 1e-6
 """Share of the largest eigenvalue below which one is rounding (of float32 models)."""
 
 
@@ -252,7 +252,7 @@ def tour(
 def compare(F: Tensor, H: Tensor) -> tuple[float | None, float | None]:
     """Cosine similarity of two matrices, and the s that minimises ‖H − sF‖; None where they are undefined.
 
-    >>> F = torch.tensor([[2.0, 0.0], [0.0, 2.0]])
+    >>> F = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     >>> compare(F, 3 * F)
     (1.0, 3.0)
     """
@@ -282,7 +282,7 @@ def mass_shares(
     return tuple(shares), tuple(chances)
 
 
-def spectrum_summary(eigenvalues: Tensor) -> dict[str, float | int | list[float]]:
+def spectrum_summary(eigenvalues: Tensor) -> dict[str, Any]:
     """A spectrum in a few numbers: its ends, how many are negative, and how many hold 90 % of ‖·‖² = Σλ².
 
     Those within a millionth of the largest are rounding and count as zero.
@@ -293,7 +293,7 @@ def spectrum_summary(eigenvalues: Tensor) -> dict[str, float | int | list[float]
     return {
         "smallest": float(eigenvalues[0]),
         "largest": float(eigenvalues[-1]),
-        "negative": int((eigenvalues < -_NEGLIGIBLE * eigenvalues.abs().max()).sum()),
+        "negative": int((eigenvalues < -NEGLIGIBLE * eigenvalues.abs().max()).sum()),
         "trace": float(eigenvalues.sum()),
         "hold_90_percent": held,
         "top": eigenvalues.flip(0)[:10].tolist(),

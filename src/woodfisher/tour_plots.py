@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from woodfisher.files import write_folder
 from woodfisher.plots import new_figure
-from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN
+from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, NEGLIGIBLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -20,16 +22,17 @@ if TYPE_CHECKING:
     from woodfisher.layout import Layout
     from woodfisher.tour import Region, Stop, Tour
 
-PIXELS = 330
+PIXELS = 200
 """Most pixels along a side of a heat map; entries beyond are pooled."""
 
-DECADES = 4
-"""Powers of ten between the largest entry of a tour and where its colour scale turns linear."""
+DECADES = 5
+"""Powers of ten that the colour scale covers; smaller entries are white."""
 
 MOST_LAYERS = 8
 """Layers that pictures by layer show, the largest ones."""
 
 _COLOURS = {HESSIAN: "#222222", FISHER: "#1b6ca8", EMPIRICAL: "#c8553d"}
+_WIDTHS = {HESSIAN: 3.2, FISHER: 1.3, EMPIRICAL: 1.3}
 _LAYER_COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
 _GREY = "#8a929b"
 
@@ -72,7 +75,7 @@ def plot_matrices(tour: Tour, path: Path) -> None:
         axes.set_title(name, fontsize=11)
     _colour_bar(figure, image, grid)
     figure.suptitle(f"Curvature over all {tour.layout.size:,} weights, {tour.samples:,} samples", fontsize=12)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def plot_layers_of(tour: Tour, stop: Stop, path: Path) -> None:
@@ -94,7 +97,7 @@ def plot_layers_of(tour: Tour, stop: Stop, path: Path) -> None:
         axes.set_title(name, fontsize=11)
     _colour_bar(figure, image, grid)
     figure.suptitle(f"Curvature within layers, {stop.name}{_which(stop.layers)}", fontsize=12)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
 
 
 def plot_blocks(tour: Tour, path: Path) -> None:
@@ -118,13 +121,7 @@ def plot_blocks(tour: Tour, path: Path) -> None:
                     continue
                 shares = [100 * (share or 0.0) for share in mass]
                 axes.plot(
-                    region.block_sizes,
-                    shares,
-                    color=_COLOURS[name],
-                    linewidth=1.5,
-                    marker="o",
-                    markersize=2.5,
-                    label=name,
+                    region.block_sizes, shares, color=_COLOURS[name], linewidth=_WIDTHS[name], label=name
                 )
             fan_in = _fan_in(tour.layout, region)
             if fan_in:
@@ -145,7 +142,11 @@ def plot_spectra(tour: Tour, path: Path) -> None:
                 positive = values[values > 0].flip(0)
                 negative = -values[values < 0]
                 axes.plot(
-                    range(1, len(positive) + 1), positive, color=_COLOURS[name], linewidth=1.5, label=name
+                    range(1, len(positive) + 1),
+                    positive,
+                    color=_COLOURS[name],
+                    linewidth=_WIDTHS[name],
+                    label=name,
                 )
                 if name == HESSIAN:
                     axes.plot(
@@ -206,16 +207,47 @@ def pooled(M: Tensor, pixels: int = PIXELS) -> Tensor:
 
 
 def percent(share: float | None) -> str:
-    """A share for people; nothing for None."""
-    return "" if share is None else f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+    """A share for people; nothing for None.
+
+    >>> percent(0.237), percent(0.0237), percent(0.0002)
+    ('24 %', '2.4 %', '<0.1 %')
+    """
+    if share is None:
+        return ""
+    if 0 < share < 0.0005:
+        return "<0.1 %"
+    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
+
+
+def short(number: float | None, digits: int = 3) -> str:
+    """A number for people, to a few significant digits; nothing for None.
+
+    >>> short(1.0), short(0.75812), short(1234.5), short(-0.00002)
+    ('1.00', '0.758', '1234', '−2.00e-05')
+    """
+    if not number:
+        return "" if number is None else "0"
+    text = f"{number:.0f}" if abs(number) >= 10 ** (digits - 1) else f"{number:#.{digits}g}"
+    return text.rstrip(".").replace("-", "−", number < 0)
+
+
+def ends(eigenvalues: Tensor) -> tuple[float, float]:
+    """Smallest and largest eigenvalue, where rounding counts as zero."""
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    least = NEGLIGIBLE * max(-low, high)
+    return (low if abs(low) > least else 0.0), (high if abs(high) > least else 0.0)
 
 
 def _norm(tour: Tour) -> Any:
-    """The colour scale of a whole tour: logarithmic on both sides of zero, linear within the smallest entries."""
-    from matplotlib.colors import SymLogNorm
+    """The colour scale of a whole tour: steps at 1, 2, 5 times powers of ten on both sides of zero."""
+    from matplotlib.colors import BoundaryNorm
 
     top = max(float(M.abs().max()) for stop in tour.stops for M in stop.matrices.values()) or 1.0
-    return SymLogNorm(linthresh=top * 10.0**-DECADES, linscale=0.4, vmin=-top, vmax=top, base=10)
+    power = math.floor(math.log10(top))
+    steps = [factor * 10.0**p for p in range(power - DECADES - 1, power + 2) for factor in (1, 2, 5)]
+    last = next(index for index, step in enumerate(steps) if step >= top)
+    steps = steps[last - 3 * DECADES : last + 1]
+    return BoundaryNorm([*(-step for step in reversed(steps)), *steps], 256)
 
 
 def _heat_map(axes: Any, M: Tensor, norm: Any) -> Any:
@@ -255,20 +287,22 @@ def _caption(axes: Any, region: Region, name: str, *, within_layers: bool) -> No
     diagonal = f"{percent(mass[0])} on the diagonal" if mass[0] is not None else "all zero"
     layers = f", {percent(mass[-1])} in layers" if within_layers and mass[-1] is not None else ""
     if name == HESSIAN:
-        values = region.eigenvalues[name]
-        first = f"λ from {float(values[0]):.2g} to {float(values[-1]):.2g}"
+        first = "λ from {} to {}".format(*(short(value, 2) for value in ends(region.eigenvalues[name])))
     else:
         comparison = region.between(name, HESSIAN)
         first = (
             "no cosine"
             if comparison.cosine is None
-            else f"cosine {comparison.cosine:.3f}, best scale {comparison.scale:.3g}"
+            else f"cosine {comparison.cosine:.3f}, best scale {short(comparison.scale)}"
         )
     axes.set_xlabel(f"{first}\n{diagonal}{layers}", fontsize=8)
 
 
 def _colour_bar(figure: Any, image: Any, grid: Any) -> None:
     bar = figure.colorbar(image, ax=grid, shrink=min(1.0, 0.9 / len(grid) + 0.1), aspect=30, pad=0.02)
+    powers = [float(b) for b in image.norm.boundaries if abs(math.remainder(math.log10(abs(b)), 1)) < 1e-9]
+    bar.set_ticks(powers, labels=[f"{power:g}".replace("-", "−", power < 0) for power in powers])
+    bar.ax.minorticks_off()
     bar.set_label("entry (of largest magnitude under a pixel)", fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
@@ -297,6 +331,7 @@ def _regions_by_stops(tour: Tour) -> tuple[Any, Any]:
 def _finish(figure: Any, grid: Any, label: str, title: str, path: Path) -> None:
     """Axes, one legend and the title that the curves share."""
     for axes in grid.flat:
+        axes.xaxis.set_major_formatter("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
         axes.tick_params(labelsize=8)
@@ -316,7 +351,17 @@ def _finish(figure: Any, grid: Any, label: str, title: str, path: Path) -> None:
         fontsize=9,
     )
     figure.suptitle(title, fontsize=12)
-    figure.savefig(path, dpi=110)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write with a palette: heat maps take a third of the room."""
+    from PIL import Image
+
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
 
 
 def _label(region: Region, unit: str) -> str:

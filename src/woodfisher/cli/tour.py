@@ -16,7 +16,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
-from woodfisher.tour_plots import percent, pictures
+from woodfisher.tour_plots import ends, percent, pictures, short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,23 +130,15 @@ def _show(seen: Seen, content: dict[str, Any]) -> None:
             title=f"{stop.name}: mean loss {stop.loss:.4f} on {seen.samples:,} samples, "
             f"test {content['metric']} {content['metrics'][stop.name]:.2f}"
         )
-        table.add_column("")
-        for column in (
-            "weights",
-            "cos(F, H)",
-            "cos(Ê, H)",
-            "scale of Ê",
-            "diagonal",
-            "blocks of 50",
-            "λ of H",
-        ):
+        table.add_column("layer", no_wrap=True)
+        for column in ("cos F", "cos Ê", "scale", "diagonal", "of 50", "λ min", "λ max"):
             table.add_column(column, justify="right")
         for region in stop.regions:
             table.add_row(*_cells(region))
         console.print(table)
     console.print(
-        "H is the exact Hessian, F the Fisher, Ê the empirical Fisher. The scale is the s at which s·Ê is closest to "
-        "H; diagonal and blocks are shares of ‖H‖²."
+        "cos: cosine of the Fisher F and of the empirical Fisher Ê with the exact Hessian H; scale: the s at which s·Ê "
+        "is closest to H; diagonal and of 50: shares of ‖H‖² on the diagonal and in blocks of 50; λ: eigenvalues of H."
     )
     console.print(f"Pictures and results are in {content['out']}", soft_wrap=True)
 
@@ -156,13 +148,11 @@ def _cells(region: Region) -> list[str]:
     exact = region.between(FISHER, HESSIAN).cosine if FISHER in region.eigenvalues else None
     empirical = region.between(EMPIRICAL, HESSIAN)
     blocks = dict(zip(region.block_sizes, region.mass[HESSIAN], strict=True))
-    values = region.eigenvalues[HESSIAN]
     return [
-        region.name.removesuffix(".weight"),
-        f"{region.size:,}",
+        f"{region.name.removesuffix('.weight')} ({region.size:,})",
         *("" if number is None else f"{number:.3f}" for number in (exact, empirical.cosine)),
-        "" if empirical.scale is None else f"{empirical.scale:.3g}",
+        short(empirical.scale),
         percent(blocks[1]),
         percent(blocks.get(50)),
-        f"{float(values[0]):.2g} … {float(values[-1]):.2g}",
+        *(short(value, 2) for value in ends(region.eigenvalues[HESSIAN])),
     ]
