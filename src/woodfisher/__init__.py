@@ -17,6 +17,7 @@ from woodfisher.method import METHODS, Method
 from woodfisher.objective import Objective
 from woodfisher.oneshot import Pruned, prune, sweep
 from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
+from woodfisher.planning import Plan, plan
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
 from woodfisher.schedule import Milestones, Polynomial, one_shot
@@ -39,6 +40,7 @@ __all__ = [
     "Method",
     "Milestones",
     "Objective",
+    "Plan",
     "Polynomial",
     "Pruned",
     "Pruner",
@@ -52,6 +54,7 @@ __all__ = [
     "__version__",
     "cost_of",
     "one_shot",
+    "plan",
     "plot_tour",
     "prune",
     "shrink",
