@@ -204,7 +204,7 @@ def test_a_dead_layer_has_no_cosine_and_can_be_drawn(tmp_path):
     assert dead.between("Fisher", "Hessian").scale is None
     assert set(dead.mass["Hessian"]) == {None}
     json.dumps(tour.to_dict(), allow_nan=False)
-    wf.plot_tour(tour, tmp_path)
+    wf.plot_tour(tour, str(tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures(tour))
 
 
@@ -276,6 +276,14 @@ def test_bad_input(arguments, message):
     given = {"model": mlp(), "data": [samples()], "loss": cross_entropy, "samples": 20, **arguments}
     with pytest.raises(wf.WoodfisherError, match=message):
         wf.tour(**given)
+
+
+def test_a_loss_without_second_derivative_is_named():
+    def root(outputs, targets):
+        return (outputs - outputs.detach()).abs().pow(1.5).mean()
+
+    with pytest.raises(wf.WoodfisherError, match="Hessian is not finite at '0.weight'"):
+        wf.tour(mlp(), [samples()], root, samples=20)
 
 
 def test_data_that_ends_early_is_warned_of():

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,6 @@ from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, NEGLIGIBLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from woodfisher.layout import Layout
     from woodfisher.tour import Region, Stop, Tour
@@ -31,15 +31,28 @@ DECADES = 5
 MOST_LAYERS = 8
 """Layers that pictures by layer show, the largest ones."""
 
+LONGEST_NAME = 22
+"""Letters of a layer's name that pictures have room for."""
+
 _COLOURS = {HESSIAN: "#222222", FISHER: "#1b6ca8", EMPIRICAL: "#c8553d"}
 _WIDTHS = {HESSIAN: 3.2, FISHER: 1.3, EMPIRICAL: 1.3}
-_LAYER_COLOURS = ("#1b6ca8", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
+_LAYER_COLOURS = (
+    "#222222",
+    "#1b6ca8",
+    "#c8553d",
+    "#588157",
+    "#8d6a9f",
+    "#d9a441",
+    "#3d5a80",
+    "#7f5539",
+    "#2a9d8f",
+)
 _GREY = "#8a929b"
 
 
-def plot_tour(tour: Tour, folder: Path) -> None:
+def plot_tour(tour: Tour, folder: str | Path) -> None:
     """Write all pictures of a tour into a folder: matrices, layers at each point, blocks, spectra and samples."""
-    write_folder(folder, pictures(tour))
+    write_folder(Path(folder), pictures(tour))
 
 
 def pictures(tour: Tour) -> dict[str, Callable[[Path], None]]:
@@ -102,94 +115,67 @@ def plot_layers_of(tour: Tour, stop: Stop, path: Path) -> None:
 
 def plot_blocks(tour: Tour, path: Path) -> None:
     """Share of each matrix's squared norm in diagonal blocks, against their size."""
-    figure, grid = _regions_by_stops(tour)
-    for row, regions in zip(grid, _regions(tour), strict=True):
-        for axes, region in zip(row, regions, strict=True):
-            chance = region.by_chance[HESSIAN]
-            if None not in chance:
-                shares = [100 * (share or 0.0) for share in chance]
-                axes.plot(
-                    region.block_sizes,
-                    shares,
-                    "--",
-                    color=_GREY,
-                    linewidth=1,
-                    label="Hessian, weights shuffled",
-                )
-            for name, mass in region.mass.items():
-                if None in mass:
-                    continue
-                shares = [100 * (share or 0.0) for share in mass]
-                axes.plot(
-                    region.block_sizes, shares, color=_COLOURS[name], linewidth=_WIDTHS[name], label=name
-                )
-            fan_in = _fan_in(tour.layout, region)
-            if fan_in:
-                axes.axvline(fan_in, color=_GREY, linewidth=0.8, linestyle=":", label="weights of one output")
-            axes.set_xscale("log")
-            axes.set_ylim(0, 104)
-        row[0].set_ylabel(_label(regions[0], "%"), fontsize=9)
-    _finish(figure, grid, "weights in a block", "Share of the squared norm in diagonal blocks, %", path)
+
+    def draw(axes: Any, region: Region, _peers: Sequence[Region]) -> None:
+        shuffled = {"color": _GREY, "linewidth": 1, "linestyle": "--", "label": "Hessian, weights shuffled"}
+        axes.plot(region.block_sizes, _percents(region.by_chance[HESSIAN]), **shuffled)
+        for name, mass in region.mass.items():
+            axes.plot(region.block_sizes, _percents(mass), **_style(name))
+        fan_in = _fan_in(tour.layout, region)
+        if fan_in:
+            axes.axvline(fan_in, color=_GREY, linewidth=0.8, linestyle=":", label="weights of one output")
+        axes.set_xscale("log")
+        axes.set_ylim(0, 104)
+
+    title = "Share of the squared norm in diagonal blocks, %"
+    _save(_curves(tour, draw, "weights in a block", title), path)
 
 
 def plot_spectra(tour: Tour, path: Path) -> None:
-    """Eigenvalues by size, on a log scale; negative ones of the Hessian are drawn hollow."""
-    figure, grid = _regions_by_stops(tour)
-    for row, regions in zip(grid, _regions(tour), strict=True):
-        top = max(float(v.abs().max()) for region in regions for v in region.eigenvalues.values())
-        for axes, region in zip(row, regions, strict=True):
-            for name, values in region.eigenvalues.items():
-                positive = values[values > 0].flip(0)
-                negative = -values[values < 0]
-                axes.plot(
-                    range(1, len(positive) + 1),
-                    positive,
-                    color=_COLOURS[name],
-                    linewidth=_WIDTHS[name],
-                    label=name,
-                )
-                if name == HESSIAN:
-                    axes.plot(
-                        range(1, len(negative) + 1),
-                        negative,
-                        color=_COLOURS[name],
-                        linewidth=1,
-                        linestyle=":",
-                        label="Hessian, −λ of negative ones",
-                    )
-            axes.set_xscale("log")
-            if top > 0:
-                axes.set_yscale("log")
-                axes.set_ylim(1e-6 * top, 3 * top)
-        row[0].set_ylabel(_label(regions[0], "λ"), fontsize=9)
-    _finish(figure, grid, "rank", "Spectra: eigenvalues from the largest down", path)
+    """Eigenvalues from the largest down, on log scales; the Hessian's negative ones by magnitude, dotted."""
+
+    def draw(axes: Any, region: Region, peers: Sequence[Region]) -> None:
+        top = max(float(values.abs().max()) for peer in peers for values in peer.eigenvalues.values())
+        for name, values in region.eigenvalues.items():
+            positive = values[values > 0].flip(0).tolist()
+            axes.plot(range(1, len(positive) + 1), positive, **_style(name))
+        negative = [-value for value in region.eigenvalues[HESSIAN].tolist() if value < 0]
+        dotted = {
+            "color": _COLOURS[HESSIAN],
+            "linewidth": 1,
+            "linestyle": ":",
+            "label": "Hessian, −λ where negative",
+        }
+        axes.plot(range(1, len(negative) + 1), negative, **dotted)
+        axes.set_xscale("log")
+        if top > 0:
+            axes.set_yscale("log")
+            axes.set_ylim(NEGLIGIBLE * top, 3 * top)
+
+    _save(_curves(tour, draw, "rank", "Spectra: eigenvalues λ from the largest down"), path)
 
 
 def plot_samples(tour: Tour, path: Path) -> None:
     """Cosine between the Hessian and the empirical Fisher of the first few samples, by layer."""
-    figure = new_figure((1.0 + 2.9 * len(tour.stops), 3.3))
+    figure = new_figure((3.0 + 2.6 * len(tour.stops), 3.4))
     grid = figure.subplots(1, len(tour.stops), squeeze=False, sharey=True)
     for axes, stop in zip(grid[0], tour.stops, strict=True):
-        for region, colour in zip(
-            (stop.whole, *_largest(stop.layers)), ("#222222", *_LAYER_COLOURS), strict=False
-        ):
-            values = [float("nan") if value is None else value for value in region.by_samples]
-            axes.plot(
-                tour.sample_counts,
-                values,
-                color=colour,
-                linewidth=1.5,
-                marker="o",
-                markersize=2.5,
-                label=_short(region.name),
-            )
+        regions = (stop.whole, *_largest(stop.layers))
+        for region, colour in zip(regions, _LAYER_COLOURS, strict=False):
+            values = [math.nan if value is None else value for value in region.by_samples]
+            dots = {"linewidth": 1.5, "marker": "o", "markersize": 2.5}
+            axes.plot(tour.sample_counts, values, color=colour, label=_short(region.name), **dots)
         axes.set_xscale("log")
         axes.set_title(stop.name, fontsize=10)
         axes.set_ylim(top=1.02)
+        axes.set_xlabel("samples", fontsize=9)
+        _tidy(axes)
     grid[0][0].set_ylabel(f"cosine with the Hessian\nof {tour.samples:,} samples", fontsize=9)
-    _finish(
-        figure, grid, "samples in the empirical Fisher", "How many samples the empirical Fisher needs", path
+    figure.legend(
+        *grid[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9
     )
+    figure.suptitle("The empirical Fisher of few samples", fontsize=12)
+    _save(figure, path)
 
 
 def pooled(M: Tensor, pixels: int = PIXELS) -> Tensor:
@@ -229,6 +215,15 @@ def short(number: float | None, digits: int = 3) -> str:
         return "" if number is None else "0"
     text = f"{number:.0f}" if abs(number) >= 10 ** (digits - 1) else f"{number:#.{digits}g}"
     return text.rstrip(".").replace("-", "−", number < 0)
+
+
+def fixed(number: float | None) -> str:
+    """A cosine for people; nothing for None.
+
+    >>> fixed(-0.5)
+    '−0.500'
+    """
+    return "" if number is None else f"{number:.3f}".replace("-", "−")
 
 
 def ends(eigenvalues: Tensor) -> tuple[float, float]:
@@ -293,7 +288,7 @@ def _caption(axes: Any, region: Region, name: str, *, within_layers: bool) -> No
         first = (
             "no cosine"
             if comparison.cosine is None
-            else f"cosine {comparison.cosine:.3f}, best scale {short(comparison.scale)}"
+            else f"cosine {fixed(comparison.cosine)}, best scale {short(comparison.scale)}"
         )
     axes.set_xlabel(f"{first}\n{diagonal}{layers}", fontsize=8)
 
@@ -319,39 +314,60 @@ def _regions(tour: Tour) -> list[list[Region]]:
     ]
 
 
-def _regions_by_stops(tour: Tour) -> tuple[Any, Any]:
-    rows = len(_regions(tour))
-    figure = new_figure((1.2 + 2.5 * len(tour.stops), 1.2 + 1.55 * rows))
-    grid = figure.subplots(rows, len(tour.stops), squeeze=False, sharey="row")
-    for axes, stop in zip(grid[0], tour.stops, strict=True):
+def _curves(tour: Tour, draw: Callable[[Any, Region, Sequence[Region]], None], label: str, title: str) -> Any:
+    """A figure of one small panel a region and point: points side by side, or regions where there is one point."""
+    regions = _regions(tour)
+    several = len(tour.stops) > 1
+    columns = len(tour.stops) if several else 3
+    panels = [(region, row) for row in regions for region in row]
+    rows = -(-len(panels) // columns)
+    width = 1.2 + 2.5 * columns
+    figure = new_figure((width, 1.2 + 1.6 * rows))
+    grid = figure.subplots(rows, columns, squeeze=False, sharey="row" if several else False)
+    for index, axes in enumerate(grid.flat):
+        if index >= len(panels):
+            axes.set_visible(False)
+            continue
+        region, peers = panels[index]
+        draw(axes, region, peers)
+        _tidy(axes)
+        heading = f"{_short(region.name)} ({region.size:,})"
+        if not several:
+            axes.set_title(heading, fontsize=9)
+        elif index % columns == 0:
+            axes.set_ylabel(heading, fontsize=9)
+        if index + columns >= len(panels):
+            axes.set_xlabel(label, fontsize=9)
+    for axes, stop in zip(grid[0], tour.stops if several else (), strict=False):
         axes.set_title(stop.name, fontsize=10)
-    return figure, grid
-
-
-def _finish(figure: Any, grid: Any, label: str, title: str, path: Path) -> None:
-    """Axes, one legend and the title that the curves share."""
+    entries: dict[str, Any] = {}
     for axes in grid.flat:
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.tick_params(labelsize=8)
-    for axes in grid[-1]:
-        axes.set_xlabel(label, fontsize=9)
-    entries = {
-        text: handle
-        for axes in grid.flat
-        for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
+        entries.update((text, handle) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True))
     figure.legend(
         entries.values(),
         entries.keys(),
         loc="outside lower center",
-        ncols=min(len(entries), 5),
+        ncols=int(width / 1.7),
         frameon=False,
         fontsize=9,
     )
-    figure.suptitle(title, fontsize=12)
-    _save(figure, path)
+    figure.suptitle(title if several else f"{title} ({tour.stops[0].name})", fontsize=12)
+    return figure
+
+
+def _tidy(axes: Any) -> None:
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.tick_params(labelsize=8)
+
+
+def _style(matrix: str) -> dict[str, Any]:
+    return {"color": _COLOURS[matrix], "linewidth": _WIDTHS[matrix], "label": matrix}
+
+
+def _percents(shares: Sequence[float | None]) -> list[float]:
+    return [math.nan if share is None else 100 * share for share in shares]
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -362,10 +378,6 @@ def _save(figure: Any, path: Path) -> None:
     figure.savefig(drawn, format="png", dpi=110)
     with Image.open(drawn) as picture:
         picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, format="png", optimize=True)
-
-
-def _label(region: Region, unit: str) -> str:
-    return f"{_short(region.name)} ({region.size:,})\n{unit}"
 
 
 def _largest(layers: Sequence[Region]) -> list[Region]:
@@ -386,4 +398,6 @@ def _fan_in(layout: Layout, region: Region) -> int | None:
 
 
 def _short(name: str) -> str:
-    return name.removesuffix(".weight")
+    """A layer's name without the ending that all have; of a long one the end, which tells layers apart."""
+    name = name.removesuffix(".weight")
+    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"

@@ -16,7 +16,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
-from woodfisher.tour_plots import ends, percent, pictures, short
+from woodfisher.tour_plots import ends, fixed, percent, pictures, short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -150,7 +150,8 @@ def _cells(region: Region) -> list[str]:
     blocks = dict(zip(region.block_sizes, region.mass[HESSIAN], strict=True))
     return [
         f"{region.name.removesuffix('.weight')} ({region.size:,})",
-        *("" if number is None else f"{number:.3f}" for number in (exact, empirical.cosine)),
+        fixed(exact),
+        fixed(empirical.cosine),
         short(empirical.scale),
         percent(blocks[1]),
         percent(blocks.get(50)),

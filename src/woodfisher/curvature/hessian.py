@@ -101,6 +101,12 @@ class DiagonalHessian(_HessianEstimator):
 def exact_hessian(objective: Objective, samples: int) -> Tensor:
     """Hessian of the mean loss over the first `samples` samples, float64 `(d, d)`, symmetric."""
     H = torch.cat([columns for _, columns in _columns(objective, samples)], dim=1)
+    if not torch.isfinite(H).all():
+        index = int((~torch.isfinite(H)).nonzero()[0, 0])
+        raise WoodfisherError(
+            f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss has no second derivative at "
+            "these outputs, as a square root has none at zero. Use the Fisher, or a smooth loss."
+        )
     return (H + H.mT) / 2
 
 
