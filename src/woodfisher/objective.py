@@ -487,7 +487,7 @@ class Objective:
         done = 0
         with isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, 1):
+            for chunk in self._chunks(samples, 1, 2 * self.layout.size):
                 for share, batch in self._forward.with_every_target(weights, self.buffers, chunk):
                     rows = torch.empty(
                         samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device

@@ -109,7 +109,7 @@ def _points(task: Task) -> dict[str, nn.Module]:
                 f"the task {task.name} keeps an earlier point {name!r} that does not fit its model: {error}"
             ) from error
         models[name] = model
-    models["trained" if models else "as given"] = task.model
+    models["trained" if models and "trained" not in models else "as given"] = task.model
     return models
 
 

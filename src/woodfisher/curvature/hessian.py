@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from woodfisher.objective import Objective
 
-_COLUMNS = 128
+_COLUMNS = 32
 
 
 @dataclass(frozen=True)
