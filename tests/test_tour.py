@@ -297,7 +297,7 @@ def test_too_large_a_model_is_refused_before_work(monkeypatch):
     model = mlp()
     model.register_forward_hook(lambda *_: ran.append(1))
     with pytest.raises(
-        wf.WoodfisherError, match=r"three matrices of 36 × 36 .*choose fewer weights, as in --params"
+        wf.WoodfisherError, match=r"3 matrices of 36 × 36 .*choose fewer weights, as in --params"
     ):
         wf.tour(model, [samples()], cross_entropy, samples=20)
     assert ran == []

@@ -371,7 +371,7 @@ def _check_fits(size: int, points: int, samples: int, device: torch.device) -> N
     matrix = 8 * size * size
     check_memory(
         [
-            (f"three matrices of {size:,} × {size:,} at each of {points} points", 3 * points * matrix),
+            (f"{3 * points} matrices of {size:,} × {size:,}", 3 * points * matrix),
             ("work on one of them", 4 * matrix),
             ("gradient rows", 12 * size * samples),
         ],

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from woodfisher.layout import Layout
     from woodfisher.tour import Region, Stop, Tour
 
-PIXELS = 200
+PIXELS = 170
 """Most pixels along a side of a heat map; entries beyond are pooled."""
 
 DECADES = 5
