@@ -61,7 +61,7 @@ def everything(data):
 
 
 def test_names_of_built_in_tasks():
-    assert task_names() == ["digits", "mlpnet-mnist", "resnet20-cifar10"]
+    assert task_names() == ["digits", "digits-small", "mlpnet-mnist", "resnet20-cifar10"]
 
 
 def test_importing_the_package_imports_neither_sklearn_nor_pillow():
@@ -144,7 +144,7 @@ def test_own_task_that_does_not_fit_is_refused(own_tasks, function, words):
 
 @pytest.mark.parametrize("name", ["", "mnist", "a.b", ":f", ".relative:f", "no_such_module_here:f", "x:"])
 def test_unknown_task_lists_the_built_in_ones(name):
-    with refused("digits, mlpnet-mnist, resnet20-cifar10", "module:function"):
+    with refused("digits, digits-small, mlpnet-mnist, resnet20-cifar10", "module:function"):
         load_task(name)
 
 

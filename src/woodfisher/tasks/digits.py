@@ -18,7 +18,7 @@ from woodfisher.tasks.loaders import in_order, rank_in_class, shuffled
 from woodfisher.tasks.weights import restored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
 EPOCHS, PEAK_RATE = 30, 3e-3
@@ -68,36 +68,33 @@ class SmallDigitsNet(nn.Module):
 
 def digits(*, weights: Path | None, seed: int) -> Task:
     """`DigitsNet`, trained from a fixed start unless `weights` are given; needs no data files."""
-    train, validation, test = read_digits()
-    if weights is None:
-        model = _untrained(DigitsNet)
-        model.load_state_dict(_states(DigitsNet, (EPOCHS,), PEAK_RATE)[0])
-    else:
-        model = restored(DigitsNet, weights)
-    return Task(
-        "digits",
-        model.eval(),
-        shuffled(train, seed),
-        in_order(validation),
-        in_order(test),
-        cross_entropy,
-        accuracy,
-    )
+    return _task("digits", DigitsNet, {"trained": EPOCHS}, PEAK_RATE, weights, seed)
 
 
 def digits_small(*, weights: Path | None, seed: int) -> Task:
     """`SmallDigitsNet`, small enough for its whole Hessian; with its states before and early in its training."""
+    return _task("digits-small", SmallDigitsNet, SMALL_EPOCHS, SMALL_RATE, weights, seed)
+
+
+def _task(
+    name: str,
+    network: Callable[[], nn.Module],
+    points: Mapping[str, int],
+    rate: float,
+    weights: Path | None,
+    seed: int,
+) -> Task:
+    """The task of a network that is trained as far as the last of `points` (name → epochs), and keeps the others."""
     train, validation, test = read_digits()
     earlier: dict[str, dict[str, Tensor]] = {}
     if weights is None:
-        model = _untrained(SmallDigitsNet)
-        states = _states(SmallDigitsNet, tuple(SMALL_EPOCHS.values()), SMALL_RATE)
-        earlier = dict(zip(SMALL_EPOCHS, states, strict=True))
+        model = _untrained(network)
+        earlier = dict(zip(points, _states(network, tuple(points.values()), rate), strict=True))
         model.load_state_dict(earlier.popitem()[1])
     else:
-        model = restored(SmallDigitsNet, weights)
+        model = restored(network, weights)
     return Task(
-        "digits-small",
+        name,
         model.eval(),
         shuffled(train, seed),
         in_order(validation),
@@ -131,14 +128,16 @@ def read_digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
     return first, second, third
 
 
-def _untrained(network: type[nn.Module]) -> nn.Module:
+def _untrained(network: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return network().float()
 
 
 @cache
-def _states(network: type[nn.Module], epochs: tuple[int, ...], rate: float) -> list[dict[str, Tensor]]:
+def _states(
+    network: Callable[[], nn.Module], epochs: tuple[int, ...], rate: float
+) -> list[dict[str, Tensor]]:
     """State dicts after each of `epochs`, in rising order, of a training that lasts as long as the last of them.
 
     Adam with a one-cycle rate up to `rate`; one thread, because the number of threads changes the rounding.
