@@ -13,6 +13,7 @@ from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
 from woodfisher.cli.plan import Plan
 from woodfisher.cli.prune import Prune
+from woodfisher.cli.tour import Tour
 from woodfisher.cli.train import Train
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 
@@ -27,9 +28,19 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
   woodfisher train --task resnet20-cifar10 --sparsity 0.95 --epochs 30
   woodfisher plan --task my_project.tasks:resnet --samples 400 --memory 4GiB
+  woodfisher tour                                           the curvature of a small network, in pictures
 
 Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
 with one message that says what was expected, what came and what to do."""
+
+
+COMMANDS = {
+    "prune": Prune,
+    "compare": Compare,
+    "train": Train,
+    "plan": Plan,
+    "tour": Tour,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -39,7 +50,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"woodfisher {__version__}\n")
         return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        {"prune": Prune, "compare": Compare, "train": Train, "plan": Plan},
+        COMMANDS,
         prog="woodfisher",
         description=DESCRIPTION,
         args=args,
