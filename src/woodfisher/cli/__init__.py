@@ -11,7 +11,9 @@ import tyro
 from woodfisher._version import __version__
 from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
+from woodfisher.cli.origin import given
 from woodfisher.cli.prune import Prune
+from woodfisher.cli.report import MakePage
 from woodfisher.cli.train import Train
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 
@@ -25,6 +27,7 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher prune --task my_project.tasks:resnet --sparsity 0.9 --out pruned
   woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
   woodfisher train --task resnet20-cifar10 --sparsity 0.95 --epochs 30
+  woodfisher report pruned                                  the page report.html anew, from report.json
 
 Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
 with one message that says what was expected, what came and what to do."""
@@ -37,14 +40,14 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"woodfisher {__version__}\n")
         return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        {"prune": Prune, "compare": Compare, "train": Train},
+        {"prune": Prune, "compare": Compare, "train": Train, "report": MakePage},
         prog="woodfisher",
         description=DESCRIPTION,
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), given(args):
             warnings.simplefilter("always", WoodfisherWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             command.run()

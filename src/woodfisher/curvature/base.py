@@ -38,6 +38,8 @@ class InverseOperator(ABC):
 
     size: int
     device: torch.device
+    damping: float | None = None
+    """λ, where one was added to the whole diagonal."""
     _known_diagonal: Tensor | None = None
 
     @abstractmethod

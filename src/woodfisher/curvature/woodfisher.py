@@ -286,7 +286,9 @@ class WoodFisher(Estimator):
             )
             for run in runs
         ]
-        return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+        inverse = BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+        inverse.damping = damping
+        return inverse
 
     def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:
         N = objective.most_rows(self.samples, self.group)
