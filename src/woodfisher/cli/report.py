@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path  # noqa: TC003  tyro reads the fields' types
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from woodfisher.cli.options import File
+from woodfisher.cli.options import File  # noqa: TC001  likewise
 from woodfisher.files import write_whole
 from woodfisher.page import PAGE, REPORT, require_page, write_page
 

@@ -31,7 +31,7 @@ def render(report: AnyReport) -> str:
     """The page of a report as HTML: no script, nothing from elsewhere, and every text of the report escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from woodfisher.page.sections import page_of
+    from woodfisher.page.pages import page_of
 
     environment = Environment(
         loader=PackageLoader("woodfisher.page", ""),

@@ -7,7 +7,7 @@ stretched. Colours are classes of the page's style sheet, so that one picture se
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 from xml.etree import ElementTree as ET
@@ -23,7 +23,7 @@ COLOURS = 8
 """Of series, s0 to s7 in the style sheet."""
 
 _TICK_ROOM, _TOP, _BOTTOM = 8, 10, 26
-_BAR, _ROW = 10, 34
+_NAME, _BAR, _THIN, _GAP = 19, 10, 7, 4
 _SHAPES = (
     "M-3.6,0a3.6,3.6 0 1,0 7.2,0a3.6,3.6 0 1,0 -7.2,0",
     "M-3.2,-3.2h6.4v6.4h-6.4z",
@@ -41,21 +41,29 @@ class Scale:
     ticks: list[tuple[float, str]]
 
 
-def linear(values: Iterable[float], *, zero: bool = False, unit: str = "") -> Scale:
-    """A scale with round ends around values; with 0 on it, if asked for."""
+def linear(values: Iterable[float], *, zero: bool = False, tight: bool = False, unit: str = "") -> Scale:
+    """A scale around values, with 0 on it if asked for, and round ends unless `tight`."""
     values = [*values, *([0.0] if zero else [])] or [0.0]
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
     step = _round_step((high - low) / 4)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    inward = math.ceil, math.floor
+    outward = math.floor, math.ceil
+    down, up = inward if tight else outward
+    marks = range(down(low / step), up(high / step) + 1)
+    start, stop = (low, high) if tight else (marks[0] * step, marks[-1] * step)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    labels = [f"{i * step:.{decimals}f}".replace("-", "−") + unit for i in range(first, last + 1)]
-    span = (last - first) * step
-    return Scale(
-        lambda v: (v - first * step) / span,
-        [(i * step, label) for i, label in zip(range(first, last + 1), labels, strict=True)],
-    )
+    ticks = [(i * step, f"{i * step:.{decimals}f}".replace("-", "−") + unit) for i in marks]
+    return Scale(lambda v: (v - start) / (stop - start), ticks)
+
+
+def counting(last: float, *, first: float = 0) -> Scale:
+    """A scale from one whole number to another, marked at round ones between."""
+    last = max(last, first + 1)
+    step = max(round(_round_step((last - first) / 6)), 1)
+    marks = range(math.ceil(first / step) * step, int(last) + 1, step)
+    return Scale(lambda v: (v - first) / (last - first), [(float(at), f"{at:,}") for at in marks])
 
 
 def logarithmic(values: Iterable[float]) -> Scale:
@@ -125,24 +133,23 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Row:
     """One row of a chart of layers.
 
     Attributes
     ----------
     name, value:
-        Written above its bar, left and right.
-    parts:
-        `(from, to, class)` of bars, in [0, 1].
+        Written above its bars, left and right.
+    lanes:
+        Bars below one another, each of parts `(from, to, class)` in [0, 1].
     marks:
-        `(where, class)` of thin lines across the bar.
+        `(where, class)` of thin lines across all lanes.
     """
 
     name: str
     value: str
-    parts: Sequence[tuple[float, float, str]] = ()
+    lanes: Sequence[Sequence[tuple[float, float, str]]]
     marks: Sequence[tuple[float, str]] = ()
-    ticks: Sequence[float] = field(default=())
 
 
 def chart(
@@ -193,38 +200,31 @@ def chart(
     return _markup(svg)
 
 
-def bars(
-    label: str,
-    rows: Sequence[Rows],
-    *,
-    scale: Scale | None = None,
-    rule: float | None = None,
-) -> Markup:
-    """A row for each layer, its name above, with a scale below and a dashed `rule` across all rows."""
-    room = _BOTTOM if scale else 4
-    height = _ROW * len(rows) + room
-    svg = _svg(label, height, "bars")
-    bottom = height - room
-    if scale:
-        for value, text in scale.ticks:
-            at = 100 * _clip(scale.place(value))
-            _line(svg, at, 0, at, bottom, "grid")
-            side = "middle" if 3 < at < 97 else "start" if at <= 3 else "end"
-            _text(svg, text, at, height - 8, f"tick {side}")
+def bars(label: str, rows: Sequence[Row], scale: Scale) -> Markup:
+    """A row for each layer, its name above its bars, over a scale."""
+    most = max(len(row.lanes) for row in rows)
+    thick = _BAR if most == 1 else _THIN
+    row_height = _NAME + most * (thick + 2) + _GAP
+    bottom = row_height * len(rows)
+    svg = _svg(label, bottom + _BOTTOM, "bars")
+    for value, text in scale.ticks:
+        at = 100 * _clip(scale.place(value))
+        _line(svg, at, 0, at, bottom, "grid")
+        side = "middle" if 3 < at < 97 else "start" if at <= 3 else "end"
+        _text(svg, text, at, bottom + _BOTTOM - 8, f"tick {side}")
     for index, row in enumerate(rows):
-        top = index * _ROW
+        top = index * row_height
         _text(svg, _short(row.name), 0, top + 14, "name", title=row.name)
         _text(svg, row.value, 100, top + 14, "value end")
-        y = top + 19
-        for start, stop, kind in row.parts:
-            left, right = 100 * _clip(start), 100 * _clip(stop)
-            _rect(svg, left, y, max(right - left, 0.0), _BAR, kind)
-        for at in row.ticks:
-            _line(svg, 100 * _clip(at), y, 100 * _clip(at), y + _BAR, "eigen")
+        y = top + _NAME
+        for lane in row.lanes:
+            for start, stop, kind in lane:
+                left, right = 100 * _clip(start), 100 * _clip(stop)
+                _rect(svg, left, y, max(right - left, 0.0), thick, kind)
+            y += thick + 2
         for at, kind in row.marks:
-            _line(svg, 100 * _clip(at), y - 2, 100 * _clip(at), y + _BAR + 2, kind)
-    if rule is not None:
-        _line(svg, 100 * _clip(rule), 0, 100 * _clip(rule), bottom, "rule")
+            reach = 0 if kind == "eigen" else 2
+            _line(svg, 100 * _clip(at), top + _NAME - reach, 100 * _clip(at), y - 2 + reach, kind)
     return _markup(svg)
 
 
@@ -237,12 +237,10 @@ def swatch(colour: int | None, how: str = "line", *, dashed: bool = False) -> Ma
     if how in ("line", "dots", "crosses") and not dashed:
         shape = _CROSS if how == "crosses" else _SHAPES[(colour or 0) % len(_SHAPES)]
         _marker(svg, 50, 6, shape, f"{'cross' if how == 'crosses' else 'marker'} {name}")
-    if how == "bar":
-        _rect(svg, 0, 1, 100, _BAR, name)
     return _markup(svg)
 
 
-def key(kind: str, how: Literal["bar", "mark", "rule", "eigen"]) -> Markup:
+def key(kind: str, how: Literal["bar", "mark", "level", "eigen"]) -> Markup:
     """A sample of what `bars` draws for the legend."""
     svg = ET.Element("svg", {"class": "swatch", "width": "26", "height": "14", "aria-hidden": "true"})
     if how == "bar":
@@ -250,6 +248,8 @@ def key(kind: str, how: Literal["bar", "mark", "rule", "eigen"]) -> Markup:
     elif how == "eigen":
         for at in (12, 30, 44, 70, 92):
             _line(svg, at, 2, at, 12, kind)
+    elif how == "level":
+        _line(svg, 0, 7, 100, 7, kind)
     else:
         _line(svg, 50, 0, 50, 14, kind)
     return _markup(svg)

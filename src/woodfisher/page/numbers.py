@@ -73,7 +73,7 @@ def count(number: int) -> str:
 
 
 def amount(number: float) -> str:
-    """A large number in thousands, millions, …
+    """A large number in thousands, millions and so on.
 
     >>> amount(589824), amount(40_813_184), amount(12)
     ('590 k', '40.8 M', '12')
@@ -100,7 +100,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def fewer(kept: int, size: int) -> str:
+def fewer(kept: float, size: float) -> str:
     """How many times fewer.
 
     >>> fewer(1073, 21456), fewer(0, 5), fewer(5, 5)
