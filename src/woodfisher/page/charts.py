@@ -47,7 +47,7 @@ def linear(values: Iterable[float], *, zero: bool = False, tight: bool = False, 
     low, high = min(values), max(values)
     if low == high:
         low, high = low - (abs(low) or 1) / 10, high + (abs(high) or 1) / 10
-    step = _round_step((high - low) / 4)
+    step = _round_step((high - low) / (6 if tight else 4))
     inward = math.ceil, math.floor
     outward = math.floor, math.ceil
     down, up = inward if tight else outward
@@ -96,6 +96,8 @@ def signed_logarithmic(values: Iterable[float], decades: int = 3) -> Scale:
         for sign in (-1, 1)
         for p in powers
     ]
+    room = (high - low or 1.0) / 25
+    low, high = low - room * (low < 0), high + room * (high > 0)
     span = high - low or 1.0
     kept = [(v, label) for v, label in marked if low - 1e-9 <= bent(v) <= high + 1e-9]
     return Scale(lambda v: (bent(v) - low) / span, sorted([*kept, (0.0, "0")]))
@@ -113,7 +115,7 @@ class Series:
     Attributes
     ----------
     colour:
-        0 to 7, or None for ink.
+        Its number; they come again after the eighth.
     how:
         `line`, `step` (each value holds until the next), `dots` or `crosses`; markers stand on lines of few points.
     spread:
@@ -124,7 +126,7 @@ class Series:
 
     name: str
     points: Sequence[tuple[float, float]]
-    colour: int | None = 0
+    colour: int = 0
     how: Literal["line", "step", "dots", "crosses"] = "line"
     spread: Sequence[float | None] = ()
     dashed: bool = False
@@ -181,7 +183,7 @@ def chart(
     for value, kind in rules:
         _line(svg, 0, down(value), 100, down(value), kind)
     for one in series:
-        colour = "ink" if one.colour is None else f"s{one.colour % COLOURS}"
+        colour = series_class(one.colour)
         places = [(across(a), down(b)) for a, b in one.points]
         if one.how in ("line", "step") and len(places) > 1:
             style = f"stroke {colour}" + (" dashed" if one.dashed else "")
@@ -191,7 +193,7 @@ def chart(
                 _line(svg, across(a), down(b - half), across(a), down(b + half), f"stroke {colour} thin")
         if one.how == "step" or not one.markers:
             continue
-        shape = _CROSS if one.how == "crosses" else _SHAPES[(one.colour or 0) % len(_SHAPES)]
+        shape = _CROSS if one.how == "crosses" else _SHAPES[one.colour % len(_SHAPES)]
         kind = "cross" if one.how == "crosses" else "marker"
         for index, (a, b) in enumerate(places):
             mark = _marker(svg, a, b, shape, f"{kind} {colour}")
@@ -228,14 +230,14 @@ def bars(label: str, rows: Sequence[Row], scale: Scale) -> Markup:
     return _markup(svg)
 
 
-def swatch(colour: int | None, how: str = "line", *, dashed: bool = False) -> Markup:
+def swatch(colour: int, how: str = "line", *, dashed: bool = False) -> Markup:
     """A sample of a series for the legend."""
-    name = "ink" if colour is None else f"s{colour % COLOURS}"
+    name = series_class(colour)
     svg = ET.Element("svg", {"class": "swatch", "width": "26", "height": "12", "aria-hidden": "true"})
     if how in ("line", "step"):
         _line(svg, 0, 6, 100, 6, f"stroke {name}" + (" dashed" if dashed else ""))
     if how in ("line", "dots", "crosses") and not dashed:
-        shape = _CROSS if how == "crosses" else _SHAPES[(colour or 0) % len(_SHAPES)]
+        shape = _CROSS if how == "crosses" else _SHAPES[colour % len(_SHAPES)]
         _marker(svg, 50, 6, shape, f"{'cross' if how == 'crosses' else 'marker'} {name}")
     return _markup(svg)
 
@@ -253,6 +255,11 @@ def key(kind: str, how: Literal["bar", "mark", "level", "eigen"]) -> Markup:
     else:
         _line(svg, 50, 0, 50, 14, kind)
     return _markup(svg)
+
+
+def series_class(colour: int) -> str:
+    """The class that a series' colour has in the style sheet."""
+    return f"s{colour % COLOURS}"
 
 
 def _clip(share: float) -> float:

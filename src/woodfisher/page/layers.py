@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from woodfisher.page.charts import COLOURS, Row, bars, key, linear, logarithmic
+from woodfisher.page.charts import Row, bars, key, linear, logarithmic, series_class
 from woodfisher.page.numbers import amount, count, per_cent, points, significant
 from woodfisher.page.parts import Figure, Section, Table
 
@@ -30,6 +30,7 @@ class Pruned(NamedTuple):
 
     name: str
     layers: Sequence[Layer]
+    colour: int = 0
 
     @property
     def kept(self) -> dict[str, float]:
@@ -71,8 +72,8 @@ def sparsity_section(methods: Sequence[Pruned], note: str = "") -> Section:
             layer.name,
             f"{per_cent(layer.sparsity)} removed" + (f" by {first.name}" if len(methods) > 2 else ""),
             [
-                [(0, scale.place(100 * by.get(layer.name, 0.0)), f"s{index % COLOURS}")]
-                for index, by in enumerate(shares)
+                [(0, scale.place(100 * by.get(layer.name, 0.0)), series_class(method.colour))]
+                for method, by in zip(methods, shares, strict=True)
             ],
             [(scale.place(100 * uniform), "rule")],
         )
@@ -104,7 +105,7 @@ def sparsity_section(methods: Sequence[Pruned], note: str = "") -> Section:
                 bars(label, rows, scale),
                 x="kept of the layer's weights",
                 legend=[
-                    *((key(f"s{i % COLOURS}", "bar"), f"kept by {m.name}") for i, m in enumerate(methods)),
+                    *((key(series_class(m.colour), "bar"), f"kept by {m.name}") for m in methods),
                     (key("rule", "mark"), f"the same for every layer: {per_cent(uniform)}"),
                 ],
             )
@@ -137,9 +138,9 @@ def flops_section(report: Task, methods: Sequence[Pruned], note: str = "") -> Se
             [
                 [
                     (scale.place(total * by.get(layer.name, 0.0) / unit), scale.place(total / unit), "gone"),
-                    (0, scale.place(total * by.get(layer.name, 0.0) / unit), f"s{index % COLOURS}"),
+                    (0, scale.place(total * by.get(layer.name, 0.0) / unit), series_class(method.colour)),
                 ]
-                for index, by in enumerate(shares)
+                for method, by in zip(methods, shares, strict=True)
             ],
         )
         for layer in methods[0].layers
@@ -156,7 +157,7 @@ def flops_section(report: Task, methods: Sequence[Pruned], note: str = "") -> Se
     ]
     table.append(["all", amount(sums[0][1]), "", *("" if one is None else amount(one[0]) for one in sums)])
     label = f"FLOPs kept and removed in each of {len(rows)} layers; the table below holds the values"
-    left = f"{amount(sums[0][0])} of {amount(sums[0][1])} FLOPs a sample are left in the pruned layers."
+    left = f"{methods[0].name} leaves {amount(sums[0][0])} of {amount(sums[0][1])} FLOPs a sample in the pruned layers."
     return Section(
         "flops",
         title,
@@ -167,8 +168,11 @@ def flops_section(report: Task, methods: Sequence[Pruned], note: str = "") -> Se
                 x=f"{prefix} FLOPs a sample".strip(),
                 legend=[
                     *(
-                        (key(f"s{i % COLOURS}", "bar"), "kept" if len(methods) == 1 else f"kept by {m.name}")
-                        for i, m in enumerate(methods)
+                        (
+                            key(series_class(m.colour), "bar"),
+                            "kept" if len(methods) == 1 else f"kept by {m.name}",
+                        )
+                        for m in methods
                     ),
                     (key("gone", "bar"), "removed"),
                 ],

@@ -33,7 +33,11 @@ from woodfisher.page.training import training_section
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from woodfisher.page.record import AnyReport
+    from woodfisher.page.record import AnyReport, Cell
+
+
+_GREY = 7
+"""The colour of what a method is held against."""
 
 
 def page_of(report: AnyReport) -> Page:
@@ -53,7 +57,7 @@ def _pruning(report: Pruning) -> Page:
         told += f" Removing the smallest weights instead gives {by_size.metric:.2f}."
         beside = f", magnitude {by_size.metric:.2f}"
         if by_size.layers is not None:
-            methods.append(Pruned("magnitude", by_size.layers))
+            methods.append(Pruned("magnitude", by_size.layers, _GREY))
     if report.max_drop is not None:
         told += f" The validation metric was to fall by no more than {per_cent(report.max_drop)}."
     run = staged(report.criterion, report)
@@ -122,18 +126,21 @@ def _comparison(report: Comparison) -> Page:
     names = list(dict.fromkeys(cell.criterion for cell in report.summary))
     family = sorted({cell.requested_sparsity for cell in report.summary})
     results = [result for result in report.results if isinstance(result, Result)]
-    shown = _sparsest(results)
+    leader = _leader(report)
+    shown = sorted(_sparsest(results), key=lambda one: leader is None or one.criterion != leader.criterion)
     messages = [
         f"{one.criterion} at {100 * one.requested_sparsity:g} %, seed {one.seed}, failed: {one.error}"
         for one in report.results
         if not isinstance(one, Result)
     ]
     messages += dict.fromkeys(f"{one.criterion}: {text}" for one in results for text in one.warnings)
-    told, cards = _leader(report, shown)
+    told, cards = _led(report, leader, shown)
     runs = [
-        staged(one.criterion, one) for one in shown if one.method.get("curvature") != {"kind": "Identity"}
+        staged(one.criterion, one, names.index(one.criterion))
+        for one in shown
+        if any(stage.predicted is not None for stage in one.stages)
     ]
-    methods = [Pruned(one.criterion, one.layers) for one in shown]
+    methods = [Pruned(one.criterion, one.layers, names.index(one.criterion)) for one in shown]
     note = "Of the sparsest run of each method, at its first seed. "
     return Page(
         command="compare",
@@ -155,26 +162,32 @@ def _comparison(report: Comparison) -> Page:
     )
 
 
-def _leader(report: Comparison, shown: Sequence[Result]) -> tuple[str, list[Card]]:
-    """The best method at the highest sparsity that any reached, in a sentence and on cards."""
-    seeds = f", mean of {report.seeds} seeds" if report.seeds > 1 else ""
-    cards = [Card(f"Test {report.metric}, dense", f"{report.dense.metric:.2f}", f"before pruning{seeds}")]
-    measured = [(c.requested_sparsity, c.mean, c) for c in report.summary if c.mean is not None]
-    if not measured:
+def _leader(report: Comparison) -> Cell | None:
+    """The best method at the highest sparsity that any reached."""
+    measured = [
+        (c.requested_sparsity, c.mean, -n) for n, c in enumerate(report.summary) if c.mean is not None
+    ]
+    return report.summary[-max(measured)[2]] if measured else None
+
+
+def _led(report: Comparison, best: Cell | None, shown: Sequence[Result]) -> tuple[str, list[Card]]:
+    """How good the leader is, in a sentence and on cards."""
+    cards = [Card("Dense network", f"{report.dense.metric:.2f}", f"test {report.metric}")]
+    if best is None or best.mean is None:
         return "Every run failed.", cards
-    sparsity, mean, best = max(measured, key=lambda one: one[:2])
-    at = f"{100 * sparsity:g} %"
-    others = [c for c in report.summary if c.requested_sparsity == sparsity and c is not best]
-    beside = "".join(f"; {c.criterion} {mean_of(c)}" for c in others)
-    cards.append(Card(f"Best at {at}", f"{mean:.2f}", f"{best.criterion}{beside}"))
-    for one in shown:
-        if one.criterion == best.criterion:
-            cards += [size_card(one), flops_card(report, one)]
+    at = f"{100 * best.requested_sparsity:g} %"
+    others = [c for c in report.summary if c.requested_sparsity == best.requested_sparsity and c is not best]
+    second = max((c for c in others if c.mean is not None), key=lambda c: c.mean or 0.0, default=None)
+    beside = "" if second is None else f"; next {second.criterion} {mean_of(second)}"
+    cards.append(Card(f"Best at {at}", f"{best.mean:.2f}", f"{best.criterion}{beside}"))
+    for one in shown[:1]:
+        cards += [size_card(one), flops_card(report, one)]
     slowest = max((c.seconds or 0.0 for c in report.summary if c.criterion == best.criterion), default=0.0)
     cards.append(Card("Time", duration(slowest), f"at most for a run of {best.criterion}"))
-    difference = points(mean - report.dense.metric)
+    seeds = f", mean of {report.seeds} seeds" if report.seeds > 1 else ""
+    difference = points(best.mean - report.dense.metric)
     return (
-        f"At {at} {best.criterion} is best with {mean:.2f}{seeds}, {difference} against the dense network.",
+        f"At {at} {best.criterion} is best with {best.mean:.2f}{seeds}, {difference} against the dense network.",
         cards,
     )
 

@@ -42,6 +42,7 @@ class Run(NamedTuple):
     name: str
     method: Mapping[str, Any]
     changes: Sequence[Change]
+    colour: int = 0
 
     @property
     def adapts(self) -> bool:
@@ -56,13 +57,13 @@ class Run(NamedTuple):
         return chosen[-1] if chosen else asked if isinstance(asked, float) and asked > 0 else None
 
 
-def staged(name: str, run: Staged) -> Run:
+def staged(name: str, run: Staged, colour: int = 0) -> Run:
     """A run in stages."""
     changes = [
         Change(n, f"stage {n}", s.sparsity, s.predicted, s.measured, s.damping, s.accepted, s.first_order)
         for n, s in enumerate(run.stages, 1)
     ]
-    return Run(name, run.method, changes)
+    return Run(name, run.method, changes, colour)
 
 
 def trained(report: Gradual) -> Run:
@@ -162,7 +163,7 @@ def _table(run: Run, prefix: str, step: str) -> Table:
         f"{prefix}change of the mean loss, one after another",
         columns,
         rows,
-        summary=f"{prefix}all {len(rows)} as a table" if len(rows) > _OPEN_ROWS else "",
+        summary=f"{prefix}All {len(rows)} as a table" if len(rows) > _OPEN_ROWS else "",
     )
 
 
@@ -184,7 +185,7 @@ def damping_section(runs: Sequence[Run], step: str = "stage", note: str = "") ->
     """λ as it was asked for, and as it was chosen stage by stage."""
     text = [note.strip()] if note else []
     series, legend = [], []
-    for index, run in enumerate(runs):
+    for run in runs:
         lines = [(c, c.damping) for c in run.changes if c.damping and c.accepted]
         told = _told(run)
         if len(lines) == 1 and not isinstance(_asked(run.method), float):
@@ -193,8 +194,8 @@ def damping_section(runs: Sequence[Run], step: str = "stage", note: str = "") ->
         if len(lines) > 1 and len({value for _, value in lines}) > 1:
             notes = [f"{run.name}, {c.label}: λ = {significant(v)}" for c, v in lines]
             points = [(float(c.at), v) for c, v in lines]
-            series.append(Series(run.name, points, index, markers=len(lines) <= _MARKED, notes=notes))
-            legend.append((swatch(index), run.name))
+            series.append(Series(run.name, points, run.colour, markers=len(lines) <= _MARKED, notes=notes))
+            legend.append((swatch(run.colour), run.name))
     if not series:
         return Section("damping", "Damping", text)
     xs = [x for one in series for x, _ in one.points]
