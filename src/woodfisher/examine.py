@@ -128,12 +128,14 @@ def spectrum_by_layer(objective: Objective, labels: Literal["data", "model"] = "
         Where rows can't be taken, or a layer is so large that fewer than `LEAST_ROWS` fit.
     """
     layout = objective.layout
-    largest = max(layout.sizes) * objective.weights.element_size()
-    samples = min(ROWS, ROW_MEMORY // largest, objective.known_samples() or ROWS)
+    fit = ROW_MEMORY // (max(layout.sizes) * objective.weights.element_size())
+    known = objective.known_samples()
+    samples = min(ROWS, fit, ROWS if known is None else known)
     if samples < LEAST_ROWS:
         raise WoodfisherError(
-            f"it takes {LEAST_ROWS} gradient rows at least, and {samples} are there or fit in {ROW_MEMORY / 2**20:.0f} "
-            "MiB for the largest layer."
+            f"a spectrum takes {LEAST_ROWS} gradient rows at least; for the largest layer {fit} fit into "
+            f"{ROW_MEMORY / 2**20:.0f} MiB"
+            + ("." if known is None else f", and the data has {known} samples.")
         )
     found, rows = [], 0
     for names in _parts(objective, samples):
