@@ -101,8 +101,8 @@ FULL = {
     "origin": ORIGIN,
 }
 TRAINED = {
-    **{key: FULL[key] for key in ("task", "metric", "criterion", "seed", "dense", "pruned", "sparsity", "size", "kept")},
-    **{key: FULL[key] for key in ("layers", "warnings", "examined", "origin")},
+    **{key: FULL[key] for key in ("task", "metric", "criterion", "seed", "dense", "pruned", "sparsity", "size")},
+    **{key: FULL[key] for key in ("kept", "layers", "warnings", "examined", "origin")},
     "method": {"curvature": {**CURVATURE, "damping": {"factor": 10.0}}, "stages": 1},
     "validation": {"metric": 96.5, "dense": 98.0},
     "best_epoch": 2,
@@ -185,8 +185,8 @@ def sections(content):
 def test_a_pruning_is_told_from_the_result_to_the_command():
     told = sections(FULL)
     assert list(told) == [
-        "top", "result", "warnings", "sparsity", "flops", "stages", "damping", "spectrum", "taken-back", "time", "method",
-        "reproduce",
+        "top", "result", "warnings", "sparsity", "flops", "stages", "damping", "spectrum", "taken-back", "time",
+        "method", "reproduce",
     ]  # fmt: skip
     assert "digits: 90.00 % of the weights removed" in told["top"]
     assert "With 200 of 2,000 weights left, test accuracy falls by 1.50 to 97.00." in told["top"]

@@ -157,7 +157,8 @@ def flops_section(report: Task, methods: Sequence[Pruned], note: str = "") -> Se
     ]
     table.append(["all", amount(sums[0][1]), "", *("" if one is None else amount(one[0]) for one in sums)])
     label = f"FLOPs kept and removed in each of {len(rows)} layers; the table below holds the values"
-    left = f"Of {amount(sums[0][1])} FLOPs a sample in the pruned layers, {methods[0].name} leaves {amount(sums[0][0])}."
+    kept, total = sums[0]
+    left = f"Of {amount(total)} FLOPs a sample in the pruned layers, {methods[0].name} leaves {amount(kept)}."
     return Section(
         "flops",
         title,
