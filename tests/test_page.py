@@ -1,6 +1,7 @@
 """report.html: what it says, that it is safe and whole, and what is refused."""
 
 import copy
+import itertools
 import json
 import re
 from html.parser import HTMLParser
@@ -334,6 +335,7 @@ def test_nothing_from_the_file_is_executed(kind):
         (json.dumps({**FULL, "sparsity": float("nan")}), "sparsity: Input should be a finite number"),
         (json.dumps({**FULL, "layers": [{"name": "x", "size": 0, "kept": 0}]}), "x keeps 0 of 0 weights"),
         (json.dumps({k: v for k, v in FULL.items() if k != "stages"}), "stages: Field required"),
+        (json.dumps({**COMPARED, "summary": COMPARED["summary"][:2]}), "the summary lacks the method obd"),
         ("\x00\x01PK\x03\x04", "Invalid JSON"),
     ],
 )
@@ -365,15 +367,36 @@ def test_a_report_that_is_not_there_is_one_message(tmp_path, capsys):
     assert "can't be read (No such file or directory)" in capsys.readouterr().err
 
 
-def test_numbers_that_no_axis_holds_are_refused_or_drawn():
+def test_numbers_that_no_axis_holds_are_refused():
     report = copy.deepcopy(FULL)
-    for stage in report["stages"]:
-        stage["measured"] = stage["predicted"] = 1.7e308
-    report["dense"]["metric"] = -1.7e308
-    try:
+    report["stages"][1]["measured"] = 1.7e308
+    with pytest.raises(WoodfisherError, match="numbers that can't be drawn"):
         page(report)
-    except WoodfisherError as error:
-        assert "can't be drawn" in str(error)
+
+
+def _places(value, path=()):
+    """The path of every value in JSON."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield from _places(part, (*path, key))
+
+
+def test_whatever_is_tampered_with_is_drawn_or_refused_by_a_message():
+    values = itertools.cycle([None, 0, -1, 1.7e308, 5e-324, "", [], {}, "x", True, 10**400, [1], {"a": 1}])
+    outcomes = {True: 0, False: 0}
+    for report in REPORTS.values():
+        for path in list(_places(report))[1:]:
+            content = copy.deepcopy(report)
+            place = content
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = next(values)
+            try:
+                outcomes["</html>" in page(content)] += 1
+            except WoodfisherError:
+                outcomes[False] += 1
+    assert min(outcomes.values()) > 50
 
 
 def test_scales_have_round_ends_and_ticks():

@@ -42,10 +42,8 @@ def render(report: AnyReport) -> str:
     )
     try:
         page = page_of(report)
-    except ArithmeticError as error:
-        raise WoodfisherError(
-            f"the report holds numbers that can't be drawn ({error}): look at it."
-        ) from error
+    except (ArithmeticError, ValueError) as error:
+        raise WoodfisherError(f"the report holds numbers that can't be drawn ({error}).") from error
     return environment.get_template("page.html.jinja").render(page=page)
 
 

@@ -30,6 +30,9 @@ _SHAPES = (
     "M0,-4.4L4.2,3.2H-4.2z",
     "M0,-4.6L4.6,0L0,4.6L-4.6,0z",
 )
+_SMALLEST = 1e-300
+"""Value below which a scale takes all for zero."""
+
 _CROSS = "M-4,-4L4,4M-4,4L4,-4"
 
 
@@ -81,7 +84,8 @@ def logarithmic(values: Iterable[float]) -> Scale:
 def signed_logarithmic(values: Iterable[float], decades: int = 3) -> Scale:
     """A scale that is logarithmic over the largest decades on either side of zero, and linear between."""
     values = list(values)
-    largest = max(map(abs, values), default=0.0) or 1.0
+    largest = max(map(abs, values), default=0.0)
+    largest = largest if largest > _SMALLEST else 1.0
     top = math.ceil(math.log10(largest) - 1e-9)
     threshold = 10.0 ** (top - decades)
 

@@ -203,7 +203,7 @@ def spectrum_section(report: Task, damping: float | None, when: str) -> Section:
     if spectrum is None:
         return Section("spectrum", title, [f"Left out. {missing(report, 'spectrum')}"])
     shown = [
-        [e for e in layer.eigenvalues if e > max(_ROUNDING * max(layer.eigenvalues), 0)]
+        [e for e in layer.eigenvalues if e > _ROUNDING * max(layer.eigenvalues[0], 0)]
         for layer in spectrum.layers
     ]
     scale = logarithmic([*(e for values in shown for e in values), *([damping] if damping else [])])

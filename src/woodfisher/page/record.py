@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Ge, Le, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Tag, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.examine import Examination
@@ -14,6 +23,8 @@ from woodfisher.train import Epoch, Removal
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from typing_extensions import Self
 
 
 def _sound(layers: list[Layer]) -> list[Layer]:
@@ -148,6 +159,13 @@ class Comparison(Task):
     seeds: Count
     summary: Annotated[list[Cell], MinLen(1)]
     results: list[Result | Failure]
+
+    @model_validator(mode="after")
+    def _summed_up(self) -> Self:
+        for result in self.results:
+            if all(result.criterion != cell.criterion for cell in self.summary):
+                raise ValueError(f"the summary lacks the method {result.criterion}")
+        return self
 
 
 def _kind(value: object) -> str | None:
