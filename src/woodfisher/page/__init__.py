@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
@@ -10,6 +11,8 @@ from woodfisher.errors import WoodfisherError
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
+
+    from jinja2 import Template
 
     from woodfisher.page.record import AnyReport
 
@@ -29,9 +32,18 @@ def require_page() -> None:
 
 def render(report: AnyReport) -> str:
     """The page of a report as HTML: no script, nothing from elsewhere, and every text of the report escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
     from woodfisher.page.pages import page_of
+
+    try:
+        page = page_of(report)
+    except (ArithmeticError, ValueError) as error:
+        raise WoodfisherError(f"the report holds numbers that can't be drawn ({error}).") from error
+    return _template().render(page=page)
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("woodfisher.page", ""),
@@ -40,11 +52,7 @@ def render(report: AnyReport) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    try:
-        page = page_of(report)
-    except (ArithmeticError, ValueError) as error:
-        raise WoodfisherError(f"the report holds numbers that can't be drawn ({error}).") from error
-    return environment.get_template("page.html.jinja").render(page=page)
+    return environment.get_template("page.html.jinja")
 
 
 def save_page(content: Mapping[str, Any], path: Path) -> None:
