@@ -234,9 +234,11 @@ def spectrum_section(report: Task, damping: float | None, when: str) -> Section:
     labels = "the data's labels" if spectrum.labels == "data" else "labels from the model"
     text = (
         f"Eigenvalues of each layer's block of the Fisher {when}, without damping, from {spectrum.rows} gradients of "
-        f"single samples with {labels}. So many rows have no more eigenvalues above zero; they are drawn at evenly "
-        "spaced ranks. What lies far above λ is known from the data; far below it, λ alone decides."
+        f"single samples with {labels}. At most {spectrum.rows} of a layer are above zero; they are drawn at evenly "
+        "spaced ranks."
     )
+    if damping:
+        text += " What lies far above λ is known from the data; far below it, λ alone decides."
     label = f"Eigenvalues of the curvature in each of {len(rows)} layers on a logarithmic scale"
     return Section(
         "spectrum",
