@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import tyro
 
 from woodfisher._version import __version__
+from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
 from woodfisher.cli.prune import Prune
@@ -37,7 +38,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"woodfisher {__version__}\n")
         return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        {"prune": Prune, "compare": Compare, "train": Train},
+        {"prune": Prune, "compare": Compare, "train": Train, "bench": BenchCommand},
         prog="woodfisher",
         description=DESCRIPTION,
         args=args,

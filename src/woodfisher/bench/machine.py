@@ -1,0 +1,111 @@
+"""What a machine can do: its rates, timed; and what a computation takes of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_SELF = Path("/proc/self")
+_COPIED = 2**25
+"""Numbers that the measurement of bandwidth copies, 128 MiB: more than caches hold."""
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads inside the block; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def synchronise(device: torch.device) -> None:
+    """Wait until `device` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
+    """Wall-clock seconds of `work`, the mean of `times` runs in a row."""
+    synchronise(device)
+    start = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronise(device)
+    return (time.perf_counter() - start) / times
+
+
+def order(device: torch.device) -> int:
+    """Order of the matrices that tell the rate: large enough for the best rate, over in a fraction of a second."""
+    return 2048 if device.type == "cpu" else 8192
+
+
+class Roofs:
+    """Measures the two limits of a machine.
+
+    Parameters
+    ----------
+    device:
+        Where; the buffers stay there until the object goes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        n = order(device)
+        self._A = torch.randn(n, n, device=device)
+        self._C = torch.empty_like(self._A)
+        self._from = torch.zeros(_COPIED, device=device)
+        self._to = torch.empty_like(self._from)
+        self.matrix_rate()
+        self.bandwidth()
+
+    @staticmethod
+    def size(device: torch.device) -> int:
+        """Bytes that the buffers take."""
+        return 4 * (2 * order(device) ** 2 + 2 * _COPIED)
+
+    def matrix_rate(self) -> float:
+        """FLOP/s of a float32 product of square matrices, now."""
+        return (
+            2 * len(self._A) ** 3 / seconds_of(self._device, lambda: torch.mm(self._A, self._A, out=self._C))
+        )
+
+    def bandwidth(self) -> float:
+        """Bytes/s of a copy, read and written bytes together, now."""
+        return 8 * _COPIED / seconds_of(self._device, lambda: self._to.copy_(self._from))
+
+
+def peak_of(device: torch.device, work: Callable[[], object]) -> int | None:
+    """Bytes that `work` takes at most, above what is held before it; None where the system doesn't tell."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        (_SELF / "clear_refs").write_text("5")
+        before = _resident("VmRSS")
+        work()
+        return max(_resident("VmHWM") - before, 0)
+    except OSError:
+        return None
+
+
+def _resident(field: str) -> int:
+    lines = (_SELF / "status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
+def repeats(seconds: float, least: float) -> int:
+    """Runs in a row that take `least` seconds, from the time of one."""
+    return max(1, math.ceil(least / max(seconds, 1e-9)))

@@ -1,0 +1,154 @@
+"""`woodfisher bench`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from rich.table import Table
+from tyro.conf import arg
+
+from woodfisher.bench.measure import DEFAULT_CASES, Grid, run_bench
+from woodfisher.cli.console import out, print_json, progress
+from woodfisher.cli.options import Count, Folder, usable_device
+from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.memory import format_bytes
+from woodfisher.plots import plot_roofline, require_plots
+
+if TYPE_CHECKING:
+    from woodfisher.bench.measure import Bench, Case
+    from woodfisher.bench.spread import Spread
+
+Counts = Annotated[tuple[int, ...], arg(metavar="N [N ...]", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class BenchCommand:
+    """Time the factor-and-score phase on random gradients: curvature from rows, then its diagonal.
+
+    Tells seconds, counted GFLOP/s (3·N²·d where N < B, else 2·N·B·d + ⅔·B²·d), the fraction of the rate of a float32
+    matrix product that is measured before and after each repetition, peak memory, errors against float64, and how many
+    times longer the recursions take that the factorisation replaces. Without sizes it runs a small grid that fits two
+    minutes on two cores; with sizes, every combination of them. Other programs on the machine falsify it.
+
+    With --out, writes OUT/bench.json and OUT/roofline.png.
+    """
+
+    rows: Counts = ()
+    """Gradient rows N (default, where another size is given: 400)."""
+
+    block_size: Counts = ()
+    """Most weights B in a block (default likewise: 2000)."""
+
+    weights: Counts = ()
+    """Weights d (default likewise: 1000000)."""
+
+    damping: float = 1e-5
+    """λ; the random gradients have the standard deviation 0.01."""
+
+    repetitions: int = 3
+    """Times that each size is measured, with the machine's rates and the peers between."""
+
+    peers: bool = True
+    """Leave out the recursions."""
+
+    peer_seconds: float = 1.0
+    """Seconds for a peer in a repetition; where all its blocks take longer, fewer are timed and the time is scaled."""
+
+    peer_blocks: Count = None
+    """Blocks that a peer takes at a time (default: as many as stay in a cache)."""
+
+    threads: Count = None
+    """Threads of torch (default: its own choice)."""
+
+    device: str = "cpu"
+    """Where to compute: cpu, cuda or cuda:N."""
+
+    out: Folder = None
+    """Folder for the results; files there are replaced."""
+
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def run(self) -> None:
+        """Check everything, measure, write, show."""
+        grid = Grid(
+            self._cases(), self.damping, self.repetitions, self.peers, self.peer_seconds, self.peer_blocks
+        )
+        device = usable_device(self.device)
+        if self.out is not None:
+            check_folder(self.out)
+            require_plots()
+        with progress("measuring", "cases") as show:
+            bench = run_bench(grid, device, self.threads, show)
+        content = bench.to_dict()
+        if self.out is not None:
+            write_folder(
+                self.out,
+                {
+                    "bench.json": lambda path: save_json(content, path),
+                    "roofline.png": lambda path: plot_roofline(bench, path),
+                },
+            )
+        if self.json:
+            print_json(content)
+        else:
+            _show(bench)
+
+    def _cases(self) -> tuple[Case, ...]:
+        if not (self.rows or self.block_size or self.weights):
+            return DEFAULT_CASES
+        return Grid.product(self.rows or (400,), self.block_size or (2000,), self.weights or (1_000_000,))
+
+
+def _show(bench: Bench) -> None:
+    console = out()
+    console.print(
+        f"{bench.device}, {bench.threads} threads: float32 matrix product {bench.matrix_rate / 1e9:.0f} GFLOP/s "
+        f"({bench.matmul_precision} precision), copy {bench.bandwidth / 1e9:.1f} GB/s",
+        soft_wrap=True,
+    )
+    table = Table(title="factor and score: median (lowest to highest)")
+    for column in ("N", "B", "d", "seconds", "GFLOP/s", "of the matrix rate", "peak", "error, worst / norm"):
+        table.add_column(column, justify="right")
+    for m in bench.measurements:
+        table.add_row(
+            str(m.case.rows),
+            str(m.case.block_size),
+            f"{m.case.weights:,}",
+            _spread(m.seconds),
+            _spread(m.rate, 1e-9),
+            _spread(m.fraction, 100, " %"),
+            "unknown" if m.peak_bytes is None else format_bytes(m.peak_bytes),
+            f"{m.error.largest:.0e} / {m.error.norm:.0e}",
+        )
+    console.print(table)
+    if bench.grid.peers:
+        peers = Table(title="times longer than that")
+        for column in ("N", "B", "d", "peer", "ratio", "seconds, scaled", "timed", "error, worst / norm"):
+            peers.add_column(column, justify="left" if column in ("peer", "timed") else "right")
+        for m in bench.measurements:
+            for p in m.peers:
+                blocks = m.case.weights // m.case.block_size
+                rows = "" if p.rows_timed == m.case.rows else f", {p.rows_timed} of {m.case.rows} rows"
+                peers.add_row(
+                    str(m.case.rows),
+                    str(m.case.block_size),
+                    f"{m.case.weights:,}",
+                    p.name,
+                    _spread(p.ratio),
+                    f"{p.seconds.median:.3g}",
+                    f"{p.blocks_timed} of {blocks} blocks, {p.blocks_at_once} at a time{rows}",
+                    "not run" if p.error is None else f"{p.error.largest:.0e} / {p.error.norm:.0e}",
+                )
+        console.print(peers)
+        for p in bench.measurements[0].peers:
+            console.print(f"{p.name}: {p.what}", soft_wrap=True)
+    for s in bench.scaling:
+        fixed = ", ".join(f"{name} {size:,}" for name, size in s.fixed.items())
+        console.print(f"seconds ∝ {s.over}^{s.exponent:.2f} at {fixed}", soft_wrap=True)
+
+
+def _spread(spread: Spread, unit: float = 1, sign: str = "") -> str:
+    median, low, high = (f"{unit * x:.3g}" for x in (spread.median, spread.low, spread.high))
+    return f"{median}{sign}" if median == low == high else f"{median}{sign} ({low} to {high})"
