@@ -129,38 +129,31 @@ def plot_roofline(bench: Bench, path: Path) -> None:
     cases = [m.case for m in bench.measurements]
     rate, bandwidth = bench.matrix_rate / 1e9, bench.bandwidth / 1e9
     ridge = rate / bandwidth
-    left = min(ridge, *(case.intensity for case in cases)) / 3
+    left = min(ridge, *(case.intensity for case in cases)) / 4
     right = max(ridge, *(case.intensity for case in cases)) * 4
     axes.plot([left, ridge, right], [bandwidth * left, rate, rate], color="#222222", linewidth=1.2)
-    axes.text(right, rate * 1.06, f"float32 matrix product, {rate:.0f} GFLOP/s", ha="right", fontsize=8)
-    middle = (left * ridge) ** 0.5
-    axes.text(middle, bandwidth * middle * 1.15, f"copy, {bandwidth:.0f} GB/s", ha="right", fontsize=8)
-    series = [("woodfisher", [m.rate.median for m in bench.measurements])]
+    axes.text(right, rate * 1.08, f"float32 matrix product, {rate:.0f} GFLOP/s", ha="right", fontsize=8)
+    axes.text(left, bandwidth * left / 1.25, f"copy, {bandwidth:.0f} GB/s", va="top", fontsize=8)
+    series = {"woodfisher": [m.rate.median for m in bench.measurements]}
     for peers in zip(*(m.peers for m in bench.measurements), strict=True):
-        rates = [case.flops / p.seconds.median for case, p in zip(cases, peers, strict=True)]
-        series.append((peers[0].name, rates))
-    for row, (name, rates) in enumerate(series):
-        axes.plot(
-            [case.intensity for case in cases],
-            [r / 1e9 for r in rates],
-            linestyle="",
-            marker="o" if row == 0 else "sD^v"[row % 4],
-            markersize=7 if row == 0 else 5,
-            markerfacecolor=_COLOURS[row] if row == 0 else "none",
-            color=_COLOURS[row],
-            label=name,
-        )
+        series[peers[0].name] = [case.flops / p.seconds.median for case, p in zip(cases, peers, strict=True)]
+    handles = []
+    for row, (name, rates) in enumerate(series.items()):
+        style = {"marker": "oDs^"[row % 4], "markersize": 5 if row else 10, "color": _COLOURS[row]}
+        points = [r / 1e9 for r in rates]
+        handles += axes.plot([case.intensity for case in cases], points, linestyle="", label=name, **style)
+    for number, (case, r) in enumerate(zip(cases, series["woodfisher"], strict=True), start=1):
+        where = (case.intensity, r / 1e9)
+        axes.annotate(f"{number}", where, ha="center", va="center_baseline", fontsize=7, color="white")
+        axes.plot([], [], linestyle="", marker=f"${number}$", color="#222222", label=str(case))
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for case, r in zip(cases, series[0][1], strict=True):
-        axes.annotate(
-            str(case), (case.intensity, r / 1e9), xytext=(7, 0), textcoords="offset points", fontsize=7
-        )
     axes.set_xlabel("counted operations for each byte of the rows")
     axes.set_ylabel("GFLOP/s")
-    axes.grid(alpha=0.25, which="both")
+    axes.grid(alpha=0.25)
+    axes.legend(handles=axes.get_lines()[-len(cases) :], fontsize=8, framealpha=0.8)
     figure.suptitle("Factor and score", fontsize=11)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
 
 

@@ -108,47 +108,62 @@ def _show(bench: Bench) -> None:
         f"({bench.matmul_precision} precision), copy {bench.bandwidth / 1e9:.1f} GB/s",
         soft_wrap=True,
     )
-    table = Table(title="factor and score: median (lowest to highest)")
-    for column in ("N", "B", "d", "seconds", "GFLOP/s", "of the matrix rate", "peak", "error, worst / norm"):
-        table.add_column(column, justify="right")
+    table = _table(
+        "factor and score, median of the repetitions",
+        ("seconds", "GFLOP/s", "of matrix rate, %", "peak", "worst error"),
+    )
     for m in bench.measurements:
         table.add_row(
-            str(m.case.rows),
-            str(m.case.block_size),
-            f"{m.case.weights:,}",
-            _spread(m.seconds),
-            _spread(m.rate, 1e-9),
-            _spread(m.fraction, 100, " %"),
+            *_size(m.case),
+            f"{m.seconds.median:.3g}",
+            f"{m.rate.median / 1e9:.3g}",
+            _spread(m.fraction, 100),
             "unknown" if m.peak_bytes is None else format_bytes(m.peak_bytes),
-            f"{m.error.largest:.0e} / {m.error.norm:.0e}",
+            f"{m.error.largest:.0e}",
         )
     console.print(table)
     if bench.grid.peers:
-        peers = Table(title="times longer than that")
-        for column in ("N", "B", "d", "peer", "ratio", "seconds, scaled", "timed", "error, worst / norm"):
-            peers.add_column(column, justify="left" if column in ("peer", "timed") else "right")
-        for m in bench.measurements:
-            for p in m.peers:
-                blocks = m.case.weights // m.case.block_size
-                rows = "" if p.rows_timed == m.case.rows else f", {p.rows_timed} of {m.case.rows} rows"
-                peers.add_row(
-                    str(m.case.rows),
-                    str(m.case.block_size),
-                    f"{m.case.weights:,}",
-                    p.name,
-                    _spread(p.ratio),
-                    f"{p.seconds.median:.3g}",
-                    f"{p.blocks_timed} of {blocks} blocks, {p.blocks_at_once} at a time{rows}",
-                    "not run" if p.error is None else f"{p.error.largest:.0e} / {p.error.norm:.0e}",
-                )
-        console.print(peers)
-        for p in bench.measurements[0].peers:
-            console.print(f"{p.name}: {p.what}", soft_wrap=True)
+        _show_peers(bench)
     for s in bench.scaling:
         fixed = ", ".join(f"{name} {size:,}" for name, size in s.fixed.items())
         console.print(f"seconds ∝ {s.over}^{s.exponent:.2f} at {fixed}", soft_wrap=True)
 
 
-def _spread(spread: Spread, unit: float = 1, sign: str = "") -> str:
-    median, low, high = (f"{unit * x:.3g}" for x in (spread.median, spread.low, spread.high))
-    return f"{median}{sign}" if median == low == high else f"{median}{sign} ({low} to {high})"
+def _show_peers(bench: Bench) -> None:
+    console = out()
+    table = _table("how many times longer", ("peer", "times", "blocks timed", "rows timed", "worst error"))
+    for m in bench.measurements:
+        for p in m.peers:
+            table.add_row(
+                *_size(m.case),
+                p.name,
+                _spread(p.ratio),
+                str(p.blocks_timed),
+                str(p.rows_timed),
+                "not run" if p.error is None else f"{p.error.largest:.0e}",
+            )
+    console.print(table)
+    for p in bench.measurements[0].peers:
+        console.print(f"{p.name}: {p.what}", soft_wrap=True)
+    console.print("Times of a peer are scaled from the blocks and rows timed to all of them.", soft_wrap=True)
+
+
+def _table(title: str, columns: tuple[str, ...]) -> Table:
+    table = Table(title=title)
+    for column in ("N", "B", "d", *columns):
+        table.add_column(column, justify="left" if column == "peer" else "right")
+    return table
+
+
+def _size(case: Case) -> tuple[str, str, str]:
+    return str(case.rows), str(case.block_size), f"{case.weights:,}"
+
+
+def _spread(spread: Spread, unit: float = 1) -> str:
+    """Median, and lowest to highest where they differ, to three digits."""
+    median, low, high = (_short(unit * x) for x in (spread.median, spread.low, spread.high))
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def _short(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"
