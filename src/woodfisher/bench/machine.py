@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from woodfisher.memory import peak_memory, resident_memory
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-_SELF = Path("/proc/self")
+_CLEAR = Path("/proc/self/clear_refs")
+"""Writing 5 makes the kernel forget the process's peak."""
+
 _COPIED = 2**25
 """Numbers that the measurement of bandwidth copies, 128 MiB: more than caches hold."""
 
@@ -93,20 +97,18 @@ def peak_of(device: torch.device, work: Callable[[], object]) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
+    if not _CLEAR.exists():
+        return None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)  # or memory that was freed earlier, and that the allocator kept, hides what `work` takes
     try:
-        # Memory that an earlier computation freed and the allocator kept would hide what this one takes.
-        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
-        (_SELF / "clear_refs").write_text("5")
-        before = _resident("VmRSS")
-        work()
-        return max(_resident("VmHWM") - before, 0)
+        _CLEAR.write_text("5")
     except OSError:
         return None
-
-
-def _resident(field: str) -> int:
-    lines = (_SELF / "status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    before = resident_memory(device)
+    work()
+    return max(peak_memory() - before, 0)
 
 
 def repeats(seconds: float, least: float) -> int:
