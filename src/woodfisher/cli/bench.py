@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from tyro.conf import arg
 
@@ -16,7 +17,9 @@ from woodfisher.memory import format_bytes
 from woodfisher.plots import plot_roofline, require_plots
 
 if TYPE_CHECKING:
-    from woodfisher.bench.measure import Bench, Case
+    from collections.abc import Sequence
+
+    from woodfisher.bench.measure import Bench, Case, Measurement
     from woodfisher.bench.spread import Spread
 
 Counts = Annotated[tuple[int, ...], arg(metavar="N [N ...]", help_behavior_hint="")]
@@ -108,55 +111,43 @@ def _show(bench: Bench) -> None:
         f"({bench.matmul_precision} precision), copy {bench.bandwidth / 1e9:.1f} GB/s",
         soft_wrap=True,
     )
-    table = _table(
-        "factor and score, median of the repetitions",
-        ("seconds", "GFLOP/s", "of matrix rate, %", "peak", "worst error"),
-    )
+    own = _table("factor and score", ("seconds", "GFLOP/s", "of matrix rate, % (range)", "peak"))
     for m in bench.measurements:
-        table.add_row(
-            *_size(m.case),
-            f"{m.seconds.median:.3g}",
-            f"{m.rate.median / 1e9:.3g}",
-            _spread(m.fraction, 100),
-            "unknown" if m.peak_bytes is None else format_bytes(m.peak_bytes),
-            f"{m.error.largest:.0e}",
+        peak = "unknown" if m.peak_bytes is None else format_bytes(m.peak_bytes)
+        own.add_row(
+            _size(m), _short(m.seconds.median), _short(m.rate.median / 1e9), _spread(m.fraction, 100), peak
         )
-    console.print(table)
-    if bench.grid.peers:
-        _show_peers(bench)
+    console.print(own)
+    names = [p.name for p in bench.measurements[0].peers]
+    if names:
+        times = _table("how many times longer the recursions take (range)", names)
+        for m in bench.measurements:
+            times.add_row(_size(m), *(_spread(p.ratio) for p in m.peers))
+        console.print(times)
+    errors = _table("worst relative error of the diagonal", ["woodfisher", *names])
+    for m in bench.measurements:
+        found = [m.error, *(p.error for p in m.peers)]
+        errors.add_row(_size(m), *("not run" if e is None else f"{e.largest:.0e}" for e in found))
+    console.print(errors)
+    for peers in zip(*(m.peers for m in bench.measurements), strict=True):
+        timed = "; ".join(f"{p.blocks_timed} and {p.rows_timed}" for p in peers)
+        console.print(
+            f"{peers[0].name}: {peers[0].what}; blocks and rows timed: {timed}, scaled to all", soft_wrap=True
+        )
     for s in bench.scaling:
         fixed = ", ".join(f"{name} {size:,}" for name, size in s.fixed.items())
         console.print(f"seconds ∝ {s.over}^{s.exponent:.2f} at {fixed}", soft_wrap=True)
 
 
-def _show_peers(bench: Bench) -> None:
-    console = out()
-    table = _table("how many times longer", ("peer", "times", "blocks timed", "rows timed", "worst error"))
-    for m in bench.measurements:
-        for p in m.peers:
-            table.add_row(
-                *_size(m.case),
-                p.name,
-                _spread(p.ratio),
-                str(p.blocks_timed),
-                str(p.rows_timed),
-                "not run" if p.error is None else f"{p.error.largest:.0e}",
-            )
-    console.print(table)
-    for p in bench.measurements[0].peers:
-        console.print(f"{p.name}: {p.what}", soft_wrap=True)
-    console.print("Times of a peer are scaled from the blocks and rows timed to all of them.", soft_wrap=True)
-
-
-def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title)
-    for column in ("N", "B", "d", *columns):
-        table.add_column(column, justify="left" if column == "peer" else "right")
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, box=SIMPLE_HEAD)
+    for column in ("N, B, d", *columns):
+        table.add_column(column, justify="right", overflow="fold")
     return table
 
 
-def _size(case: Case) -> tuple[str, str, str]:
-    return str(case.rows), str(case.block_size), f"{case.weights:,}"
+def _size(m: Measurement) -> str:
+    return f"{m.case.rows}, {m.case.block_size}, {m.case.weights}"
 
 
 def _spread(spread: Spread, unit: float = 1) -> str:
