@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reference import recursion
-from woodfisher import WoodfisherError
+from woodfisher import WoodfisherError, WoodfisherWarning
 from woodfisher.bench import Bench, Case, Error, Grid, Measurement, Spread, machine, peers, run_bench
 from woodfisher.bench.measure import factor_and_score
 from woodfisher.cli import main
@@ -22,6 +22,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(machine, "order", lambda _: 64)
     monkeypatch.setattr(machine, "_COPIED", 1000)
     monkeypatch.setattr("woodfisher.bench.measure._LEAST_SECONDS", 0.0)
+    monkeypatch.setattr("woodfisher.bench.measure._QUIET", 0.0)
 
 
 def gradients(count, N, B, dtype=torch.float64):
@@ -89,7 +90,7 @@ def test_scaling_and_fractions():
     cases = [Case(10, 20, 100), Case(10, 20, 200), Case(10, 20, 400), Case(20, 20, 100)]
     seconds = [0.1, 0.2, 0.4, 0.4]
     measured = tuple(map(measurement, cases, seconds))
-    bench = Bench(Grid(tuple(cases)), "cpu", 1, "highest", measured)
+    bench = Bench(Grid(tuple(cases)), "cpu", 1, "highest", None, measured)
     weights, rows = bench.scaling
     assert (weights.over, weights.fixed, weights.sizes) == (
         "weights",
@@ -131,6 +132,14 @@ def test_slow_peers_run_on_few_blocks_and_rows():
         assert p.rows_timed == (4 if p.name == "rank-one" else 20)
         assert (p.error is None) == (p.name == "rank-one")
         assert p.seconds.median > 0
+
+
+@pytest.mark.usefixtures("_small")
+def test_a_busy_machine_is_told(monkeypatch):
+    monkeypatch.setattr("woodfisher.bench.measure._QUIET", 1e9)
+    with pytest.warns(WoodfisherWarning, match="of the processor time that its threads asked for"):
+        bench = run_bench(Grid((Case(4, 10, 20),), repetitions=1, peers=False))
+    assert bench.processor_share > 0
 
 
 def test_threads_are_put_back():
@@ -193,7 +202,7 @@ def test_command_writes_and_prints(tmp_path, capsys):
 
 def test_picture_without_peers(tmp_path):
     case = Case(10, 20, 100)
-    bench = Bench(Grid((case,), peers=False), "cpu", 1, "highest", (measurement(case, 0.1),))
+    bench = Bench(Grid((case,), peers=False), "cpu", 1, "highest", None, (measurement(case, 0.1),))
     plot_roofline(bench, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
 

@@ -62,6 +62,12 @@ class Roofs:
     ----------
     device:
         Where; the buffers stay there until the object goes.
+
+    Attributes
+    ----------
+    shares:
+        Processor time that the process got over what its threads could have had, in each product so far: near one
+        where the machine is quiet. Empty on other devices than the processor.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -71,6 +77,7 @@ class Roofs:
         self._C = torch.empty_like(self._A)
         self._from = torch.zeros(_COPIED, device=device)
         self._to = torch.empty_like(self._from)
+        self.shares: list[float] = []
         self.matrix_rate()
         self.bandwidth()
 
@@ -81,9 +88,11 @@ class Roofs:
 
     def matrix_rate(self) -> float:
         """FLOP/s of a float32 product of square matrices, now."""
-        return (
-            2 * len(self._A) ** 3 / seconds_of(self._device, lambda: torch.mm(self._A, self._A, out=self._C))
-        )
+        start = time.process_time()
+        seconds = seconds_of(self._device, lambda: torch.mm(self._A, self._A, out=self._C))
+        if self._device.type == "cpu":
+            self.shares.append((time.process_time() - start) / seconds / torch.get_num_threads())
+        return 2 * len(self._A) ** 3 / seconds
 
     def bandwidth(self) -> float:
         """Bytes/s of a copy, read and written bytes together, now."""

@@ -19,7 +19,7 @@ from woodfisher.curvature import WoodFisher
 from woodfisher.curvature.base import WORKSPACE
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import check_memory
-from woodfisher.watch import report_progress, watching
+from woodfisher.watch import report_progress, warn, watching
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -40,6 +40,9 @@ larger batches were up to ten times slower a block, smaller ones up to four time
 
 _PATIENCE = 5
 """Times the peers' seconds that finding a peer's errors may take."""
+
+_QUIET = 0.9
+"""Share of the processors' time below which a run is not quiet."""
 
 _PILOT = 4
 """Rows from which the time of all is foreseen."""
@@ -259,12 +262,22 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Bench:
-    """All cases, and the machine."""
+    """All cases, and the machine.
+
+    Attributes
+    ----------
+    matmul_precision:
+        torch's, for float32: anything but `highest` allows TF32 or less.
+    processor_share:
+        Of the processor time that the threads could have had during the matrix products, what they got: the median.
+        None on other devices.
+    """
 
     grid: Grid
     device: str
     threads: int
     matmul_precision: str
+    processor_share: float | None
     measurements: tuple[Measurement, ...]
 
     @property
@@ -303,6 +316,7 @@ class Bench:
             "threads": self.threads,
             "processes": 1,
             "float32_matmul_precision": self.matmul_precision,
+            "processor_share": self.processor_share,
             "damping": self.grid.damping,
             "repetitions": self.grid.repetitions,
             "matrix_flops_per_second": self.matrix_rate,
@@ -341,11 +355,18 @@ def run_bench(
         for number, case in enumerate(grid.cases):
             report_progress("cases", number, len(grid.cases))
             measurements.append(_measure(case, grid, device, roofs))
+        share = Spread(tuple(roofs.shares)).median if roofs.shares else None
+        if share is not None and share < _QUIET:
+            warn(
+                f"this process got {share:.0%} of the processor time that its threads asked for: other programs run, "
+                "and the figures are off. Measure on a quiet machine, with no more threads than cores."
+            )
         return Bench(
             grid,
             _device_name(device),
             torch.get_num_threads(),
             torch.get_float32_matmul_precision(),
+            share,
             tuple(measurements),
         )
 
