@@ -384,6 +384,7 @@ def _measure(case: Case, grid: Grid, device: torch.device, roofs: Roofs) -> Meas
     def phase() -> Tensor:
         return factor_and_score(rows, B, grid.damping)
 
+    phase()  # what torch sets up once is no part of what follows
     peak = peak_of(device, phase)
     checked = min(d // B, max(1, 2000 // B))
     truth = exact(_blocks(rows, B, 0, checked), grid.damping, N)
