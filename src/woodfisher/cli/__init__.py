@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from woodfisher._version import __version__
+from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
 from woodfisher.cli.origin import given
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Any] = {
     "plan": Plan,
     "tour": Tour,
     "report": MakePage,
+    "bench": BenchCommand,
 }
 
 

@@ -56,11 +56,7 @@ class TaskOptions:
 
     def load(self) -> Task:
         """Load the task onto the device."""
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise WoodfisherError(f"the device {self.device!r} can't be used here: {error}") from error
+        device = usable_device(self.device)
         task = load_task(self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
         task.model.to(device)
         if self.train_samples is None:
@@ -164,6 +160,16 @@ class MethodOptions:
             **_given(recalibrate=self.recalibrate, refine=self.refine if method.curvature.samples else None),
         }
         return replace(method, curvature=curvature, **parts)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; raises where nothing can be put on it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WoodfisherError(f"the device {name!r} can't be used here: {error}") from error
+    return device
 
 
 def parse_methods(text: str) -> list[str]:
