@@ -13,13 +13,14 @@ from rich.table import Table
 from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
-from woodfisher.cli.console import note, out, print_json, progress
+from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
-from woodfisher.files import check_folder, save_json, save_model, write_folder
+from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.method import METHODS
 from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.plots import plot_layers, require_plots
+from woodfisher.saved import packed_model
 
 SHOWN_STAGES = 12
 
@@ -39,7 +40,7 @@ class Prune:
 
     Without arguments: a small network is trained on scikit-learn's digits and pruned, in under a minute.
 
-    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json and OUT/layers.png.
+    Writes OUT/model.safetensors (compressed; see `woodfisher inspect`), OUT/report.json and OUT/layers.png.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -98,6 +99,7 @@ class Prune:
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
 
+        weights = packed_model(task.model, report.masks)
         content = {
             "task": self.model.task,
             "metric": task.metric_name,
@@ -110,13 +112,14 @@ class Prune:
             "magnitude": {"metric": by_magnitude, "sparsity": magnitude.sparsity},
             "pruned": {"metric": pruned},
             **report.to_dict(),
+            "bytes": weights.to_dict(),
             "out": str(folder),
         }
         curves = {self.criterion: report.layers, "magnitude": magnitude.layers}
         write_folder(
             folder,
             {
-                "model.safetensors": lambda path: save_model(task.model, report.masks, path),
+                "model.safetensors": weights.write,
                 "report.json": lambda path: save_json(content, path),
                 "layers.png": lambda path: plot_layers(curves, report.sparsity, path),
             },
@@ -179,6 +182,7 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     console.print(layers)
     if any(stage.measured is not None for stage in report.stages):
         console.print(_stages(report))
+    console.print(size_on_disk(content["bytes"]))
     console.print(f"Results are in {content['out']}", soft_wrap=True)
 
 
