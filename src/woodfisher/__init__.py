@@ -1,5 +1,6 @@
 """woodfisher: prune neural networks with second-order information."""
 
+from woodfisher import export
 from woodfisher._version import __version__
 from woodfisher.adaptive import Adaptive
 from woodfisher.channels import Cost, cost_of, shrink
@@ -19,6 +20,7 @@ from woodfisher.oneshot import Pruned, prune, sweep
 from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
+from woodfisher.saved import load_weights, save_weights
 from woodfisher.schedule import Milestones, Polynomial, one_shot
 
 __all__ = [
@@ -48,8 +50,11 @@ __all__ = [
     "WoodfisherWarning",
     "__version__",
     "cost_of",
+    "export",
+    "load_weights",
     "one_shot",
     "prune",
+    "save_weights",
     "shrink",
     "sweep",
 ]

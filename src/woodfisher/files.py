@@ -39,7 +39,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is there whole or not at all, whenever the process ends; an old one is replaced."""
     draft = path.with_name(f".{path.name}.part")
     try:
@@ -50,6 +50,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise WoodfisherError(
             f"{path} could not be written: {error}. Make room or choose another folder."
         ) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -60,7 +62,7 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Make a folder of files, by name; nothing appears in it before all of them are written.
 
     Files of the same names are replaced, others stay.

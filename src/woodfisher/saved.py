@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
@@ -123,12 +124,21 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def packed_model(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Packed:
-    """A model's state dict as `save_weights` writes it.
+    """A model's state dict as `save_weights` writes it."""
+    return pack_state(unwrapped(model).state_dict(), masks)
+
+
+def pack_state(
+    tensors: Mapping[str, Any],
+    masks: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
+) -> Packed:
+    """A state dict as the content of a file, with more for its header.
 
     Tensors that share memory stand there once, their other names in the header. The mask of a weight that is not
     compressed, where something of it is removed, is the bool tensor `<name>_mask`.
     """
-    state, tied = state_of(model)
+    state, tied = once(tensors)
     if masks is None:
         masks = {name: _bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
     for name, mask in masks.items():
@@ -140,28 +150,34 @@ def packed_model(model: nn.Module, masks: Mapping[str, Tensor] | None = None) ->
                 + ("no such tensor." if tensor is None else f"{tuple(tensor.shape)}.")
             )
     kept = {tied.get(name, name): mask.cpu() for name, mask in masks.items()}
-    tensors: dict[str, Tensor] = {}
+    content: dict[str, Tensor] = {}
     compressed: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
         parts = _smaller(tensor, kept[name]) if name in kept else None
         prefix = name.removesuffix(".weight")
         if parts is None or any(f"{prefix}.{part}" in state for part in PARTS):
-            tensors[name] = tensor
+            content[name] = tensor
             if name in kept and not kept[name].all():
-                tensors[f"{name}_mask"] = kept[name].contiguous()
+                content[f"{name}_mask"] = kept[name].contiguous()
         else:
-            tensors.update({f"{prefix}.{part}": value for part, value in parts.items()})
+            content.update({f"{prefix}.{part}": value for part, value in parts.items()})
             compressed[prefix] = {"name": name, "shape": list(tensor.shape)}
-    metadata = {**tied, "format": "pt", "woodfisher": __version__, COMPRESSED: json.dumps(compressed)}
-    return Packed(safetensors.torch.save(tensors, metadata), sum(map(_bytes, state.values())))
+    header = {
+        **tied,
+        **metadata,
+        "format": "pt",
+        "woodfisher": __version__,
+        COMPRESSED: json.dumps(compressed),
+    }
+    return Packed(safetensors.torch.save(content, header), sum(map(_bytes, state.values())))
 
 
-def state_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Copies of a model's tensors on the CPU, each once, and the other names of those that have several."""
+def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Copies of a state dict's tensors on the CPU, each once, and the other names of those that have several."""
     state: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, tensor in unwrapped(model).state_dict().items():
+    for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             warn(f"the model's {name!r} is no tensor, and is not saved.")
             continue

@@ -11,6 +11,8 @@ import tyro
 from woodfisher._version import __version__
 from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
+from woodfisher.cli.export import Export
+from woodfisher.cli.inspect import Inspect
 from woodfisher.cli.prune import Prune
 from woodfisher.cli.train import Train
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
@@ -25,6 +27,8 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher prune --task my_project.tasks:resnet --sparsity 0.9 --out pruned
   woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
   woodfisher train --task resnet20-cifar10 --sparsity 0.95 --epochs 30
+  woodfisher inspect pruned/model.safetensors
+  woodfisher export --to csr --measure --weights pruned/model.safetensors --task my_project.tasks:resnet
 
 Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
 with one message that says what was expected, what came and what to do."""
@@ -37,7 +41,7 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"woodfisher {__version__}\n")
         return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        {"prune": Prune, "compare": Compare, "train": Train},
+        {"prune": Prune, "compare": Compare, "train": Train, "inspect": Inspect, "export": Export},
         prog="woodfisher",
         description=DESCRIPTION,
         args=args,
