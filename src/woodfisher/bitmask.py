@@ -28,11 +28,11 @@ PARTS = ("shape", "compressed", "bitmask", "row_offsets")
 def pack(weight: Tensor, kept: Tensor) -> dict[str, Tensor]:
     """The parts of a weight, of which `kept` (bool, of its shape) says what stays.
 
-    Kernels are laid out as `(outputs, everything else)`: a padded byte and an offset for every row of three weights
-    would take more room than the weights.
+    Kernels are laid out as one row: a padded byte and an offset for every three weights would take more room than the
+    weights.
     """
     if weight.ndim > 2:
-        weight, kept = weight.flatten(1), kept.flatten(1)
+        weight, kept = weight.reshape(1, -1), kept.reshape(1, -1)
     return {
         "shape": torch.tensor(weight.shape),
         "compressed": weight[kept],

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 COMPRESSED = "woodfisher.compressed"
-"""Key in a file's header: JSON of prefix → name and shape of each weight that is in the bitmask form."""
+"""Key in a file's header: JSON of prefix → name and shape of those weights in the bitmask form whose names don't end
+in `.weight`, or which have more than two dimensions."""
 
 EXPECTED = "network weights (a state dict in a .pt file, or .safetensors)"
 
@@ -161,7 +162,8 @@ def pack_state(
                 content[f"{name}_mask"] = kept[name].contiguous()
         else:
             content.update({f"{prefix}.{part}": value for part, value in parts.items()})
-            compressed[prefix] = {"name": name, "shape": list(tensor.shape)}
+            if prefix == name or tensor.ndim > 2:
+                compressed[prefix] = {"name": name, "shape": list(tensor.shape)}
     header = {
         **tied,
         **metadata,

@@ -114,6 +114,10 @@ class Export:
             )
         if self.layers and self.to != "csr":
             raise WoodfisherError("--layers belongs to --to csr.")
+        if self.measure and self.to == "dense":
+            raise WoodfisherError(
+                "a dense export is as fast as the dense model: --measure belongs to the others."
+            )
         folder = self.out or self.weights.parent / self.to.replace(":", "-")
         check_folder(folder)
         note(f"loading {self.task}")
@@ -174,7 +178,10 @@ class Export:
         if self.to == "dense":
             save_dense(model, path)
         elif self.to == "csr":
-            save_export(to_sparse(model, self._chosen(layers)), path)
+            sparse = to_sparse(model, self._chosen(layers))
+            if not self.layers:
+                self._check_faster(model, sparse, _first(inputs, 1))
+            save_export(sparse, path)
         elif self.to == "channels":
             one = _first(inputs, 1)
             small = shrink(model, one)
@@ -201,13 +208,23 @@ class Export:
                 "it has no zeros in layers that can be sparse"
                 if best is None
                 else f"the best, {best.name} at {best.sparsity:.1%}, takes {1 / best.race.speedup:.2f} of the dense "
-                f"time with {best.race.threads} threads"
+                f"time, with {best.race.threads} of torch's threads"
             )
             raise WoodfisherError(
                 f"dense is faster here: no layer of the model is faster with a sparse weight beyond the spread of "
                 f"the measurement ({told}). Nothing was written. --layers converts the ones that you name."
             )
         return chosen
+
+    def _check_faster(self, model: nn.Module, sparse: nn.Module, inputs: Any) -> None:
+        """Layers that are faster alone need not make the whole so, as when something else disturbed their timing."""
+        timed = race(partial(outputs_of, model, inputs), partial(outputs_of, sparse, inputs))
+        if timed.lost:
+            raise WoodfisherError(
+                f"dense is faster here: with the layers sparse that are faster alone, the model takes "
+                f"{1 / timed.speedup:.2f} of the dense time, with {timed.threads} of torch's threads. Nothing was written. "
+                "--layers converts the ones that you name."
+            )
 
     def _measured(self, model: nn.Module, exported: Run, inputs: Any) -> list[dict[str, Any]]:
         results = []
@@ -270,11 +287,14 @@ def _show(content: dict[str, Any]) -> None:
             )
         console.print(table)
     for each in content["measured"]:
+        threads = "1 thread" if each["threads"] == 1 else f"{each['threads']} threads"
         console.print(
-            f"batch {each['batch']}, {each['threads']} threads: dense {_microseconds(each['dense'])} µs, "
-            f"{content['to']} {_microseconds(each['sparse'])} µs: {each['verdict']}",
+            f"batch {each['batch']}, {threads}: dense {_microseconds(each['dense'])} µs, exported "
+            f"{_microseconds(each['sparse'])} µs: {each['verdict']}",
             soft_wrap=True,
         )
+    if content["measured"] and content["to"] == "onnx":
+        console.print("onnxruntime computes with zeros, too: the dense network would be as fast in it.")
     sizes = content["bytes"]
     console.print(
         f"Outputs on {content['samples']} samples differ by {content['difference']:.1e} of the largest one at most "

@@ -43,40 +43,30 @@ def _show(file: Path, contents: Contents) -> None:
     content = contents.to_dict()
     by = "" if contents.written_by is None else f", written by woodfisher {contents.written_by}"
     table = Table(title=f"{file}{by}")
-    table.add_column("tensor")
+    table.add_column("tensor", overflow="fold")
     table.add_column("shape")
-    table.add_column("dtype")
     for column in ("kept", "sparsity"):
         table.add_column(column, justify="right")
     table.add_column("pattern")
-    for column in ("dense, bytes", "stored, bytes"):
+    for column in ("bytes", "of dense"):
         table.add_column(column, justify="right")
     for each in contents.layers:
         table.add_row(
             each.name,
-            "×".join(map(str, each.shape)),
-            each.dtype,
+            f"{each.dtype} {'×'.join(map(str, each.shape))}",
             f"{each.kept:,}",
             f"{each.sparsity:.2%}",
             each.pattern,
-            f"{each.dense:,}",
             f"{each.stored:,}",
+            f"{each.stored / max(each.dense, 1):.1%}",
         )
     others = [each for each in contents.entries if each.pattern is None]
-    if others:
-        dense, stored = sum(each.dense for each in others), sum(each.stored for each in others)
-        table.add_row(f"{len(others)} others", "", "", "", "", "", f"{dense:,}", f"{stored:,}")
     table.add_section()
+    if others:
+        table.add_row(f"{len(others)} others", *[""] * 4, f"{sum(each.stored for each in others):,}", "")
     total = content["bytes"]
     table.add_row(
-        "all, with the header",
-        "",
-        "",
-        f"{content['kept']:,}",
-        f"{content['sparsity']:.2%}",
-        "",
-        f"{total['dense']:,}",
-        f"{total['stored']:,}",
+        "the file", "", f"{content['kept']:,}", f"{content['sparsity']:.2%}", "", f"{total['stored']:,}", ""
     )
     console = out()
     console.print(table)

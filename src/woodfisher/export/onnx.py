@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -20,7 +21,7 @@ from woodfisher.forward import arguments_of, outputs_of
 from woodfisher.parameters import unwrapped
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 TOLERANCE = 1e-5
 """Largest difference to the model's outputs, as a fraction of the largest of them."""
@@ -91,8 +92,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
     arguments, named = arguments_of((example_inputs, ()))
     wanted = outputs_of(model, example_inputs)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr), torch.no_grad():
-            warnings.simplefilter("ignore")
+        with _quiet(), torch.no_grad():
             program = torch.onnx.export(
                 model,
                 arguments,
@@ -118,6 +118,20 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
             )
 
     write_whole(Path(path), write)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of its progress and of packages that it can do without."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _any_number(arguments: Sequence[Any], named: dict[str, Any]) -> Any:
