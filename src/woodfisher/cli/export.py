@@ -222,8 +222,8 @@ class Export:
         if timed.lost:
             raise WoodfisherError(
                 f"dense is faster here: with the layers sparse that are faster alone, the model takes "
-                f"{1 / timed.speedup:.2f} of the dense time, with {timed.threads} of torch's threads. Nothing was written. "
-                "--layers converts the ones that you name."
+                f"{1 / timed.speedup:.2f} of the dense time, with {timed.threads} of torch's threads. Nothing was "
+                "written. --layers converts the ones that you name."
             )
 
     def _measured(self, model: nn.Module, exported: Run, inputs: Any) -> list[dict[str, Any]]:
@@ -294,7 +294,10 @@ def _show(content: dict[str, Any]) -> None:
             soft_wrap=True,
         )
     if content["measured"] and content["to"] == "onnx":
-        console.print("onnxruntime computes with zeros, too: the dense network would be as fast in it.")
+        console.print(
+            "onnxruntime computes with zeros, too: the difference is its own and not that of pruning.",
+            soft_wrap=True,
+        )
     sizes = content["bytes"]
     console.print(
         f"Outputs on {content['samples']} samples differ by {content['difference']:.1e} of the largest one at most "

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003 (tyro reads the annotation)
 from typing import TYPE_CHECKING, Annotated
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from tyro.conf import Positional, arg
 
@@ -42,8 +43,9 @@ class Inspect:
 def _show(file: Path, contents: Contents) -> None:
     content = contents.to_dict()
     by = "" if contents.written_by is None else f", written by woodfisher {contents.written_by}"
-    table = Table(title=f"{file}{by}")
+    table = Table(title=f"{file}{by}", box=SIMPLE_HEAD)
     table.add_column("tensor", overflow="fold")
+    table.add_column("dtype")
     table.add_column("shape")
     for column in ("kept", "sparsity"):
         table.add_column(column, justify="right")
@@ -53,7 +55,8 @@ def _show(file: Path, contents: Contents) -> None:
     for each in contents.layers:
         table.add_row(
             each.name,
-            f"{each.dtype} {'×'.join(map(str, each.shape))}",
+            each.dtype,
+            "×".join(map(str, each.shape)),
             f"{each.kept:,}",
             f"{each.sparsity:.2%}",
             each.pattern,
@@ -63,10 +66,17 @@ def _show(file: Path, contents: Contents) -> None:
     others = [each for each in contents.entries if each.pattern is None]
     table.add_section()
     if others:
-        table.add_row(f"{len(others)} others", *[""] * 4, f"{sum(each.stored for each in others):,}", "")
+        table.add_row(f"{len(others)} others", *[""] * 5, f"{sum(each.stored for each in others):,}", "")
     total = content["bytes"]
     table.add_row(
-        "the file", "", f"{content['kept']:,}", f"{content['sparsity']:.2%}", "", f"{total['stored']:,}", ""
+        "the file",
+        "",
+        "",
+        f"{content['kept']:,}",
+        f"{content['sparsity']:.2%}",
+        "",
+        f"{total['stored']:,}",
+        "",
     )
     console = out()
     console.print(table)
