@@ -1,6 +1,7 @@
 """Exported models compute what the pruned ones do, and say so only if it was measured."""
 
 import copy
+import functools
 import json
 import math
 import sys
@@ -9,9 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.nn.utils.prune import l1_unstructured
 
 import woodfisher as wf
-from models import ConvNet, Transformer, mlp, samples
+from models import ConvNet, Transformer, mlp
 from woodfisher.cli import main
 from woodfisher.export import (
     LayerSpeed,
@@ -54,6 +56,13 @@ def convnet():
         ),
         floor=0.1,
     )
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    short = functools.partial(race, rounds=3, seconds=1e-4)
+    monkeypatch.setattr("woodfisher.export.sparse.race", short)
+    monkeypatch.setattr("woodfisher.cli.export.race", short)
 
 
 IMAGES = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -159,8 +168,8 @@ def listed(text):
         (listed('{"sparse": ["1"]}'), "must be a plain Linear or Conv2d"),
         (listed('{"sparse": ["7"]}'), "has none of that name"),
         (listed('{"sparse": "5"}'), "must hold lists of names"),
-        (listed("[]"), "AttributeError"),
-        (listed("{"), "JSONDecodeError"),
+        (listed("[]"), "must hold lists of names"),
+        (listed("{"), "Expecting property name"),
     ],
 )
 def test_tampered_exports_end_in_one_error(tamper, message, tmp_path):
@@ -196,7 +205,7 @@ def test_layers_with_groups_hooks_or_parametrizations_stay_dense():
     model = ConvNet()
     with pytest.raises(wf.WoodfisherError, match="without groups or hooks"):
         to_sparse(model, ["grouped"])
-    torch.nn.utils.prune.l1_unstructured(model.fc, "weight", 0.5)
+    l1_unstructured(model.fc, "weight", 0.5)
     with pytest.raises(wf.WoodfisherError, match="without groups or hooks"):
         to_sparse(model, ["fc"])
     with pytest.raises(wf.WoodfisherError, match=r"put it into a torch.nn.Sequential"):
@@ -374,7 +383,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "my_exports.py").write_text(TASK)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4))
-    report = wf.prune(model, [], sparsity=0.9, criterion="magnitude")
+    report = wf.prune(model, [], sparsity=0.9, criterion="magnitude", floor=0.05)
     wf.save_weights(model, tmp_path / "pruned.safetensors", report.masks)
     yield tmp_path
     sys.modules.pop("my_exports", None)
@@ -456,7 +465,7 @@ def test_layers_that_do_not_win_are_not_converted(folder, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--to", "2:4"], "no Linear layer of the model is 2:4"),
+        (["--to", "2:4"], "2:4 runs on NVIDIA GPUs"),
         (["--to", "dense", "--layers", "0"], "--layers belongs to --to csr"),
         (["--to", "dense", "--measure"], "--measure belongs to the others"),
         (["--to", "dense", "--tolerance", "0"], "tolerance must be a finite number above 0"),
@@ -489,10 +498,9 @@ def test_weights_are_asked_for(folder, capsys):
     assert "name the pruned weights with --weights" in capsys.readouterr().err
 
 
-def test_dict_inputs_and_attention(tmp_path):
+def test_onnx_of_attention(tmp_path):
     pytest.importorskip("onnxruntime")
     model = Transformer().eval()
     tokens = torch.randint(0, 11, (3, 6))
     to_onnx(model, tokens, tmp_path / "model.onnx")
     assert difference(OnnxModel(tmp_path / "model.onnx")(tokens[:1]), [model(tokens[:1])]) < 1e-5
-    assert samples(2)[0].shape == (2, 6)

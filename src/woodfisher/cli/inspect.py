@@ -43,30 +43,27 @@ class Inspect:
 def _show(file: Path, contents: Contents) -> None:
     content = contents.to_dict()
     by = "" if contents.written_by is None else f", written by woodfisher {contents.written_by}"
-    table = Table(title=f"{file}{by}", box=SIMPLE_HEAD)
-    table.add_column("tensor", overflow="fold")
-    table.add_column("dtype")
-    table.add_column("shape")
-    for column in ("kept", "sparsity"):
-        table.add_column(column, justify="right")
-    table.add_column("pattern")
-    for column in ("bytes", "of dense"):
-        table.add_column(column, justify="right")
+    table = Table(title=f"{file}{by}", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    table.add_column("tensor", overflow="fold", min_width=8)
+    for column in ("dtype", "shape", "kept", "sparsity", "pattern", "dense", "stored"):
+        left = column in ("dtype", "shape", "pattern")
+        table.add_column(column, justify="left" if left else "right", no_wrap=True)
     for each in contents.layers:
         table.add_row(
             each.name,
-            each.dtype,
+            _short(each.dtype),
             "×".join(map(str, each.shape)),
             f"{each.kept:,}",
             f"{each.sparsity:.2%}",
             each.pattern,
+            f"{each.dense:,}",
             f"{each.stored:,}",
-            f"{each.stored / max(each.dense, 1):.1%}",
         )
     others = [each for each in contents.entries if each.pattern is None]
     table.add_section()
     if others:
-        table.add_row(f"{len(others)} others", *[""] * 5, f"{sum(each.stored for each in others):,}", "")
+        dense, stored = sum(each.dense for each in others), sum(each.stored for each in others)
+        table.add_row(f"{len(others)} others", *[""] * 5, f"{dense:,}", f"{stored:,}")
     total = content["bytes"]
     table.add_row(
         "the file",
@@ -75,9 +72,14 @@ def _show(file: Path, contents: Contents) -> None:
         f"{content['kept']:,}",
         f"{content['sparsity']:.2%}",
         "",
+        f"{total['dense']:,}",
         f"{total['stored']:,}",
-        "",
     )
     console = out()
     console.print(table)
     console.print(size_on_disk(total))
+
+
+def _short(dtype: str) -> str:
+    """As safetensors calls it: F32 for float32, BF16 for bfloat16."""
+    return dtype.replace("float", "F").upper()

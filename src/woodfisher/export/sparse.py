@@ -206,10 +206,11 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
     SparseLinear(8, 4, 32 values)
     """
     layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
-    sparse = copy.deepcopy(unwrapped(model))
-    for name, layout in layouts.items():
-        layer = layer_named(sparse, name)
-        sparse.set_submodule(name, _as_sparse(layer, layout))
+    model = unwrapped(model)
+    replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
+    sparse = copy.deepcopy(model)
+    for name, layer in replaced.items():
+        sparse.set_submodule(name, layer)
     return sparse
 
 

@@ -90,20 +90,19 @@ def load_export(model: nn.Module, path: str | Path) -> nn.Module:
         _fit(exported, tensors)
         exported.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        if isinstance(error, KeyError):
-            error = ValueError(f"{error.args[0]} is missing")
-        raise unreadable(path, f"{EXPECTED} of this {type(model).__name__}", error) from error
+        told = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise unreadable(path, f"{EXPECTED} of this {type(model).__name__}", ValueError(told)) from error
     return to_semi_structured(exported, listed["semi_structured"]) if listed["semi_structured"] else exported
 
 
 def _listed(metadata: Mapping[str, str]) -> dict[str, list[str]]:
     content = json.loads(metadata.get(EXPORT, "{}"))
-    listed = {kind: content.get(kind, []) for kind in ("sparse", "semi_structured")}
-    if not all(
-        isinstance(names, list) and all(isinstance(n, str) for n in names) for names in listed.values()
-    ):
-        raise ValueError(f"{EXPORT} in its header must hold lists of names")
-    return listed
+    if isinstance(content, dict):
+        listed = {kind: content.get(kind, []) for kind in ("sparse", "semi_structured")}
+        names = [name for each in listed.values() for name in (each if isinstance(each, list) else [None])]
+        if all(isinstance(name, str) for name in names):
+            return listed
+    raise ValueError(f"{EXPORT} in its header must hold lists of names")
 
 
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -96,8 +96,11 @@ def difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     if [each.shape for each in outputs] != [each.shape for each in wanted]:
         return math.inf
     apart = [
-        (float((a.cpu().double() - b.cpu().double()).abs().max()), float(b.abs().max()))
-        for a, b in zip(outputs, wanted, strict=True)
+        (float((a - b).abs().max()), float(b.abs().max()))
+        for a, b in (
+            (one.detach().cpu().double(), other.detach().cpu().double())
+            for one, other in zip(outputs, wanted, strict=True)
+        )
         if b.numel()
     ]
     return max((_relative(gap, scale) for gap, scale in apart), default=0.0)
