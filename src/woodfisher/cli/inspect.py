@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from woodfisher.contents import Contents
 
 
+_FILE_WIDTH = 120
+"""Columns where the table goes into a file or a pipe."""
+
+
 @dataclass(frozen=True)
 class Inspect:
     """Show what a file of weights holds: shape, dtype, weights kept, the pattern found, and bytes on disk.
@@ -43,8 +47,8 @@ class Inspect:
 def _show(file: Path, contents: Contents) -> None:
     content = contents.to_dict()
     by = "" if contents.written_by is None else f", written by woodfisher {contents.written_by}"
-    table = Table(title=f"{file}{by}", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    table.add_column("tensor", overflow="fold", min_width=8)
+    table = Table(title=f"{file}{by}", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("tensor", overflow="fold")
     for column in ("dtype", "shape", "kept", "sparsity", "pattern", "dense", "stored"):
         left = column in ("dtype", "shape", "pattern")
         table.add_column(column, justify="left" if left else "right", no_wrap=True)
@@ -76,6 +80,8 @@ def _show(file: Path, contents: Contents) -> None:
         f"{total['stored']:,}",
     )
     console = out()
+    if not console.is_terminal:
+        console.width = max(console.width, _FILE_WIDTH)
     console.print(table)
     console.print(size_on_disk(total))
 
