@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from rich.table import Table
 from tyro.conf import arg
 
-from woodfisher.batches import map_tensors, samples_in, take
+from woodfisher.batches import map_tensors, samples_in, take, tensors_of
 from woodfisher.channels import cost_of, shrink
 from woodfisher.checks import check_count, check_positive
 from woodfisher.cli.console import note, out, print_json
@@ -237,11 +238,12 @@ class Export:
 
 
 def _inputs(batches: Any, count: int, model: nn.Module) -> Any:
-    """What the model takes of the first samples, without what only the loss needs, as it computes."""
+    """What the model takes of the first samples that have one shape, without the labels, in the model's dtype."""
     taken = list(take(batches, count))
     if not taken:
         raise WoodfisherError("the task's validation data is empty, and outputs are compared on it.")
     parts = [_without_labels(batch) for batch in taken]
+    parts = list(takewhile(lambda part: _form(part) == _form(parts[0]), parts))
     parameter = next(model.parameters())
 
     def ready(*tensors: torch.Tensor) -> torch.Tensor:
@@ -255,6 +257,10 @@ def _without_labels(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}
     return batch[0]
+
+
+def _form(inputs: Any) -> list[torch.Size]:
+    return [tensor.shape[1:] for tensor in tensors_of(inputs)]
 
 
 def _first(inputs: Any, count: int) -> Any:

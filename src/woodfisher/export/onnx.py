@@ -53,14 +53,15 @@ class OnnxModel:
         self._names = [each.name for each in self._session.get_inputs()]
 
     def __call__(self, example_inputs: Any) -> list[Tensor]:
+        _, named = arguments_of((example_inputs, ()))
         values = [tensor.detach().cpu().numpy() for tensor in _tensors(example_inputs)]
         if len(values) != len(self._names):
             raise WoodfisherError(
                 f"the file takes {len(self._names)} tensors ({', '.join(self._names)}); {len(values)} came."
             )
+        names = list(named) if named.keys() == set(self._names) else self._names
         return [
-            torch.from_numpy(each)
-            for each in self._session.run(None, dict(zip(self._names, values, strict=True)))
+            torch.from_numpy(each) for each in self._session.run(None, dict(zip(names, values, strict=True)))
         ]
 
 

@@ -26,7 +26,7 @@ _BLOCKS = (16, 8, 4)
 """Sizes of the square blocks that are looked for."""
 
 
-class _Sparse(nn.Module):
+class SparseLayer(nn.Module):
     """A layer for inference whose weight is the matrix `(outputs, inputs)`.
 
     The state dict has the matrix as `crow_indices`, `col_indices` (int32) and `values`, and the bias.
@@ -76,7 +76,7 @@ class _Sparse(nn.Module):
         """What the dense layer gives."""
 
 
-class SparseLinear(_Sparse):
+class SparseLinear(SparseLayer):
     """A Linear layer `(…, inputs)` → `(…, outputs)`."""
 
     def __init__(self, matrix: Tensor, linear: nn.Linear) -> None:
@@ -94,7 +94,7 @@ class SparseLinear(_Sparse):
         return out.reshape(*x.shape[:-1], self.outputs)
 
 
-class SparseConv2d(_Sparse):
+class SparseConv2d(SparseLayer):
     """A convolution as the product of the flat kernels `(outputs, inputs · height · width)` with unfolded images."""
 
     def __init__(self, matrix: Tensor, conv: nn.Conv2d) -> None:
@@ -231,7 +231,7 @@ def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     return layer
 
 
-def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> _Sparse:
+def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> SparseLayer:
     """The sparse form of a layer with a matrix given by its state dict's three tensors, which are checked."""
     shape = (len(layer.weight), layer.weight[0].numel())
     values = parts["values"]
@@ -242,7 +242,7 @@ def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> _Spar
     return _layer_with(layer, matrix)
 
 
-def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> _Sparse:
+def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
     weight = layer.weight.detach().flatten(1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta")
@@ -257,8 +257,8 @@ def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> _Sparse:
         return _layer_with(layer, weight.to_sparse_bsr((size, size)))
 
 
-def _layer_with(layer: nn.Linear | nn.Conv2d, matrix: Tensor) -> _Sparse:
-    sparse: _Sparse
+def _layer_with(layer: nn.Linear | nn.Conv2d, matrix: Tensor) -> SparseLayer:
+    sparse: SparseLayer
     sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
     return sparse.train(layer.training)
 
@@ -289,5 +289,5 @@ def _record(calls: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...])
 
 def _check(module: nn.Module, _keys: object) -> None:
     """After new tensors were loaded: indexes that point outside would read memory that isn't theirs."""
-    assert isinstance(module, _Sparse)
+    assert isinstance(module, SparseLayer)
     module.matrix(check=True)

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
 from woodfisher.export.semistructured import to_semi_structured
-from woodfisher.export.sparse import _Sparse, layer_named, sparse_from
+from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
 from woodfisher.parameters import unwrapped
 from woodfisher.saved import EXPECTED, pack_state, read
@@ -50,7 +50,7 @@ def save_export(model: nn.Module, path: str | Path) -> int:
     Bytes of the file.
     """
     model = unwrapped(model)
-    sparse = [name for name, module in model.named_modules() if isinstance(module, _Sparse)]
+    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseLayer)]
     semi = [
         name
         for name, module in model.named_modules()
