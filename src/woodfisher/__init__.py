@@ -18,6 +18,7 @@ from woodfisher.method import METHODS, Method
 from woodfisher.objective import Objective
 from woodfisher.oneshot import Pruned, prune, sweep
 from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
+from woodfisher.planning import Plan, plan
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
 from woodfisher.saved import load_weights, save_weights
@@ -39,6 +40,7 @@ __all__ = [
     "Method",
     "Milestones",
     "Objective",
+    "Plan",
     "Polynomial",
     "Pruned",
     "Pruner",
@@ -53,6 +55,7 @@ __all__ = [
     "export",
     "load_weights",
     "one_shot",
+    "plan",
     "prune",
     "save_weights",
     "shrink",

@@ -9,213 +9,25 @@ import torch
 
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature.base import (
-    WORKSPACE,
     BlockDiagonalInverse,
     Estimator,
     InverseOperator,
-    pieces,
     removed_part,
-    spans,
 )
+from woodfisher.curvature.blocks import FisherBlocks
 from woodfisher.curvature.damping import Damping, check_damping, resolve
-from woodfisher.curvature.dense import DenseInverse, cholesky, triangular_inverse
-from woodfisher.memory import check_memory
+from woodfisher.errors import WoodfisherError
+from woodfisher.layout import Layout
+from woodfisher.memory import parse_bytes
+from woodfisher.planning import KEEPS, Keep, Plan, planned
+from woodfisher.rows import HeldRows, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from woodfisher.layout import Run
     from woodfisher.objective import Objective
-
-
-_SINGLE_TOLERANCE = 2e-4
-"""Largest relative uncertainty of a diagonal entry that float32 products may leave."""
-
-
-def _strips(rows: int) -> list[slice]:
-    """Two strips of rows of a lower triangle: a product by them skips a quarter of the work, all above it."""
-    half = max(-(-rows // 2), 32)
-    return [slice(first, min(first + half, rows)) for first in range(0, rows, half)]
-
-
-def _gram(G: Tensor, out: Tensor) -> Tensor:
-    """Write the lower triangles of GGᵀ `(count, N, N)`, and some of what is above, to `out`."""
-    for strip in _strips(G.shape[1]):
-        out[:, strip, : strip.stop] = G[:, strip] @ G[:, : strip.stop].mT
-    return out
-
-
-def _energy(lower: Tensor, G: Tensor) -> Tensor:
-    """Column sums of squares of LG for lower triangular L: `(count, N, N)`, `(count, N, B)` → `(count, B)`."""
-    total = torch.zeros(G.shape[0], G.shape[2], dtype=G.dtype, device=G.device)
-    for strip in _strips(G.shape[1]):
-        total += (lower[:, strip, : strip.stop] @ G[:, : strip.stop]).square_().sum(1)
-    return total
-
-
-class LowRankInverse(InverseOperator):
-    """Inverses of `count` blocks λI + GᵀG/n through their N×N Gram matrices: the dual form, for N < B.
-
-    With K = nλI + GGᵀ = LLᵀ and V = L⁻¹G the inverse is (I − VᵀV)/λ. Only the rows (as they came) and L⁻¹
-    are held; V exists a piece at a time.
-
-    Parameters
-    ----------
-    rows:
-        Gradient rows of the run, `(N, count · B)`; kept, not copied.
-    count:
-        Blocks in the run.
-    damping:
-        λ > 0.
-    divisor:
-        n: the number of rows, divided by the samples that each row averages.
-    gram:
-        GGᵀ, float64 `(count, N, N)`, where the caller has it already.
-    single:
-        Multiply vectors by the rows in the rows' own dtype, which reads them once, rather than in float64. For
-        steps that are checked afterwards: at small damping they lose the digits that float64 keeps.
-    """
-
-    def __init__(
-        self,
-        rows: Tensor,
-        count: int,
-        damping: float,
-        divisor: float,
-        *,
-        gram: Tensor | None = None,
-        single: bool = False,
-    ) -> None:
-        self.size = rows.shape[1]
-        self.device = rows.device
-        self.damping, self.divisor = damping, divisor
-        self._products = rows.dtype if single else torch.float64
-        self._rows = rows.unflatten(1, (count, -1)).transpose(0, 1)
-        self._factor = triangular_inverse(self._gram_factor(None) if gram is None else self._damped(gram))
-
-    @property
-    def _pieces(self) -> list[tuple[slice, slice]]:
-        return list(pieces(*self._rows.shape))
-
-    def _piece(self, blocks: slice, columns: slice) -> Tensor:
-        piece = self._rows[blocks, :, columns]
-        if piece.dtype == self._products:
-            return piece
-        return piece.to(self._products, memory_format=torch.contiguous_format)
-
-    def _gram_factor(self, keep: Tensor | None) -> Tensor:
-        """L of K = nλI + GGᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
-        count, N, _ = self._rows.shape
-        K = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
-        for blocks, columns in self._pieces:
-            G = self._rows[blocks, :, columns].to(torch.float64, memory_format=torch.contiguous_format)
-            if keep is not None:
-                G = G * keep[blocks, :, columns]
-            if columns.start == 0:
-                _gram(G, K[blocks])
-            else:
-                K[blocks] += _gram(G, torch.empty_like(K[blocks]))
-        return self._damped(K)
-
-    def _damped(self, gram: Tensor) -> Tensor:
-        K = gram.clone()
-        K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
-        return cholesky(K, "the Gram matrix of a block's gradient rows")
-
-    def _blocked(self, V: Tensor) -> Tensor:
-        return V.reshape(self._rows.shape[0], self._rows.shape[2], -1)
-
-    def _correct(self, V: Tensor, factor: Tensor) -> Tensor:
-        """(V − Gᵀ K⁻¹ G V)/λ a block, with K⁻¹ = L⁻ᵀL⁻¹."""
-        V = self._blocked(V)
-        Y = self._rows_times(V)
-        Y = factor.mT @ (factor @ Y)
-        out = torch.empty_like(V)
-        for blocks, columns in self._pieces:
-            out[blocks, columns] = V[blocks, columns] - self._back(blocks, columns, Y)
-        return out.div_(self.damping)
-
-    def _rows_times(self, V: Tensor) -> Tensor:
-        """GV a block: `(count, N, k)`."""
-        count, N, _ = self._rows.shape
-        Y = torch.zeros(count, N, V.shape[2], dtype=torch.float64, device=self.device)
-        for blocks, columns in self._pieces:
-            Y[blocks] += self._piece(blocks, columns) @ V[blocks, columns].to(self._products)
-        return Y
-
-    def _back(self, blocks: slice, columns: slice, Y: Tensor) -> Tensor:
-        """GᵀY for a piece."""
-        return self._piece(blocks, columns).mT @ Y[blocks].to(self._products)
-
-    def _inverse_product(self, V: Tensor) -> Tensor:
-        return self._correct(V, self._factor).reshape(V.shape)
-
-    def _forward_product(self, V: Tensor) -> Tensor:
-        B = self._blocked(V)
-        Y = self._rows_times(B)
-        out = B * self.damping
-        for blocks, columns in self._pieces:
-            out[blocks, columns] += self._back(blocks, columns, Y) / self.divisor
-        return out.reshape(V.shape)
-
-    def _diagonal(self) -> Tensor:
-        out = torch.empty(self._rows.shape[0], self._rows.shape[2], dtype=torch.float64, device=self.device)
-        for blocks, columns in self._pieces:
-            out[blocks, columns] = self._unexplained(blocks, columns)
-        return out.div_(self.damping).flatten()
-
-    def _unexplained(self, blocks: slice, columns: slice) -> Tensor:
-        """1 − ‖v_i‖² for a piece, from float32 products where their rounding is bounded, else float64.
-
-        With x_i = ‖g_i‖²/(nλ), float32 products leave ‖v_i‖² uncertain by about 2u√x_i, which matters where
-        ‖v_i‖² is near one. The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
-        """
-        G = self._rows[blocks, :, columns]
-        factor = self._factor[blocks]
-        x = torch.linalg.vector_norm(G, dim=1).double().square_() / (self.divisor * self.damping)
-        floor = 1 / (1 + x)
-        if G.dtype == torch.float32:
-            uncertain = x.sqrt_() * torch.finfo(torch.float32).eps
-            if uncertain.max() <= _SINGLE_TOLERANCE:
-                left = torch.maximum(1 - _energy(factor.float(), G).double(), floor)
-                if (uncertain <= _SINGLE_TOLERANCE * left).all():
-                    return left
-        return torch.maximum(1 - _energy(factor, G.double()), floor)
-
-    def _submatrices(self, index: Tensor) -> Tensor:
-        N, B = self._rows.shape[1:]
-        out = torch.empty(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
-        for span in spans(len(index), 8 * N * index.shape[1]):
-            groups = index[span]
-            block, column = groups // B, groups % B
-            V = torch.empty(*groups.shape, N, dtype=torch.float64, device=self.device)
-            for b in block.unique():
-                here = block == b
-                V[here] = (self._factor[b] @ self._rows[b][:, column[here]].double()).mT
-            same_weight = groups[:, :, None] == groups[:, None, :]
-            same_block = block[:, :, None] == block[:, None, :]
-            out[span] = (same_weight.double() - V @ V.mT) * same_block
-        return out.div_(self.damping)
-
-    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
-        mask = self._blocked(keep).mT
-        factor = triangular_inverse(self._gram_factor(mask))
-        b = torch.where(keep, b, 0)
-        return torch.where(keep, self._correct(b, factor).flatten(), 0)
-
-
-def primal_blocks(rows: Tensor, count: int, damping: float, divisor: float) -> DenseInverse:
-    """Inverses of `count` blocks F = λI + GᵀG/n factored as they are: the primal form, for N ≥ B."""
-    G = rows.unflatten(1, (count, -1)).transpose(0, 1)
-    N, B = G.shape[1:]
-    F = torch.zeros(count, B, B, dtype=torch.float64, device=rows.device)
-    for blocks in spans(count, 8 * B * B):
-        for span in spans(N, 8 * B * (blocks.stop - blocks.start)):
-            piece = G[blocks, span].to(torch.float64, memory_format=torch.contiguous_format)
-            F[blocks] += piece.mT @ piece
-    F /= divisor
-    F.diagonal(dim1=1, dim2=2).add_(damping)
-    return DenseInverse(F, "a block of the damped Fisher")
+    from woodfisher.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -240,6 +52,12 @@ class WoodFisher(Estimator):
         `data` for the empirical Fisher, `model` to sample targets from the model's own predictions.
     across_layers:
         Cut blocks across the whole vector instead of inside each layer.
+    keep:
+        Where the rows are kept: `memory`, `factors` (as inputs and output gradients of their layers), `disk` (a
+        temporary file), `again` (nowhere: gradients are taken again for each window of weights), or `half` (in
+        memory, in bfloat16, which rounds them by 0.2 %); `auto` for the cheapest of all but the last that fits.
+    memory:
+        Bytes that the process may have at its peak, as a number or as in `4GiB`; None for what is free.
 
     References
     ----------
@@ -253,6 +71,8 @@ class WoodFisher(Estimator):
     group: int = 1
     labels: Literal["data", "model"] = "data"
     across_layers: bool = False
+    keep: Keep | Literal["auto"] = "auto"
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         check_count("samples", self.samples)
@@ -260,44 +80,55 @@ class WoodFisher(Estimator):
         check_count("block_size", self.block_size, or_none="one block over all weights")
         check_damping(self.damping, "or the Fisher of few rows has no inverse")
         check_choice("labels", self.labels, ("data", "model"))
+        check_choice("keep", self.keep, ("auto", *KEEPS))
+        if self.memory is not None:
+            parse_bytes(self.memory)
 
     def __call__(self, objective: Objective) -> BlockDiagonalInverse:
-        """Gather the rows of `objective` and factor them.
+        """Gather the rows of `objective`, kept as `plan` finds cheapest, and make the operator of them.
 
         Blocks hold kept weights; removed ones have no rows, and F is λ for each of them.
         """
-        kept = objective.kept.nonzero().squeeze(1)
-        runs = objective.layout.restricted(objective.kept).runs(
-            self.block_size, across_layers=self.across_layers
-        )
-        self._check_memory(objective, len(kept), runs)
-        sparse = len(kept) < objective.layout.size
-        rows = objective.rows(
-            self.samples, group=self.group, labels=self.labels, columns=kept if sparse else None
-        )
-        N = len(rows)
-        damping = resolve(self.damping, rows, self.group)
-        parts: list[tuple[slice | Tensor, InverseOperator]] = [
-            (
-                kept[run.columns] if sparse else run.columns,
-                (LowRankInverse if run.size > N else primal_blocks)(
-                    rows[:, run.columns], run.count, damping, N / self.group
-                ),
-            )
-            for run in runs
-        ]
+        plan = planned(objective, self)
+        kept = None if bool(objective.kept.all()) else objective.kept.nonzero().squeeze(1)
+        rows = gathered(objective, self, plan, kept)
+        parts, damping = self._parts(rows, self.runs(objective), plan)
+        if kept is not None:
+            parts = [(kept[where], part) for where, part in parts]
         return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
 
-    def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:
-        N = objective.most_rows(self.samples, self.group)
-        factors = sum(8 * run.count * min(N, run.size) ** 2 for run in runs)
-        largest = max((8 * min(N, run.size) * run.size for run in runs), default=0)
-        check_memory(
-            [
-                (f"{N} gradient rows of {d} weights", 4 * N * d),
-                ("factors of the blocks", factors),
-                ("scratch", 3 * min(WORKSPACE, largest)),
-            ],
-            objective.device,
-            "Take fewer samples, smaller blocks, or average several samples into a row (group).",
-        )
+    def runs(self, objective: Objective) -> list[Run]:
+        """The blocks of the weights that are left."""
+        left = objective.layout.restricted(objective.kept)
+        return left.runs(self.block_size, across_layers=self.across_layers)
+
+    def of_rows(self, rows: Tensor) -> BlockDiagonalInverse:
+        """F⁻¹ of gradient rows that are there already, float32 or float64 `(N, d)`, whatever `samples` says.
+
+        Blocks are cut across the whole vector.
+        """
+        if rows.ndim != 2 or not rows.numel() or rows.dtype not in (torch.float32, torch.float64):
+            raise WoodfisherError(
+                "rows must be a float32 or float64 matrix of one gradient a row, (N, d); "
+                f"{rows.dtype} of shape {tuple(rows.shape)} came."
+            )
+        runs = Layout({"": (rows.shape[1],)}).runs(self.block_size)
+        return BlockDiagonalInverse(self._parts(HeldRows(rows), runs)[0])
+
+    def _parts(
+        self, rows: Rows, runs: list[Run], plan: Plan | None = None
+    ) -> tuple[list[tuple[slice | Tensor, InverseOperator]], float]:
+        """An operator for each run of blocks, or for what is at hand of it at once; and the damping."""
+        damping = resolve(self.damping, rows, self.group)
+        hold = plan is None or plan.hold
+        parts: list[tuple[slice | Tensor, InverseOperator]] = []
+        for run in runs:
+            step = run.count if hold or plan is None else max(plan.window // run.size, 1)
+            for first in range(0, run.count, step):
+                count = min(step, run.count - first)
+                where = slice(run.start + first * run.size, run.start + (first + count) * run.size)
+                blocks = FisherBlocks(
+                    rows.part(where), count, damping, rows.count / self.group, hold=hold or run.count == 1
+                )
+                parts.append((where, blocks))
+        return parts, damping
