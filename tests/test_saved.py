@@ -17,7 +17,7 @@ from torch import nn
 import woodfisher as wf
 from models import Tied, mlp
 from woodfisher.bitmask import PARTS, pack, unpack
-from woodfisher.saved import COMPRESSED, pack_state, packed_model, read
+from woodfisher.saved import COMPRESSED, MASKED, pack_state, packed_model, read
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "shipping.md"
@@ -169,6 +169,16 @@ def test_names_that_the_parts_would_take_are_left_alone(tmp_path):
     assert all(torch.equal(again[name], value) for name, value in state.items())
 
 
+def test_a_models_own_masks_are_tensors_like_others(tmp_path):
+    state = {"a": torch.ones(3), "a_mask": torch.tensor([True, False, True])}
+    path = tmp_path / "w.safetensors"
+    pack_state(state, {}).write(path)
+    assert wf.load_weights(path).keys() == state.keys()
+    with pytest.warns(wf.WoodfisherWarning, match="the mask of 'a' is not saved"):
+        pack_state(state, {"a": state["a_mask"]}).write(path)
+    assert wf.load_weights(path).keys() == state.keys()
+
+
 def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
     model = Tied()
     report = wf.prune(model, [], sparsity=0.5, criterion="magnitude")
@@ -245,6 +255,8 @@ def flip(bitmask):
         (header('{"conv": {"name": 3, "shape": [1]}}'), "must hold a name and a shape"),
         (header('{"conv": {"name": "conv.weight", "shape": [-1, 1152]}}'), "must hold a name and a shape"),
         (header('{"conv": {"name": "conv.weight", "shape": [16, 8, 3, 4]}}'), "'conv.weight' is broken"),
+        (lambda tensors, metadata: metadata.update({MASKED: "[3]"}), "must list weights that have a mask"),
+        (lambda tensors, metadata: metadata.update({MASKED: '["conv.bias"]'}), "must list weights that have"),
         (header('{"none": {"name": "none", "shape": [1]}}'), "'none' is broken: its shape and compressed"),
     ],
 )

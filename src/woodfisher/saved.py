@@ -28,6 +28,9 @@ COMPRESSED = "woodfisher.compressed"
 """Key in a file's header: JSON of prefix → name and shape of those weights in the bitmask form whose names don't end
 in `.weight`, or which have more than two dimensions."""
 
+MASKED = "woodfisher.masked"
+"""Key in a file's header: JSON list of the other weights that have a mask, the bool tensor `<name>_mask`."""
+
 EXPECTED = "network weights (a state dict in a .pt file, or .safetensors)"
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -153,23 +156,29 @@ def pack_state(
     kept = {tied.get(name, name): mask.cpu() for name, mask in masks.items()}
     content: dict[str, Tensor] = {}
     compressed: dict[str, dict[str, Any]] = {}
+    masked: dict[str, Tensor] = {}
     for name, tensor in state.items():
         parts = _smaller(tensor, kept[name]) if name in kept else None
         prefix = name.removesuffix(".weight")
-        if parts is None or any(f"{prefix}.{part}" in state for part in PARTS):
+        if parts is None or any(f"{prefix}.{part}" in {**state, **content} for part in PARTS):
             content[name] = tensor
             if name in kept and not kept[name].all():
-                content[f"{name}_mask"] = kept[name].contiguous()
+                masked[name] = kept[name].contiguous()
         else:
             content.update({f"{prefix}.{part}": value for part, value in parts.items()})
             if prefix == name or tensor.ndim > 2:
                 compressed[prefix] = {"name": name, "shape": list(tensor.shape)}
+    for name in [name for name in masked if f"{name}_mask" in state]:
+        warn(f"the model has a tensor {name + '_mask'!r} of its own, so the mask of {name!r} is not saved.")
+        del masked[name]
+    content.update({f"{name}_mask": mask for name, mask in masked.items()})
     header = {
         **tied,
         **metadata,
         "format": "pt",
         "woodfisher": __version__,
         COMPRESSED: json.dumps(compressed),
+        MASKED: json.dumps(list(masked)),
     }
     return Packed(safetensors.torch.save(content, header), sum(map(_bytes, state.values())))
 
@@ -232,10 +241,9 @@ def _saved(tensors: dict[str, Tensor], metadata: dict[str, str], size: int) -> S
             raise ValueError(f"the compressed weight {name!r} is broken: {error}") from error
         stored[name] = sum(stored.pop(full) for full in names)
         compressed.add(name)
-    for name in [name for name in tensors if _is_mask(name, tensors)]:
-        weight_name = name.removesuffix("_mask")
-        kept[weight_name] = tensors.pop(name)
-        stored[weight_name] += stored.pop(name)
+    for name in _masked(metadata, tensors):
+        kept[name] = tensors.pop(f"{name}_mask")
+        stored[name] += stored.pop(f"{name}_mask")
     for name, other in metadata.items():
         if other in tensors and name not in tensors and name not in ("format", "woodfisher"):
             tensors[name], stored[name] = tensors[other], 0
@@ -268,14 +276,19 @@ def _prefixes(tensors: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _is_mask(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    weight = name.removesuffix("_mask")
-    return (
-        weight != name
-        and weight in tensors
-        and tensors[name].dtype == torch.bool
-        and tensors[name].shape == tensors[weight].shape
-    )
+def _masked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors whose mask stands beside them: as the header lists them, or by their names."""
+
+    def has_mask(name: str) -> bool:
+        mask = tensors.get(f"{name}_mask")
+        return mask is not None and mask.dtype == torch.bool and mask.shape == tensors[name].shape
+
+    if MASKED not in metadata:
+        return [name for name in tensors if has_mask(name)]
+    names = json.loads(metadata[MASKED])
+    if not isinstance(names, list) or not all(name in tensors and has_mask(name) for name in names):
+        raise ValueError(f"{MASKED} in its header must list weights that have a mask of their shape")
+    return names
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
