@@ -472,6 +472,7 @@ def test_layers_that_do_not_win_are_not_converted(folder, capsys, monkeypatch):
         (["--to", "dense", "--batch", "0"], "batch must be a whole number"),
         (["--to", "csr", "--layers", "1"], "has a ReLU there"),
         (["--to", "csr", "--layers", "0", "--tolerance", "1e-30"], "nothing was written"),
+        (["--to", "onnx", "--tolerance", "1e-30"], "no file was written"),
         (["--to", "dense", "--weights", "my_exports.py"], "cannot be read as network weights"),
         (["--to", "dense", "--device", "tpu9"], "can't be used here"),
         (["--to", "dense", "--out", "my_exports.py"], "is not a folder"),

@@ -106,8 +106,7 @@ class Export:
         """Check everything, convert, compare, measure, write, show."""
         check_count("batch", self.batch)
         check_count("samples", self.samples)
-        usual = _HALF_TOLERANCE if self.to == "2:4" else _TOLERANCE
-        tolerance = usual if self.tolerance is None else self.tolerance
+        tolerance = self._allowed
         check_positive("tolerance", tolerance, "the largest difference of outputs that is allowed")
         if self.weights is None:
             raise WoodfisherError(
@@ -167,6 +166,12 @@ class Export:
         else:
             _show(content)
 
+    @property
+    def _allowed(self) -> float:
+        """The tolerance."""
+        usual = _HALF_TOLERANCE if self.to == "2:4" else _TOLERANCE
+        return usual if self.tolerance is None else self.tolerance
+
     def _layers(self, model: nn.Module, inputs: Any) -> list[LayerSpeed]:
         """How layers do on one sample, for csr."""
         return measure_layers(model, inputs) if self.to == "csr" else []
@@ -174,7 +179,7 @@ class Export:
     def _exported(self, model: nn.Module, inputs: Any, layers: list[LayerSpeed], path: Path) -> Run:
         """Convert, write, and read back as what runs."""
         if self.to == "onnx":
-            to_onnx(model, _first(inputs, max(2, self.samples)), path)
+            to_onnx(model, _first(inputs, max(2, self.samples)), path, tolerance=self._allowed)
             return OnnxModel(path)
         if self.to == "dense":
             save_dense(model, path)
@@ -189,8 +194,8 @@ class Export:
             before, after = cost_of(model, one), cost_of(small, one)
             if after.parameters == before.parameters:
                 raise WoodfisherError(
-                    "no channel of the model can be cut out: prune it with --pattern channels and the coupled "
-                    "parameters, as the documentation of channels shows, or export to another form."
+                    "no channel of the model can be cut out: prune it with pattern=wf.Channels.of(model, inputs) and "
+                    "params=pattern.params, which a task's pruning by command line doesn't, or take another form."
                 )
             save_export(small, path)
         else:
