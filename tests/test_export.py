@@ -293,7 +293,7 @@ def test_channels_that_were_cut_out_come_back_from_files(tmp_path):
     torch.testing.assert_close(again(example), model(example))
 
 
-def test_onnx_takes_any_batch_and_equals_the_model(tmp_path):
+def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     model = convnet()
     to_onnx(model, IMAGES[:2], tmp_path / "model.onnx")
@@ -305,8 +305,12 @@ def test_onnx_takes_any_batch_and_equals_the_model(tmp_path):
         again((IMAGES, IMAGES))
     with pytest.raises(wf.WoodfisherError, match="at least two samples"):
         to_onnx(model, IMAGES[:1], tmp_path / "other.onnx")
-    with pytest.raises(wf.WoodfisherError, match=r"and at most 1.0e-30 is allowed: no file was written"):
-        to_onnx(model, IMAGES[:3], tmp_path / "other.onnx", tolerance=1e-30)
+    monkeypatch.setattr("woodfisher.export.onnx.difference", lambda *_: 2e-5)
+    with pytest.raises(
+        wf.WoodfisherError, match=r"2.0e-05 of the largest .* at most 1.0e-05 is allowed: no file"
+    ):
+        to_onnx(model, IMAGES[:3], tmp_path / "other.onnx")
+    to_onnx(model, IMAGES[:3], tmp_path / "coarse.onnx", tolerance=1e-4)
     (tmp_path / "foreign.onnx").write_bytes(b"foreign")
     with pytest.raises(wf.WoodfisherError, match="onnxruntime can't read"):
         OnnxModel(tmp_path / "foreign.onnx")
@@ -471,8 +475,6 @@ def test_layers_that_do_not_win_are_not_converted(folder, capsys, monkeypatch):
         (["--to", "dense", "--tolerance", "0"], "tolerance must be a finite number above 0"),
         (["--to", "dense", "--batch", "0"], "batch must be a whole number"),
         (["--to", "csr", "--layers", "1"], "has a ReLU there"),
-        (["--to", "csr", "--layers", "0", "--tolerance", "1e-30"], "nothing was written"),
-        (["--to", "onnx", "--tolerance", "1e-30"], "no file was written"),
         (["--to", "dense", "--weights", "my_exports.py"], "cannot be read as network weights"),
         (["--to", "dense", "--device", "tpu9"], "can't be used here"),
         (["--to", "dense", "--out", "my_exports.py"], "is not a folder"),
@@ -485,6 +487,15 @@ def test_bad_input_is_one_message_and_nothing_written(options, message, folder, 
     assert message in shown.err.replace("\n", " ")
     assert "Traceback" not in shown.err
     assert sorted(path for path in folder.iterdir() if path.name != "__pycache__") == before
+
+
+def test_outputs_that_differ_are_not_written(folder, capsys, monkeypatch):
+    monkeypatch.setattr("woodfisher.cli.export.difference", lambda *_: 2e-5)
+    arguments = [*EXPORT_IT, "--to", "csr", "--layers", "0"]
+    assert main(arguments) == 2
+    assert "2.0e-05 of the largest output away" in capsys.readouterr().err
+    assert not (folder / "csr").exists()
+    assert main([*arguments, "--tolerance", "1e-4"]) == 0
 
 
 @pytest.mark.filterwarnings("ignore:the model has no channels")
