@@ -223,3 +223,25 @@ def explained(batch: Batch) -> Iterator[None]:
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
         ) from error
+
+
+def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The tensors that a model returns for these inputs, without gradients."""
+    with torch.no_grad():
+        return list(called(model, example_inputs))
+
+
+def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
+    """What a model returns for these inputs, as the tensors in it; caches and the like are passed over."""
+    batch = (example_inputs, ())
+    arguments, named = arguments_of(batch)
+    with explained(batch):
+        return _tensors_in(model(*arguments, **named))
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (Mapping, tuple, list)):
+        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(part)

@@ -56,9 +56,7 @@ class TaskOptions:
 
     def load(self) -> Task:
         """Load the task onto the device."""
-        device = usable_device(self.device)
-        task = load_task(self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
-        task.model.to(device)
+        task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
         if self.train_samples is None:
             return task
         check_count("train_samples", self.train_samples)
@@ -170,6 +168,14 @@ def usable_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise WoodfisherError(f"the device {name!r} can't be used here: {error}") from error
     return device
+
+
+def load_on(device_name: str, name: str, **options: Any) -> Task:
+    """Load a task with its model on a device."""
+    device = usable_device(device_name)
+    task = load_task(name, **options)
+    task.model.to(device)
+    return task
 
 
 def parse_methods(text: str) -> list[str]:
