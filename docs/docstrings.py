@@ -27,7 +27,9 @@ class Docstrings(Extension):
             docstring.value = RETURNS.sub(lambda sentence: f":\n{_indented(sentence['text'])}", text)
             for section in docstring.parsed:
                 if section.kind in SHARED:
-                    section.value[:] = [_merged(list(items)) for _, items in groupby(section.value, _description)]
+                    section.value[:] = [
+                        _merged(list(items)) for _, items in groupby(section.value, _description)
+                    ]
 
 
 def _docstrings(obj: Object) -> list[Docstring]:

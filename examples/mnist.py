@@ -12,34 +12,10 @@ import argparse
 import copy
 from pathlib import Path
 
-import torch
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from my_task import digits_mlp
 
 import woodfisher as wf
-from woodfisher.tasks import Task, accuracy, load_task
-
-
-def small_task() -> Task:
-    """An MLP on 8 × 8 digits, trained for 25 epochs."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    inputs, targets = torch.tensor(pixels, dtype=torch.float32)[order] / 8 - 1, torch.tensor(labels)[order]
-    train, test = TensorDataset(inputs[:1300], targets[:1300]), TensorDataset(inputs[1300:], targets[1300:])
-    batches = DataLoader(train, batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(0))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 20), nn.ReLU(), nn.Linear(20, 10))
-    optimizer = torch.optim.Adam(model.parameters(), 2e-3)
-    for _ in range(25):
-        for x, y in batches:
-            optimizer.zero_grad()
-            cross_entropy(model(x), y).backward()
-            optimizer.step()
-    held_out = DataLoader(test, batch_size=500)
-    return Task("digits-mlp", model, batches, held_out, held_out, cross_entropy)
+from woodfisher.tasks import accuracy, load_task
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
@@ -50,7 +26,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     parser.add_argument("--data-root", type=Path, help="folder with mnist.npz and mlpnet_mnist.pt")
     parser.add_argument("--small", action="store_true", help="scikit-learn's digits instead of MNIST")
     chosen = parser.parse_args(arguments)
-    task = small_task() if chosen.small else load_task("mlpnet-mnist", data_root=chosen.data_root)
+    task = digits_mlp() if chosen.small else load_task("mlpnet-mnist", data_root=chosen.data_root)
 
     sparsities = (0.5, 0.8, 0.9) if chosen.small else (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
     dense = accuracy(task.model, task.test)

@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from woodfisher.tasks import load_task
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """Examples import each other, as they can where they are run as scripts."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
 def run_small(name):
@@ -21,6 +29,12 @@ def run_small(name):
 def test_every_example_is_run():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {path.stem for path in EXAMPLES.glob("*.py")} <= tested
+
+
+def test_my_task(monkeypatch):
+    monkeypatch.chdir(EXAMPLES.parent)
+    task = load_task("examples.my_task:digits_mlp")
+    assert task.evaluate(task.model) > 90
 
 
 def test_mnist(capsys):

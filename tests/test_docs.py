@@ -1,0 +1,34 @@
+"""Code in the docs is run: as a doctest, or as part of an example."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+SNIPPET = re.compile(r'--8<-- "(examples/\w+\.py):(\w+)"')
+
+
+def code_blocks():
+    """Each Python block of the docs: page, and its text."""
+    for page in PAGES:
+        for _, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+            yield pytest.param(text.strip(), id=f"{page.stem}: {text.strip().splitlines()[0][:40]}")
+
+
+@pytest.mark.parametrize("block", list(code_blocks()))
+def test_python_in_the_docs_is_run(block):
+    snippet = SNIPPET.fullmatch(block)
+    if snippet is None:
+        assert block.startswith(">>> "), "write it as a doctest, or take it from a file in examples/"
+    else:
+        source = (ROOT / snippet[1]).read_text(encoding="utf-8")
+        assert source.count(f"--8<-- [start:{snippet[2]}]") == source.count(f"--8<-- [end:{snippet[2]}]") == 1
+
+
+def test_the_site_fetches_nothing():
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert "font: false" in settings
+    assert not re.search(r"https?://", settings)
