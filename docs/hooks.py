@@ -1,4 +1,7 @@
-"""Links from the docs to source files work on the site too: each such file becomes a page of its own."""
+"""Links from the docs to source files work on the site too, and no page fetches anything from elsewhere.
+
+Each linked source file becomes a page of its own.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, InclusionLevel
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
-    from mkdocs.structure.files import Files
+    from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"\]\((?:\.\./)+((?:src|examples|benchmarks|tests)/[\w/]+\.py)\)")
+FETCHED = re.compile(r"""<(?:link|script|img|iframe)\b[^>]*\b(?:src|href)=["'](?:https?:)?//[^>]*>""")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -44,3 +50,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return f"]({up}{target})" if files.get_file_from_path(target) else link[0]
 
     return LINK.sub(to_page, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that would load something from another host."""
+    fetched = [tag for tag in FETCHED.findall(output) if 'rel="canonical"' not in tag]
+    if fetched:
+        raise PluginError(f"{page.file.src_uri} would fetch from elsewhere: {fetched[0]}")
+    return output

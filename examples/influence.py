@@ -142,6 +142,7 @@ def compare(
     starts = {"trained on from the minimum": full}
     if again:
         starts["trained again from the start"] = start
+    torch.manual_seed(0)  # labels="model" draws targets
     predictions = {
         kind: influence(full, train, tests, curvature) for kind, curvature in curvatures(n, draws).items()
     }
