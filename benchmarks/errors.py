@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from woodfisher import Objective
-from woodfisher.curvature.woodfisher import LowRankInverse, primal_blocks
+from woodfisher.curvature.dense import primal_blocks
+from woodfisher.curvature.lowrank import LowRankInverse
 from woodfisher.tasks import load_task
 
 DAMPINGS = (1e-8, 1e-5, 1e-3, 1e-1)

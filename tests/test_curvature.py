@@ -12,9 +12,9 @@ from models import ConvNet, mlp, samples
 from reference import cut, fisher, loop_rows, recursion
 from woodfisher.curvature import base
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
-from woodfisher.curvature.dense import DenseInverse, triangular_inverse
+from woodfisher.curvature.dense import DenseInverse, primal_blocks, triangular_inverse
 from woodfisher.curvature.kfac import KroneckerInverse
-from woodfisher.curvature.woodfisher import LowRankInverse, primal_blocks
+from woodfisher.curvature.lowrank import LowRankInverse
 
 DAMPING = 1e-2
 

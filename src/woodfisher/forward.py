@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvNd
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     Tensors = dict[str, Tensor]
 
 _WIDE_ROW = 8
+
+_OF_ENTRIES = (F.mse_loss, F.binary_cross_entropy_with_logits)
+_OF_SAMPLES = (*_OF_ENTRIES, F.cross_entropy, F.nll_loss)
+"""Losses whose terms torch gives one by one: of each entry of the outputs, or of each sample."""
 
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
@@ -64,6 +69,12 @@ class Forward:
         if self.loss is None:
             return self.mean_loss(weights, buffers, batch) * samples_in(batch)
         loss = self.loss
+        if loss in _OF_SAMPLES and isinstance(batch[1], Tensor):
+            outputs = self.outputs(weights, _copies(buffers), batch)
+            if isinstance(outputs, Tensor) and (outputs.ndim == 2 or loss in _OF_ENTRIES):
+                check_form(loss, batch)
+                terms = loss(outputs, batch[1], reduction="none")
+                return terms.reshape(len(terms), -1).mean(1).sum()
 
         def one(output: Any, target: Any) -> Tensor:
             return loss(map_tensors(lambda t: t[None], output), map_tensors(lambda t: t[None], target)).mean()
@@ -195,27 +206,3 @@ def explained(batch: Batch) -> Iterator[None]:
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
         ) from error
-
-
-@contextmanager
-def recorded_calls(modules: dict[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Weight name → (input, output) of its module during the block; each module must be called once."""
-    calls: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if name in calls:
-                raise WoodfisherError(
-                    f"the layer of {name!r} is called more than once in a forward pass, which K-FAC's factors "
-                    "don't cover: exclude it, or use WoodFisher."
-                )
-            calls[name] = (inputs[0], output)
-
-        return record
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -15,14 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
 from woodfisher.checks import check_choice, check_count
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import Forward, explained, recorded_calls
+from woodfisher.forward import Forward, explained
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
+from woodfisher.signals import Factors, LayerRows, has_factors, recorded_calls
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from woodfisher.batches import Batch
 
@@ -106,6 +108,7 @@ class Objective:
         self._read(None)
         self._forward = Forward(model, loss, sampler)
         self._checked: dict[tuple[str, bool], int] = {}
+        self._tried: dict[str, dict[str, Factors]] = {}
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain, and other buffers."""
@@ -268,39 +271,186 @@ class Objective:
         out: Tensor | None = None
         filled = 0
         with phase("gradients"):
-            for chunk in self.iter_rows(samples, group=group, labels=labels):
+            for chunk in self.iter_rows(samples, group=group, labels=labels, columns=columns):
                 if out is None:
                     most = self.most_rows(samples, group)
                     out = torch.empty(most, width, dtype=self.dtype, device=self.device)
-                out[filled : filled + len(chunk)] = chunk if columns is None else chunk[:, columns]
+                out[filled : filled + len(chunk)] = chunk
                 filled += len(chunk)
         assert out is not None
         return out[:filled]
 
-    def iter_rows(self, samples: int, *, group: int = 1, labels: str = "data") -> Iterator[Tensor]:
-        """The rows of `rows`, in chunks `(c, d)` of bounded memory."""
+    def iter_rows(
+        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The rows of `rows`, in chunks `(c, k)` of bounded memory."""
+        layers = self._places(columns)
+        whole = bool(self.kept.all()) if columns is None else bool(self.kept[columns].all())
+        width = self.layout.size if columns is None else len(columns)
+        done = 0
+        for chunk, count in self._row_chunks(samples, group, labels):
+            with phase("gradients"):
+                out = torch.empty(count, width, dtype=self.dtype, device=self.device)
+                for name, rows in self._row_parts(chunk, count, group, list(layers)):
+                    place, index = layers[name]
+                    out[:, place] = rows if index is None else rows[:, index]
+                self._check_finite(out, done, chunk, group, columns)
+                if not whole:
+                    out *= self.kept if columns is None else self.kept[columns]
+            yield out
+            done += count
+            report_progress("gradients", done, samples // group)
+
+    def iter_layer_rows(
+        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
+    ) -> Iterator[dict[str, LayerRows]]:
+        """Rows in factor form, of the weights in `names` (default: all), which `factors` must have.
+
+        The gradients of removed weights are in them.
+        """
+        names = list(self.layout.shapes) if names is None else names
+        done = 0
+        for chunk, count in self._row_chunks(samples, group, labels):
+            with phase("gradients"):
+                rows = self._signals(chunk, count, group, names)
+                for name, each in rows.items():
+                    if not each.outputs.sum().isfinite() or not each.inputs.sum().isfinite():
+                        self._check_finite(each.dense(), done, chunk, group, self._range(name))
+            yield rows
+            done += count
+            report_progress("gradients", done, samples // group)
+
+    def factors(self, group: int = 1) -> dict[str, Factors]:
+        """The weights whose rows can be had in factor form, and what that takes; tried on the first samples.
+
+        These are the weights of Linear and convolution layers that the model calls once for all samples of a batch,
+        where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
+        has none.
+        """
+        if iter(self.data) is self.data:
+            return {}
+        batch = next(iter(take(self.data, 2 * group)), None)
+        if batch is None or samples_in(batch) < group:
+            return {}
+        with isolated(self.model), torch.enable_grad():
+            return self._factors_of(self._to_device(batch), group)
+
+    def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
+        """`factors` tried on the first rows of a batch."""
+        rows = min(samples_in(batch) // group, 2)
+        batch = map_tensors(lambda t: t[: rows * group], batch)
+        form = f"{group} {describe(batch)}"
+        if form not in self._tried:
+            self._tried[form] = self._try_factors(batch, rows, group)
+        return self._tried[form]
+
+    def _try_factors(self, batch: Batch, rows: int, group: int) -> dict[str, Factors]:
+        if isinstance(batch, Mapping) and any(t.ndim > 1 for key, t in batch.items() if key == "labels"):
+            return {}  # a mean over tokens, of which samples may have different numbers
+        able = {name: m for name, m in self._modules.items() if has_factors(m, self.parameters[name])}
+        with recorded_calls(able) as calls, explained(batch):
+            self._forward.mean_loss(self._leaves(able), self.buffers, batch)
+        samples = samples_in(batch)
+        once = [
+            name
+            for name, made in calls.items()
+            if len(made) == 1 and len(made[0].inputs) == made[0].shape[0] == samples
+        ]
+        if not once:
+            return {}
+        signals = self._signals(batch, rows, group, once)
+        first = map_tensors(lambda t: t[:group], batch)
+        alone = self._forward.gradient(self._cast(self.weights), self.buffers, first)
+        found = {}
+        for name, each in signals.items():
+            true = alone[name].flatten()
+            apart = (each.dense()[0].to(true) - true).norm()
+            if apart <= torch.finfo(true.dtype).eps ** 0.5 * true.norm():
+                floats = (each.inputs.numel() + each.outputs.numel()) // rows
+                found[name] = Factors(floats, 2 * each.positions * true.numel())
+        return found
+
+    def _row_chunks(self, samples: int, group: int, labels: str) -> Iterator[tuple[Batch, int]]:
+        """Chunks of samples in evaluation mode, with their targets, and how many rows they make."""
         check_count("samples", samples)
         check_count("group", group)
         check_choice("labels", labels, ("data", "model"))
         if samples < group:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
-        done = 0
         with isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
             for chunk in self._chunks(samples, group):
-                with phase("gradients"):
-                    if labels == "model":
+                if labels == "model":
+                    with phase("gradients"):
                         chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
-                    count = samples_in(chunk) // group
-                    grouped = map_tensors(lambda t, c=count: t.reshape(c, group, *t.shape[1:]), chunk)
-                    flat = self._flat(
-                        self._forward.row_gradients(weights, self.buffers, grouped, count), rows=count
-                    )
-                    self._check_finite(flat, done, grouped)
-                    flat *= self.kept
-                yield flat
-                done += count
-                report_progress("gradients", done, samples // group)
+                yield chunk, samples_in(chunk) // group
+
+    def _row_parts(
+        self, chunk: Batch, count: int, group: int, names: Sequence[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Rows `(count, size)` of each weight in `names`: from the signals of its layer, or vectorised."""
+        able = self._factors_of(chunk, group)
+        if all(name in able for name in names):
+            for name, rows in self._signals(chunk, count, group, names).items():
+                yield name, rows.dense()
+            return
+        grouped = map_tensors(lambda t: t.reshape(count, group, *t.shape[1:]), chunk)
+        gradients = self._forward.row_gradients(self._cast(self.weights), self.buffers, grouped, count)
+        for name in names:
+            yield name, gradients[name].detach().reshape(count, -1)
+
+    def _signals(self, chunk: Batch, count: int, group: int, names: Sequence[str]) -> dict[str, LayerRows]:
+        """What flows through the layers of these weights as `count` rows of `group` samples each."""
+        rows = {}
+        for name, (module, inputs, gradients) in self._layer_signals(chunk, names).items():
+            a = inputs.unflatten(0, (count, group))
+            s = gradients.unflatten(0, (count, group)) / group
+            each = LayerRows(module, a, s)
+            rows[name] = each.transposed() if name in self.layout.transposed else each
+        return rows
+
+    def _layer_signals(
+        self, chunk: Batch, names: Sequence[str]
+    ) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
+        """Weight → its module, what flowed in, and the gradient of the sum of losses by what flowed out."""
+        weights = self._leaves(names)
+        with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
+            total = self._forward.sum_of_losses(weights, self.buffers, chunk)
+        for name, made in calls.items():
+            if len(made) > 1:
+                raise WoodfisherError(
+                    f"the layer of {name!r} is called more than once in a forward pass, which K-FAC's factors "
+                    "don't cover: exclude it, or use WoodFisher."
+                )
+        once = {name: made[0] for name, made in calls.items() if made}
+        gradients = torch.autograd.grad(total, [call.output for call in once.values()])
+        return {
+            name: (self._modules[name], call.inputs, gradient)
+            for (name, call), gradient in zip(once.items(), gradients, strict=True)
+        }
+
+    def _leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """All weights as the model takes them, those in `names` to take gradients by."""
+        weights = self._cast(self.weights.clone())
+        for name in names:
+            weights[name].requires_grad_()
+        return weights
+
+    def _places(self, columns: Tensor | None) -> dict[str, tuple[slice, Tensor | None]]:
+        """Name → where its columns go among the wanted ones (ascending), and which of its own they are (None: all)."""
+        if columns is None:
+            return {name: (where, None) for name, where in self.layout.slices.items()}
+        places: dict[str, tuple[slice, Tensor | None]] = {}
+        for name, where in self.layout.slices.items():
+            ends = torch.tensor([where.start, where.stop], device=columns.device)
+            first, last = torch.searchsorted(columns, ends).tolist()
+            if last > first:
+                places[name] = slice(first, last), columns[first:last] - where.start
+        return places
+
+    def _range(self, name: str) -> Tensor:
+        where = self.layout.slices[name]
+        return torch.arange(where.start, where.stop, device=self.device)
 
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
@@ -311,7 +461,7 @@ class Objective:
             for chunk in self._chunks(samples, 1, mean=True):
                 gradients = self._forward.gradient(weights, self.buffers, chunk)
                 flat = self._flat(gradients)
-                self._check_finite(flat[None], count, map_tensors(lambda t: t[None], chunk))
+                self._check_finite(flat[None], count, chunk, samples_in(chunk))
                 total += flat * samples_in(chunk)
                 count += samples_in(chunk)
         return (total / count * self.kept).to(self.weights)
@@ -327,23 +477,12 @@ class Objective:
         """
         check_choice("labels", labels, ("data", "model"))
         done = 0
-        with isolated(self.model), torch.enable_grad():
-            weights = {name: w.requires_grad_() for name, w in self._cast(self.weights).items()}
-            for chunk in self._chunks(samples, 1):
-                with phase("gradients"):
-                    if labels == "model":
-                        chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
-                    with recorded_calls(self._modules) as calls:
-                        total = self._forward.sum_of_losses(weights, self.buffers, chunk)
-                    outputs = [output for _, output in calls.values()]
-                    gradients = torch.autograd.grad(total, outputs)
-                    signals = {
-                        name: (self._modules[name], calls[name][0].detach(), gradient)
-                        for name, gradient in zip(calls, gradients, strict=True)
-                    }
-                yield signals
-                done += samples_in(chunk)
-                report_progress("gradients", done, samples)
+        for chunk, count in self._row_chunks(samples, 1, labels):
+            with phase("gradients"):
+                signals = self._layer_signals(chunk, list(self.layout.shapes))
+            yield signals
+            done += count
+            report_progress("gradients", done, samples)
 
     def hessian_columns(self, samples: int, columns: slice) -> Tensor:
         """Columns of the Hessian of the mean loss over the first `samples` samples: float64 `(d, k)`.
@@ -488,28 +627,31 @@ class Objective:
         """Flat weights → named tensors in the model's own dtypes and devices."""
         return {name: value.to(self.parameters[name]) for name, value in self.layout.split(flat).items()}
 
-    def _flat(self, tensors: Mapping[str, Tensor], rows: int | None = None) -> Tensor:
-        """Named tensors → `(d,)`, or `(rows, d)`, in the dtype and on the device of the flat weights."""
-        lead = () if rows is None else (rows,)
-        out = torch.empty(*lead, self.layout.size, dtype=self.dtype, device=self.device)
-        for name, columns in self.layout.slices.items():
-            out[..., columns] = tensors[name].detach().reshape(*lead, -1)
+    def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors → `(d,)` in the dtype and on the device of the flat weights."""
+        out = torch.empty(self.layout.size, dtype=self.dtype, device=self.device)
+        for name, where in self.layout.slices.items():
+            out[where] = tensors[name].detach().reshape(-1)
         return out
 
-    def _check_finite(self, rows: Tensor, done: int, batch: Batch) -> None:
-        if torch.isfinite(rows).all():
+    def _check_finite(
+        self, rows: Tensor, done: int, batch: Batch, group: int, columns: Tensor | None = None
+    ) -> None:
+        """Raise where a row `(c, k)` is not finite, `done` rows after the first; `batch` has `group` samples a row."""
+        if torch.isfinite(rows.sum()) or torch.isfinite(rows).all():
             return
-        row, index = (~torch.isfinite(rows)).nonzero()[0].tolist()
-        bad = [t for t in tensors_of(batch) if t.is_floating_point() and not torch.isfinite(t[row]).all()]
+        row, position = (~torch.isfinite(rows)).nonzero()[0].tolist()
+        name = self.layout.name_at(position if columns is None else int(columns[position]))
+        samples = map_tensors(lambda t: t[row * group : (row + 1) * group], batch)
+        bad = [t for t in tensors_of(samples) if t.is_floating_point() and not torch.isfinite(t).all()]
         cause = (
             "The data of that row itself holds NaN or infinity: clean it."
             if bad
             else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
-            f"{str(self.parameters[self.layout.name_at(index)].dtype).removeprefix('torch.')}."
+            f"{str(self.parameters[name].dtype).removeprefix('torch.')}."
         )
         raise WoodfisherError(
-            f"the gradient of {self.layout.name_at(index)!r} in row {done + row} is {float(rows[row, index])}. "
-            f"{cause}"
+            f"the gradient of {name!r} in row {done + row} is {float(rows[row, position])}. {cause}"
         )
 
     def _to_device(self, batch: Batch) -> Batch:

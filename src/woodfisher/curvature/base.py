@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from woodfisher.objective import Objective
 
-WORKSPACE = 64 * 2**20
+WORKSPACE = 16 * 2**20
 """Bytes of float64 scratch that an operator may use at a time, beside vectors of the model's size."""
 
 

@@ -15,6 +15,8 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.rows import Rows
+
 
 @dataclass(frozen=True)
 class Relative:
@@ -52,13 +54,12 @@ def check_damping(value: object, why: str) -> None:
     check_positive("damping", value, why)
 
 
-def resolve(damping: Damping, rows: Tensor, group: int) -> float:
-    """λ for the rows `(N, d)`, each of which averages `group` samples."""
+def resolve(damping: Damping, rows: Rows, group: int) -> float:
+    """λ for rows each of which averages `group` samples."""
     if damping == "auto":
-        return held_out_damping((rows @ rows.mT).double(), rows.shape[1], group)
+        return held_out_damping(rows.gram(), rows.size, group)
     if isinstance(damping, Relative):
-        energies = torch.linalg.vector_norm(rows, dim=1).double().square()
-        return damping.factor * _positive_scale(energies, rows.shape[1], group)
+        return damping.factor * _positive_scale(rows.energies(), rows.size, group)
     return float(damping)
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from woodfisher.curvature.base import InverseOperator, spans
 from woodfisher.errors import WoodfisherError
+from woodfisher.rows import Rows, as_rows, block_rows
 
 _LEAF = 64
 
@@ -102,3 +103,16 @@ class DenseInverse(InverseOperator):
             F = torch.where(both, F, 0) + torch.diag_embed((~mask[blocks]).double())
             out[blocks] = torch.cholesky_solve(b[blocks], cholesky(F, self._what))
         return out.flatten()
+
+
+def primal_blocks(rows: Rows | Tensor, count: int, damping: float, divisor: float) -> DenseInverse:
+    """Inverses of `count` blocks F = λI + GᵀG/n factored as they are: the primal form, for N ≥ B."""
+    rows = as_rows(rows)
+    B = rows.size // count
+    F = torch.empty(count, B, B, dtype=torch.float64, device=rows.device)
+    for blocks in spans(count, 8 * rows.count * B):
+        G = block_rows(rows, B, blocks, slice(0, B)).to(torch.float64, memory_format=torch.contiguous_format)
+        F[blocks] = G.mT @ G
+    F /= divisor
+    F.diagonal(dim1=1, dim2=2).add_(damping)
+    return DenseInverse(F, "a block of the damped Fisher")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.woodfisher import LowRankInverse
+from woodfisher.curvature.lowrank import LowRankInverse
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,0 +1,163 @@
+"""Blocks of the empirical Fisher that are factored when they are needed, and no more precisely than that takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.curvature.base import InverseOperator, pieces, spans
+from woodfisher.curvature.dense import primal_blocks, triangular_inverse
+from woodfisher.curvature.lowrank import (
+    SINGLE_TOLERANCE,
+    LowRankInverse,
+    column_energies,
+    gram_triangles,
+)
+from woodfisher.rows import block_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from woodfisher.rows import Rows
+
+
+class FisherBlocks(InverseOperator):
+    """Inverses of `count` blocks F = λI + GᵀG/n out of gradient rows, in the dual form for N < B, else the primal.
+
+    Products need float64 factors, which are made at the first one. The diagonal alone is taken in float32 where a
+    bound on what rounding does to it allows that, at half the cost, and holds nothing.
+
+    Parameters
+    ----------
+    rows:
+        Gradient rows of the blocks, `(N, count · B)`.
+    count:
+        Blocks.
+    damping:
+        λ > 0.
+    divisor:
+        n: the number of rows, divided by the samples that each row averages.
+    hold:
+        Keep the factors, 8 · min(N, B)² bytes a block, once they are made; else make them anew each time.
+    """
+
+    def __init__(self, rows: Rows, count: int, damping: float, divisor: float, *, hold: bool = True) -> None:
+        self._rows, self._count = rows, count
+        self.damping, self.divisor = damping, divisor
+        self.size, self.device = rows.size, rows.device
+        self._block = rows.size // count
+        self._hold = hold
+        self._held: InverseOperator | None = None
+
+    @property
+    def _exact(self) -> InverseOperator:
+        """The operator with its float64 factors."""
+        if self._held is not None:
+            return self._held
+        made = self._of(slice(0, self._count))
+        if self._hold:
+            self._held = made
+        return made
+
+    def _of(self, blocks: slice) -> InverseOperator:
+        rows = self._rows.part(slice(blocks.start * self._block, blocks.stop * self._block))
+        make = LowRankInverse if self._block > rows.count else primal_blocks
+        return make(rows, blocks.stop - blocks.start, self.damping, self.divisor)
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return self._exact._inverse_product(V)
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        """Fv a block: it needs no factor, (GᵀGv)/n + λv."""
+        B = V.reshape(self._count, self._block, -1)
+        N = self._rows.count
+        Y = torch.zeros(self._count, N, B.shape[2], dtype=torch.float64, device=self.device)
+        out = B * self.damping
+        for blocks in spans(self._count, 8 * N * self._block):
+            inside = list(pieces(blocks.stop - blocks.start, N, self._block))
+            for _, columns in inside:
+                Y[blocks] += self._read(blocks, columns).double() @ B[blocks, columns]
+            for _, columns in inside:
+                out[blocks, columns] += self._read(blocks, columns).double().mT @ Y[blocks] / self.divisor
+        return out.reshape(V.shape)
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        return self._exact._submatrices(index)
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        return self._exact._restricted_solve(keep, b)
+
+    def _read(self, blocks: slice, columns: slice) -> Tensor:
+        return block_rows(self._rows, self._block, blocks, columns)
+
+    def _diagonal(self) -> Tensor:
+        if self._held is not None or self._rows.dtype != torch.float32:
+            return self._exact._diagonal()
+        quick = self._dual if self._block > self._rows.count else self._primal
+        out = torch.empty(self._count, self._block, dtype=torch.float64, device=self.device)
+        groups = spans(self._count, 8 * self._rows.count * self._block)
+        sound = []
+        for blocks in groups:
+            out[blocks], good = quick(blocks)
+            sound.append(good)
+            if len(sound) == 1 and not bool(good):
+                return self._exact._diagonal()
+        for blocks, good in zip(groups, torch.stack(sound).tolist(), strict=True):
+            if not good:
+                out[blocks] = self._of(blocks)._diagonal().reshape(-1, self._block)
+        return out.flatten()
+
+    def _dual(self, blocks: slice) -> tuple[Tensor, Tensor]:
+        """Diagonals in float32, with K added up and factored in float64, and whether rounding leaves them sound."""
+        N, count = self._rows.count, blocks.stop - blocks.start
+        cut = [columns for _, columns in pieces(count, N, self._block)]
+        K = torch.zeros(count, N, N, dtype=torch.float64, device=self.device)
+        for columns in cut:
+            G = self._read(blocks, columns)
+            K += gram_triangles(G, torch.zeros(count, N, N, dtype=G.dtype, device=self.device))
+        scale = self.divisor * self.damping
+        factor, rounding = _factored(K, scale)
+        lower = factor.float()
+        out = torch.empty(count, self._block, dtype=torch.float64, device=self.device)
+        sound = rounding.isfinite().all()
+        for columns in cut:
+            G = self._read(blocks, columns)
+            x = torch.linalg.vector_norm(G, dim=1).double().square_() / scale
+            left = torch.maximum(1 - column_energies(lower, G).double(), 1 / (1 + x))
+            uncertain = x.sqrt() * _roundoff(G) + rounding[:, None] * (1 - left)
+            sound &= (uncertain <= SINGLE_TOLERANCE * left).all()
+            out[:, columns] = left / self.damping
+        return out, sound
+
+    def _primal(self, blocks: slice) -> tuple[Tensor, Tensor]:
+        """The same from F = λI + GᵀG/n."""
+        G = self._read(blocks, slice(0, self._block))
+        factor, rounding = _factored((G.mT @ G).double() / self.divisor, self.damping)
+        return factor.square().sum(1), (rounding <= SINGLE_TOLERANCE).all()
+
+
+def _factored(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+    """L⁻¹ of K = `gram` + `shift`·I = LLᵀ for a batch, and how far rounding of `gram` may have moved it.
+
+    With E the rounding of a float32 product, |E_ij| ≤ 2u d_i d_j and d² the diagonal of `gram`, what K⁻¹ is changed
+    by relative to itself is at most ‖L⁻¹EL⁻ᵀ‖, and that about 2u Σ d_i² [K⁻¹]_ii, however the rows are scaled. NaN
+    where K is not positive definite in float64.
+
+    Returns
+    -------
+    `(count, n, n)` and `(count,)`, float64.
+    """
+    energies = gram.diagonal(dim1=1, dim2=2).clone()
+    gram.diagonal(dim1=1, dim2=2).add_(shift)
+    factor, info = torch.linalg.cholesky_ex(gram)
+    inverse = triangular_inverse(factor)
+    rounding = _roundoff(gram.float()) * (inverse.square().sum(1) * energies).sum(1)
+    return inverse, torch.where(info == 0, rounding, torch.nan)
+
+
+def _roundoff(product: Tensor) -> float:
+    """2u of a float32 product where it is computed: TensorFloat-32 has ten bits behind the leading one."""
+    if product.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return 2.0**-10
+    return torch.finfo(torch.float32).eps

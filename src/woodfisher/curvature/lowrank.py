@@ -1,0 +1,190 @@
+"""The empirical Fisher of few rows in large blocks, through its Gram matrices: the dual form (docs/method.md §3)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.curvature.base import InverseOperator, pieces, spans
+from woodfisher.curvature.dense import cholesky, triangular_inverse
+from woodfisher.rows import Rows, as_rows, block_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SINGLE_TOLERANCE = 2e-4
+"""Largest relative uncertainty of a diagonal entry that float32 products may leave."""
+
+
+def _strips(rows: int) -> list[slice]:
+    """Four strips of rows of a lower triangle: a product by them skips three eighths of the work, all above it."""
+    height = max(-(-rows // 4), 32)
+    return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
+
+
+def gram_triangles(G: Tensor, out: Tensor) -> Tensor:
+    """Write the lower triangles of GGᵀ `(count, N, N)`, and some of what is above, to `out`."""
+    for strip in _strips(G.shape[1]):
+        out[:, strip, : strip.stop] = G[:, strip] @ G[:, : strip.stop].mT
+    return out
+
+
+def column_energies(lower: Tensor, G: Tensor) -> Tensor:
+    """Column sums of squares of LG for lower triangular L: `(count, N, N)`, `(count, N, B)` → `(count, B)`."""
+    total = torch.zeros(G.shape[0], G.shape[2], dtype=G.dtype, device=G.device)
+    for strip in _strips(G.shape[1]):
+        total += (lower[:, strip, : strip.stop] @ G[:, : strip.stop]).square_().sum(1)
+    return total
+
+
+class LowRankInverse(InverseOperator):
+    """Inverses of `count` blocks λI + GᵀG/n through their N×N Gram matrices: the dual form, for N < B.
+
+    With K = nλI + GGᵀ = LLᵀ and V = L⁻¹G the inverse is (I − VᵀV)/λ. Only L⁻¹ is held; the rows are read, and V
+    exists, a piece at a time.
+
+    Parameters
+    ----------
+    rows:
+        Gradient rows of the run, `(N, count · B)`; a tensor is kept, not copied.
+    count:
+        Blocks in the run.
+    damping:
+        λ > 0.
+    divisor:
+        n: the number of rows, divided by the samples that each row averages.
+    gram:
+        GGᵀ, float64 `(count, N, N)`, where the caller has it already.
+    single:
+        Multiply vectors by the rows in the rows' own dtype, which reads them once, rather than in float64. For
+        steps that are checked afterwards: at small damping they lose the digits that float64 keeps.
+    """
+
+    def __init__(
+        self,
+        rows: Rows | Tensor,
+        count: int,
+        damping: float,
+        divisor: float,
+        *,
+        gram: Tensor | None = None,
+        single: bool = False,
+    ) -> None:
+        self._rows = as_rows(rows)
+        self.size, self.device = self._rows.size, self._rows.device
+        self.damping, self.divisor = damping, divisor
+        self._products = self._rows.dtype if single else torch.float64
+        self._shape = (count, self._rows.count, self.size // count)
+        self._factor = triangular_inverse(self._gram_factor(None) if gram is None else self._damped(gram))
+
+    @property
+    def _pieces(self) -> list[tuple[slice, slice]]:
+        return list(pieces(*self._shape))
+
+    def _piece(self, blocks: slice, columns: slice) -> Tensor:
+        piece = block_rows(self._rows, self._shape[2], blocks, columns)
+        if piece.dtype == self._products:
+            return piece
+        return piece.to(self._products, memory_format=torch.contiguous_format)
+
+    def _gram_factor(self, keep: Tensor | None) -> Tensor:
+        """L of K = nλI + GGᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
+        count, N, B = self._shape
+        K = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
+        for blocks, columns in self._pieces:
+            G = block_rows(self._rows, B, blocks, columns)
+            G = G.to(torch.float64, memory_format=torch.contiguous_format)
+            if keep is not None:
+                G = G * keep[blocks, :, columns]
+            if columns.start == 0:
+                gram_triangles(G, K[blocks])
+            else:
+                K[blocks] += gram_triangles(G, torch.empty_like(K[blocks]))
+        return self._damped(K)
+
+    def _damped(self, gram: Tensor) -> Tensor:
+        K = gram.clone()
+        K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
+        return cholesky(K, "the Gram matrix of a block's gradient rows")
+
+    def _blocked(self, V: Tensor) -> Tensor:
+        return V.reshape(self._shape[0], self._shape[2], -1)
+
+    def _correct(self, V: Tensor, factor: Tensor) -> Tensor:
+        """(V − Gᵀ K⁻¹ G V)/λ a block, with K⁻¹ = L⁻ᵀL⁻¹."""
+        V = self._blocked(V)
+        Y = self._rows_times(V)
+        Y = factor.mT @ (factor @ Y)
+        out = torch.empty_like(V)
+        for blocks, columns in self._pieces:
+            out[blocks, columns] = V[blocks, columns] - self._back(blocks, columns, Y)
+        return out.div_(self.damping)
+
+    def _rows_times(self, V: Tensor) -> Tensor:
+        """GV a block: `(count, N, k)`."""
+        count, N, _ = self._shape
+        Y = torch.zeros(count, N, V.shape[2], dtype=torch.float64, device=self.device)
+        for blocks, columns in self._pieces:
+            Y[blocks] += self._piece(blocks, columns) @ V[blocks, columns].to(self._products)
+        return Y
+
+    def _back(self, blocks: slice, columns: slice, Y: Tensor) -> Tensor:
+        """GᵀY for a piece."""
+        return self._piece(blocks, columns).mT @ Y[blocks].to(self._products)
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        return self._correct(V, self._factor).reshape(V.shape)
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        B = self._blocked(V)
+        Y = self._rows_times(B)
+        out = B * self.damping
+        for blocks, columns in self._pieces:
+            out[blocks, columns] += self._back(blocks, columns, Y) / self.divisor
+        return out.reshape(V.shape)
+
+    def _diagonal(self) -> Tensor:
+        out = torch.empty(self._shape[0], self._shape[2], dtype=torch.float64, device=self.device)
+        for blocks, columns in self._pieces:
+            out[blocks, columns] = self._unexplained(blocks, columns)
+        return out.div_(self.damping).flatten()
+
+    def _unexplained(self, blocks: slice, columns: slice) -> Tensor:
+        """1 − ‖v_i‖² for a piece, from float32 products where their rounding is bounded, else float64.
+
+        With x_i = ‖g_i‖²/(nλ), float32 products leave ‖v_i‖² uncertain by about 2u√x_i, which matters where
+        ‖v_i‖² is near one. The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
+        """
+        G = block_rows(self._rows, self._shape[2], blocks, columns)
+        factor = self._factor[blocks]
+        x = torch.linalg.vector_norm(G, dim=1).double().square_() / (self.divisor * self.damping)
+        floor = 1 / (1 + x)
+        if G.dtype == torch.float32:
+            uncertain = x.sqrt_() * torch.finfo(torch.float32).eps
+            if uncertain.max() <= SINGLE_TOLERANCE:
+                left = torch.maximum(1 - column_energies(factor.float(), G).double(), floor)
+                if (uncertain <= SINGLE_TOLERANCE * left).all():
+                    return left
+        return torch.maximum(1 - column_energies(factor, G.double()), floor)
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        _, N, B = self._shape
+        out = torch.empty(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
+        for span in spans(len(index), 8 * N * index.shape[1]):
+            groups = index[span]
+            block = groups // B
+            V = torch.empty(*groups.shape, N, dtype=torch.float64, device=self.device)
+            for b in block.unique():
+                here = block == b
+                V[here] = (self._factor[b] @ self._rows.select(groups[here]).double()).mT
+            same_weight = groups[:, :, None] == groups[:, None, :]
+            same_block = block[:, :, None] == block[:, None, :]
+            out[span] = (same_weight.double() - V @ V.mT) * same_block
+        return out.div_(self.damping)
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        mask = self._blocked(keep).mT
+        factor = triangular_inverse(self._gram_factor(mask))
+        b = torch.where(keep, b, 0)
+        return torch.where(keep, self._correct(b, factor).flatten(), 0)

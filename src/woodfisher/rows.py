@@ -1,0 +1,255 @@
+"""Gradient rows, wherever they are kept: read by spans of columns, so that no more than a window has to be at hand."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.memory import format_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from torch import Tensor
+
+SPAN = 32 * 2**20
+"""Bytes of rows that are read at a time where all of them are gone through."""
+
+
+class Rows(ABC):
+    """`count` gradient rows (N) of `size` weights (d).
+
+    Attributes
+    ----------
+    count, size:
+        N and d.
+    dtype:
+        What they are read in: float32, or float64 for a float64 model.
+    device:
+        Where they are read to.
+    """
+
+    count: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @abstractmethod
+    def columns(self, span: slice) -> Tensor:
+        """The rows for the weights `span.start … span.stop - 1`, `(N, k)`: to read, not to write to."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> Tensor:
+        """The rows for single weights, int64 `(k,)`: `(N, k)`."""
+
+    def part(self, span: slice) -> Rows:
+        """The same rows for some of the weights."""
+        return _Part(self, span)
+
+    def spans(self) -> Iterator[slice]:
+        """All columns in order, some at a time."""
+        step = max(SPAN // (self.count * self.dtype.itemsize), 1)
+        for start in range(0, self.size, step):
+            yield slice(start, min(start + step, self.size))
+
+    def gram(self) -> Tensor:
+        """Inner products GGᵀ, float64 `(N, N)`: of each span in the rows' dtype, added up in float64."""
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
+        for span in self.spans():
+            G = self.columns(span)
+            total += G @ G.mT
+        return total
+
+    def energies(self) -> Tensor:
+        """Squared norms of the rows, float64 `(N,)`."""
+        total = torch.zeros(self.count, dtype=torch.float64, device=self.device)
+        for span in self.spans():
+            total += torch.linalg.vector_norm(self.columns(span), dim=1).double().square_()
+        return total
+
+
+class HeldRows(Rows):
+    """Rows in memory.
+
+    Parameters
+    ----------
+    tensor:
+        `(N, d)`; kept, not copied.
+    dtype:
+        What they are read in, where that is not what they are kept in.
+    """
+
+    def __init__(self, tensor: Tensor, dtype: torch.dtype | None = None) -> None:
+        self._tensor = tensor
+        self.count, self.size = tensor.shape
+        self.dtype, self.device = dtype or tensor.dtype, tensor.device
+
+    def columns(self, span: slice) -> Tensor:
+        return self._tensor[:, span].to(self.dtype)
+
+    def select(self, index: Tensor) -> Tensor:
+        return self._tensor[:, index].to(self.dtype)
+
+
+class _Part(Rows):
+    def __init__(self, whole: Rows, span: slice) -> None:
+        self._whole, self._first = whole, span.start
+        self.count, self.size = whole.count, span.stop - span.start
+        self.dtype, self.device = whole.dtype, whole.device
+
+    def columns(self, span: slice) -> Tensor:
+        return self._whole.columns(slice(self._first + span.start, self._first + span.stop))
+
+    def select(self, index: Tensor) -> Tensor:
+        return self._whole.select(self._first + index)
+
+
+class WindowRows(Rows):
+    """Rows that are elsewhere, of which a window of columns is in memory at a time.
+
+    Columns that are asked for and not in the window become the beginning of the next one, so that going through all
+    of them in order reads each once.
+
+    Parameters
+    ----------
+    window:
+        Columns that are loaded at once; more where more are asked for.
+    """
+
+    def __init__(self, count: int, size: int, dtype: torch.dtype, device: torch.device, window: int) -> None:
+        self.count, self.size, self.dtype, self.device = count, size, dtype, device
+        self.window = max(min(window, size), 1)
+        self._span = slice(0, 0)
+        self._loaded: Tensor | None = None
+
+    @abstractmethod
+    def _load(self, span: slice) -> Tensor:
+        """The rows for these columns, `(N, k)`."""
+
+    def columns(self, span: slice) -> Tensor:
+        if self._loaded is None or not self._span.start <= span.start <= span.stop <= self._span.stop:
+            self._loaded = None
+            self._span = slice(span.start, min(max(span.start + self.window, span.stop), self.size))
+            self._loaded = self._load(self._span)
+        return self._loaded[:, span.start - self._span.start : span.stop - self._span.start]
+
+    def select(self, index: Tensor) -> Tensor:
+        out = torch.empty(self.count, len(index), dtype=self.dtype, device=self.device)
+        order = index.argsort()
+        ahead = index[order]
+        while len(ahead):
+            first = int(ahead[0])
+            span = slice(first, min(first + self.window, self.size))
+            here = int(torch.searchsorted(ahead, span.stop))
+            out[:, order[:here]] = self.columns(span)[:, ahead[:here] - first]
+            order, ahead = order[here:], ahead[here:]
+        return out
+
+
+class FileRows(WindowRows):
+    """Rows in a temporary file, which the system removes however the process ends.
+
+    Parameters
+    ----------
+    chunks:
+        The rows in order, `(c, d)` each, `count` in all at most.
+    count, size, dtype, device:
+        As of `Rows`.
+    window:
+        Columns in memory at once.
+
+    Raises
+    ------
+    WoodfisherError
+        Before any chunk is taken if the disk has no room; the temporary folder is that of Python's `tempfile`.
+    """
+
+    def __init__(
+        self,
+        chunks: Iterable[Tensor],
+        count: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int,
+    ) -> None:
+        super().__init__(count, size, dtype, device, window)
+        needed, free = count * size * dtype.itemsize, disk_room()
+        if needed > free:
+            raise WoodfisherError(
+                f"{count} gradient rows of {size} weights take {format_bytes(needed)} on disk, and the temporary "
+                f"folder {tempfile.gettempdir()} has {format_bytes(free)}: set TMPDIR to one with more room, or take "
+                "fewer samples."
+            )
+        self._file = tempfile.TemporaryFile(prefix="woodfisher-")  # noqa: SIM115  open for as long as the rows are
+        written = 0
+        try:
+            for chunk in chunks:
+                chunk.to("cpu").contiguous().numpy().tofile(self._file)
+                written += len(chunk)
+            self._file.flush()
+        except OSError as error:
+            self._file.close()
+            raise WoodfisherError(
+                f"gradient rows could not be written to disk: {error}. Make room."
+            ) from error
+        self.count = written
+
+    def _load(self, span: slice) -> Tensor:
+        # A mapping of its own for every window, so that the pages of the last one don't stay in memory. They are
+        # copied on writing, which nobody does, since torch knows no read-only tensors.
+        kind = np.float64 if self.dtype == torch.float64 else np.float32
+        mapped = np.memmap(self._file, kind, "c", shape=(self.count, self.size))
+        return torch.from_numpy(mapped[:, span]).to(self.device)
+
+
+class GatheredRows(WindowRows):
+    """Rows whose gradients are taken again for each window.
+
+    Parameters
+    ----------
+    gather:
+        `gather(span)` takes the rows for these columns, `(N, k)`; the same ones whenever it is asked.
+    count, size, dtype, device:
+        As of `Rows`.
+    window:
+        Columns in memory at once.
+    """
+
+    def __init__(
+        self,
+        gather: Callable[[slice], Tensor],
+        count: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int,
+    ) -> None:
+        super().__init__(count, size, dtype, device, window)
+        self._gather = gather
+        self.count = len(self.columns(slice(0, self.window)))
+
+    def _load(self, span: slice) -> Tensor:
+        return self._gather(span)
+
+
+def as_rows(rows: Rows | Tensor) -> Rows:
+    """Rows in memory where a tensor `(N, d)` came."""
+    return rows if isinstance(rows, Rows) else HeldRows(rows)
+
+
+def block_rows(rows: Rows, B: int, blocks: slice, columns: slice) -> Tensor:
+    """The rows of some of the blocks of B weights each, or of some columns of one block: `(count, N, k)`."""
+    span = slice(blocks.start * B + columns.start, (blocks.stop - 1) * B + columns.stop)
+    return rows.columns(span).unflatten(1, (blocks.stop - blocks.start, -1)).transpose(0, 1)
+
+
+def disk_room() -> int:
+    """Bytes free where temporary files go."""
+    return shutil.disk_usage(tempfile.gettempdir()).free

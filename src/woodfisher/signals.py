@@ -1,0 +1,182 @@
+"""Gradient rows of a layer in factor form: what flows into it, and the gradient of what flows out."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from woodfisher.parameters import inputs_first
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a row of one weight's gradient takes in factor form.
+
+    Attributes
+    ----------
+    floats:
+        Numbers to keep.
+    flops:
+        Operations to make a dense row of them.
+    """
+
+    floats: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of the gradient of one weight, each the sum over its samples and positions of s aᵀ.
+
+    Attributes
+    ----------
+    module:
+        The layer: Linear, a convolution, or the transposed Linear of Hugging Face's GPT-2.
+    inputs:
+        a: what flowed into it, `(N, m, …)`, where a row has m samples.
+    outputs:
+        s: the gradients of the rows' losses with respect to what flowed out, `(N, m, …)`.
+    """
+
+    module: nn.Module
+    inputs: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def joined(cls, parts: Sequence[LayerRows]) -> LayerRows:
+        """The rows of several chunks as one."""
+        inputs = torch.cat([part.inputs for part in parts])
+        return cls(parts[0].module, inputs, torch.cat([part.outputs for part in parts]))
+
+    @property
+    def width(self) -> int:
+        """Weights of an output channel."""
+        weight = self.module.weight
+        assert isinstance(weight, Tensor)
+        return weight.numel() // self.channels
+
+    @property
+    def channels(self) -> int:
+        """Output channels."""
+        return self.outputs.shape[2] if isinstance(self.module, _ConvNd) else self.outputs.shape[-1]
+
+    @property
+    def positions(self) -> int:
+        """Terms that a row is the sum of: samples, and places in a sequence or an image."""
+        spatial = isinstance(self.module, _ConvNd)
+        return self.outputs[0].numel() // (self.outputs.shape[2] if spatial else self.outputs.shape[-1])
+
+    def dense(self, channels: slice | None = None) -> Tensor:
+        """The rows for these output channels (default: all) in the weight's own order, `(N, channels · width)`."""
+        channels = slice(0, self.channels) if channels is None else channels
+        if isinstance(self.module, _ConvNd):
+            return self._convolution(self.module, channels).flatten(1)
+        return self._linear(self.inputs, self.outputs[..., channels]).flatten(1)
+
+    def transposed(self) -> LayerRows:
+        """The same for a layer whose weight is `(inputs, outputs)`: with inputs and outputs in each other's place."""
+        return replace(self, inputs=self.outputs, outputs=self.inputs)
+
+    def _linear(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """Σ s aᵀ over samples and positions of `(N, …, I)` and `(N, …, O)`: `(N, O, I)`."""
+        return outputs.flatten(1, -2).mT @ inputs.flatten(1, -2)
+
+    def _convolution(self, module: _ConvNd, channels: slice) -> Tensor:
+        N, m = self.inputs.shape[:2]
+        s = self.outputs[:, :, channels]
+        if module.groups > 1:
+            return self._grouped(module)[:, channels]
+        positions = s[0, 0, 0].numel()
+        if positions <= s.shape[2] and s.ndim == 5:
+            patches = F.unfold(
+                self.inputs.flatten(0, 1),
+                module.kernel_size,
+                dilation=module.dilation,
+                padding=module.padding,  # type: ignore[arg-type]
+                stride=module.stride,
+            )
+            a = patches.unflatten(0, (N, m)).transpose(1, 2).flatten(2)
+            return s.flatten(3).transpose(1, 2).flatten(2) @ a.mT
+        return self._grouped(module, s)
+
+    def _grouped(self, module: _ConvNd, outputs: Tensor | None = None) -> Tensor:
+        """By one backward pass of a convolution with as many groups as there are rows."""
+        s = self.outputs if outputs is None else outputs
+        N = len(s)
+        kernel = (s.shape[2], self.inputs.shape[2] // module.groups, *module.kernel_size)
+        empty = s.new_empty(N * kernel[0], *kernel[1:])
+        gradient = torch.ops.aten.convolution_backward(
+            s.transpose(0, 1).flatten(1, 2),
+            self.inputs.transpose(0, 1).flatten(1, 2),
+            empty,
+            None,
+            module.stride,
+            module.padding,
+            module.dilation,
+            False,
+            [0] * len(module.kernel_size),
+            N * module.groups,
+            [False, True, False],
+        )[1]
+        return gradient.view(N, *kernel)
+
+
+def has_factors(module: nn.Module, weight: Tensor) -> bool:
+    """Whether the gradient of a weight follows from what flows in and out of its layer."""
+    if weight is not getattr(module, "weight", None):
+        return False
+    if isinstance(module, _ConvNd):
+        plain = module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return plain and not isinstance(module, _ConvTransposeNd)
+    return isinstance(module, nn.Linear) or (inputs_first(module) and weight.ndim == 2)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes
+    ----------
+    inputs:
+        What it was called with.
+    output:
+        Where the gradient of what it returned comes by, whatever is done to that in place later.
+    shape:
+        Of what it returned.
+    """
+
+    inputs: Tensor
+    output: GradientEdge
+    shape: torch.Size
+
+
+@contextmanager
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Weight name → the calls of its module during the block, which has to take gradients."""
+    calls: dict[str, list[Call]] = {name: [] for name in modules}
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in modules.items():
+        names.setdefault(module, []).append(name)
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if not inputs or not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        for name in names[module]:
+            calls[name].append(Call(inputs[0].detach(), get_gradient_edge(output), output.shape))
+
+    handles = [module.register_forward_hook(record) for module in names]
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
