@@ -10,6 +10,8 @@ PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'--8<-- "(examples/\w+\.py):(\w+)"')
 
+NAMED = re.compile(r"(`[\w.]+`(?:(?:, | and )`[\w.]+`)*) (?:in |\()\[[^\]]+\]\((?:\.\./)+(src/[\w/]+\.py)\)")
+
 
 def code_blocks():
     """Each Python block of the docs: page, and its text."""
@@ -26,6 +28,15 @@ def test_python_in_the_docs_is_run(block):
     else:
         source = (ROOT / snippet[1]).read_text(encoding="utf-8")
         assert source.count(f"--8<-- [start:{snippet[2]}]") == source.count(f"--8<-- [end:{snippet[2]}]") == 1
+
+
+def test_names_in_the_docs_stand_where_they_are_linked_to():
+    named = [match for page in PAGES for match in NAMED.findall(page.read_text(encoding="utf-8"))]
+    assert len(named) > 10
+    for names, path in named:
+        source = (ROOT / path).read_text(encoding="utf-8")
+        for name in re.findall(r"`[\w.]*?(\w+)`", names):
+            assert re.search(rf"\b(def|class) {name}\b", source), f"{name} is not defined in {path}"
 
 
 def test_the_site_fetches_nothing():

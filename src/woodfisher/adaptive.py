@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from woodfisher.batches import Batch
     from woodfisher.curvature import WoodFisher
     from woodfisher.curvature.base import InverseOperator
-    from woodfisher.curvature.woodfisher import LowRankInverse
+    from woodfisher.curvature.lowrank import LowRankInverse
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
