@@ -33,7 +33,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     for path in sorted(linked):
         source = (ROOT / path).read_text(encoding="utf-8")
-        text = f"# {path}\n\n````python\n{source}````\n"
+        text = f"---\nhide: [toc]\n---\n\n# {path}\n\n````python\n{source}````\n"
         page = File.generated(config, f"source/{path.removesuffix('.py')}.md", content=text)
         page.inclusion = InclusionLevel.NOT_IN_NAV
         files.append(page)
