@@ -17,6 +17,7 @@ from woodfisher.method import METHODS, Method
 from woodfisher.objective import Objective
 from woodfisher.oneshot import Pruned, prune, sweep
 from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
+from woodfisher.planning import Plan, plan
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
 from woodfisher.schedule import Milestones, Polynomial, one_shot
@@ -37,6 +38,7 @@ __all__ = [
     "Method",
     "Milestones",
     "Objective",
+    "Plan",
     "Polynomial",
     "Pruned",
     "Pruner",
@@ -49,6 +51,7 @@ __all__ = [
     "__version__",
     "cost_of",
     "one_shot",
+    "plan",
     "prune",
     "shrink",
     "sweep",

@@ -95,6 +95,30 @@ class Layout:
         index = torch.arange(where.start, where.stop).reshape(outputs, inputs, -1)
         return index.transpose(0, 1) if name in self.transposed else index
 
+    def places(self, columns: Tensor | None) -> dict[str, tuple[slice, Tensor | None]]:
+        """Name → where its weights stand among `columns`, and which of its own they are.
+
+        Parameters
+        ----------
+        columns:
+            Flat indexes, int64 `(k,)`, ascending; None for all, which is then said of each name too. Names that have
+            none of them are left out.
+
+        Examples
+        --------
+        >>> Layout({"a": (2, 3), "b": (2,)}).places(torch.tensor([0, 4, 7]))
+        {'a': (slice(0, 2, None), tensor([0, 4])), 'b': (slice(2, 3, None), tensor([1]))}
+        """
+        if columns is None:
+            return {name: (where, None) for name, where in self.slices.items()}
+        found: dict[str, tuple[slice, Tensor | None]] = {}
+        for name, where in self.slices.items():
+            ends = torch.tensor([where.start, where.stop], device=columns.device)
+            first, last = torch.searchsorted(columns, ends).tolist()
+            if last > first:
+                found[name] = slice(first, last), columns[first:last] - where.start
+        return found
+
     def name_at(self, index: int) -> str:
         """Name of the tensor that holds flat index `index`."""
         return next(name for name, where in self.slices.items() if where.start <= index < where.stop)

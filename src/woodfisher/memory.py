@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 _MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -28,6 +30,40 @@ def available_memory(device: torch.device) -> int | None:
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))
     return free
+
+
+def resident_memory(device: torch.device) -> int:
+    """Bytes that the process has on `device` now; 0 where the system doesn't say."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    return _status("VmRSS") if device.type == "cpu" else 0
+
+
+def peak_memory() -> int:
+    """Most bytes of main memory that the process had so far; 0 where the system doesn't say."""
+    return _status("VmHWM")
+
+
+def _status(field: str) -> int:
+    if not _STATUS.exists():
+        return 0
+    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
+    return int(fields[field].split()[0]) * 1024
+
+
+def parse_bytes(size: str | int) -> int:
+    """Bytes from a number, or from one with a unit.
+
+    >>> parse_bytes("1.5KiB"), parse_bytes("2 GB"), parse_bytes(10)
+    (1536, 2000000000, 10)
+    """
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?)(i?)B?\s*", str(size))
+    if match is None or float(match[1]) <= 0:
+        raise WoodfisherError(
+            f"an amount of memory is a number of bytes, or as in 4GiB or 500MB; {size!r} came."
+        )
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def check_memory(needs: Iterable[tuple[str, int]], device: torch.device, advice: str) -> None:

@@ -107,7 +107,9 @@ class Objective:
         )
         self._read(None)
         self._forward = Forward(model, loss, sampler)
-        self._checked: dict[tuple[str, bool], int] = {}
+        self.workspace = GRADIENT_WORKSPACE
+        self._bytes: dict[str, int] = {}
+        self._means_checked: set[str] = set()
         self._tried: dict[str, dict[str, Factors]] = {}
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
@@ -143,6 +145,12 @@ class Objective:
             kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
         self.layout.check(kept, "kept")
         self.weights, self.kept = torch.where(kept, weights, 0), kept
+
+    def within(self, workspace: int) -> Objective:
+        """The same objective, chunks of whose samples take at most `workspace` bytes with their gradients."""
+        other = copy.copy(self)
+        other.workspace = workspace
+        return other
 
     def on(self, data: Iterable[Batch]) -> Objective:
         """The same objective on other data."""
@@ -214,11 +222,7 @@ class Objective:
         first = next(iter(self.data), None)
         if first is None:
             raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
-        sample = self._to_device(map_tensors(lambda t: t[:1], first))
-        counter = FlopCounterMode(display=False)
-        with isolated(self.model), torch.no_grad(), explained(sample), counter:
-            self._forward.outputs(self._cast(self.weights), self.buffers, sample)
-        counts = {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+        counts = self._flops_by_module(first)
         out = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
         for name, where in self.layout.slices.items():
             if len(self.layout.shapes[name]) == 1:
@@ -233,6 +237,29 @@ class Objective:
                 )
             out[where] = flops // (where.stop - where.start)
         return out
+
+    def _flops_by_module(self, batch: Batch) -> dict[str, int]:
+        """Operations that modules of the model take for the first sample of a batch; those of others are in none."""
+        sample = self._to_device(map_tensors(lambda t: t[:1], batch))
+        counter = FlopCounterMode(display=False)
+        with isolated(self.model), torch.no_grad(), explained(sample), counter:
+            self._forward.outputs(self._cast(self.weights), self.buffers, sample)
+        return {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether the data can be read only once, so that nothing may be tried on it beforehand."""
+        return iter(self.data) is self.data
+
+    def row_bytes(self, group: int = 1) -> int:
+        """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
+        first = next(iter(take(self.data, group)), None)
+        return 0 if first is None else self._saved_bytes(self._to_device(first))
+
+    def forward_flops(self) -> int:
+        """Operations of a forward pass of one sample, as far as torch counts them."""
+        first = next(iter(self.data), None)
+        return 0 if first is None else sum(self._flops_by_module(first).values())
 
     def known_samples(self) -> int | None:
         """How many samples the data has, where it tells without being read."""
@@ -270,13 +297,14 @@ class Objective:
         width = self.layout.size if columns is None else len(columns)
         out: Tensor | None = None
         filled = 0
-        with phase("gradients"):
-            for chunk in self.iter_rows(samples, group=group, labels=labels, columns=columns):
+        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
+            with phase("gradients"):
                 if out is None:
                     most = self.most_rows(samples, group)
                     out = torch.empty(most, width, dtype=self.dtype, device=self.device)
-                out[filled : filled + len(chunk)] = chunk
-                filled += len(chunk)
+                self._fill(out[filled : filled + count], chunk, group, columns, filled)
+            filled += count
+            report_progress("gradients", filled, samples // group)
         assert out is not None
         return out[:filled]
 
@@ -284,19 +312,12 @@ class Objective:
         self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
     ) -> Iterator[Tensor]:
         """The rows of `rows`, in chunks `(c, k)` of bounded memory."""
-        layers = self._places(columns)
-        whole = bool(self.kept.all()) if columns is None else bool(self.kept[columns].all())
         width = self.layout.size if columns is None else len(columns)
         done = 0
-        for chunk, count in self._row_chunks(samples, group, labels):
+        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 out = torch.empty(count, width, dtype=self.dtype, device=self.device)
-                for name, rows in self._row_parts(chunk, count, group, list(layers)):
-                    place, index = layers[name]
-                    out[:, place] = rows if index is None else rows[:, index]
-                self._check_finite(out, done, chunk, group, columns)
-                if not whole:
-                    out *= self.kept if columns is None else self.kept[columns]
+                self._fill(out, chunk, group, columns, done)
             yield out
             done += count
             report_progress("gradients", done, samples // group)
@@ -309,13 +330,13 @@ class Objective:
         The gradients of removed weights are in them.
         """
         names = list(self.layout.shapes) if names is None else names
+        able = {} if self.reads_once else self.factors(group)
+        floats = 2 * sum(able[name].floats for name in names if name in able)
         done = 0
-        for chunk, count in self._row_chunks(samples, group, labels):
+        for chunk, count in self._row_chunks(samples, group, labels, floats):
             with phase("gradients"):
                 rows = self._signals(chunk, count, group, names)
-                for name, each in rows.items():
-                    if not each.outputs.sum().isfinite() or not each.inputs.sum().isfinite():
-                        self._check_finite(each.dense(), done, chunk, group, self._range(name))
+                self._check_signals(rows, chunk, group, done)
             yield rows
             done += count
             report_progress("gradients", done, samples // group)
@@ -327,7 +348,7 @@ class Objective:
         where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
         has none.
         """
-        if iter(self.data) is self.data:
+        if self.reads_once:
             return {}
         batch = next(iter(take(self.data, 2 * group)), None)
         if batch is None or samples_in(batch) < group:
@@ -370,8 +391,11 @@ class Objective:
                 found[name] = Factors(floats, 2 * each.positions * true.numel())
         return found
 
-    def _row_chunks(self, samples: int, group: int, labels: str) -> Iterator[tuple[Batch, int]]:
-        """Chunks of samples in evaluation mode, with their targets, and how many rows they make."""
+    def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
+        """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
+
+        A row takes `floats` numbers beside what its backward pass needs.
+        """
         check_count("samples", samples)
         check_count("group", group)
         check_choice("labels", labels, ("data", "model"))
@@ -379,25 +403,43 @@ class Objective:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
         with isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, group):
+            for chunk in self._chunks(samples, group, floats):
                 if labels == "model":
                     with phase("gradients"):
                         chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
                 yield chunk, samples_in(chunk) // group
 
-    def _row_parts(
-        self, chunk: Batch, count: int, group: int, names: Sequence[str]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Rows `(count, size)` of each weight in `names`: from the signals of its layer, or vectorised."""
+    def _fill(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
+        """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
+        places = self.layout.places(columns)
         able = self._factors_of(chunk, group)
-        if all(name in able for name in names):
-            for name, rows in self._signals(chunk, count, group, names).items():
-                yield name, rows.dense()
-            return
-        grouped = map_tensors(lambda t: t.reshape(count, group, *t.shape[1:]), chunk)
-        gradients = self._forward.row_gradients(self._cast(self.weights), self.buffers, grouped, count)
-        for name in names:
-            yield name, gradients[name].detach().reshape(count, -1)
+        if all(name in able for name in places):
+            signals = self._signals(chunk, len(out), group, list(places))
+            self._check_signals(signals, chunk, group, done)
+            for name, (place, index) in places.items():
+                if index is None:
+                    signals.pop(name).dense(out=out[:, place])
+                else:
+                    out[:, place] = signals.pop(name).dense()[:, index]
+        else:
+            grouped = map_tensors(lambda t: t.reshape(len(out), group, *t.shape[1:]), chunk)
+            weights = self._cast(self.weights)
+            gradients = self._forward.row_gradients(weights, self.buffers, grouped, len(out))
+            for name, (place, index) in places.items():
+                rows = gradients.pop(name).detach().reshape(len(out), -1)
+                out[:, place] = rows if index is None else rows[:, index]
+            self._check_finite(out, done, chunk, group, columns)
+        kept = self.kept if columns is None else self.kept[columns]
+        if not kept.all():
+            out *= kept
+
+    def _check_signals(self, signals: Mapping[str, LayerRows], chunk: Batch, group: int, done: int) -> None:
+        """Raise where a row is not finite, looking into the rows only if what flows through a layer is not."""
+        for name, each in signals.items():
+            if not (each.outputs.sum() + each.inputs.sum()).isfinite():
+                where = self.layout.slices[name]
+                index = torch.arange(where.start, where.stop, device=self.device)
+                self._check_finite(each.dense(), done, chunk, group, index)
 
     def _signals(self, chunk: Batch, count: int, group: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """What flows through the layers of these weights as `count` rows of `group` samples each."""
@@ -436,29 +478,13 @@ class Objective:
             weights[name].requires_grad_()
         return weights
 
-    def _places(self, columns: Tensor | None) -> dict[str, tuple[slice, Tensor | None]]:
-        """Name → where its columns go among the wanted ones (ascending), and which of its own they are (None: all)."""
-        if columns is None:
-            return {name: (where, None) for name, where in self.layout.slices.items()}
-        places: dict[str, tuple[slice, Tensor | None]] = {}
-        for name, where in self.layout.slices.items():
-            ends = torch.tensor([where.start, where.stop], device=columns.device)
-            first, last = torch.searchsorted(columns, ends).tolist()
-            if last > first:
-                places[name] = slice(first, last), columns[first:last] - where.start
-        return places
-
-    def _range(self, name: str) -> Tensor:
-        where = self.layout.slices[name]
-        return torch.arange(where.start, where.stop, device=self.device)
-
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         count = 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, 1, mean=True):
+            for chunk in self._chunks(samples, 1, 0, mean=True):
                 gradients = self._forward.gradient(weights, self.buffers, chunk)
                 flat = self._flat(gradients)
                 self._check_finite(flat[None], count, chunk, samples_in(chunk))
@@ -477,7 +503,7 @@ class Objective:
         """
         check_choice("labels", labels, ("data", "model"))
         done = 0
-        for chunk, count in self._row_chunks(samples, 1, labels):
+        for chunk, count in self._row_chunks(samples, 1, labels, 0):
             with phase("gradients"):
                 signals = self._layer_signals(chunk, list(self.layout.shapes))
             yield signals
@@ -499,7 +525,7 @@ class Objective:
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
-            for chunk in self._chunks(samples, 1, mean=True):
+            for chunk in self._chunks(samples, 1, 0, mean=True):
                 flat = self.weights.clone().requires_grad_()
                 with explained(chunk):
                     loss = self._mean_loss(self._cast(flat), chunk)
@@ -551,9 +577,10 @@ class Objective:
                 if self.buffers[name] is not buffer:
                     buffer.copy_(self.buffers[name])
 
-    def _chunks(self, samples: int, group: int, *, mean: bool = False) -> Iterator[Batch]:
+    def _chunks(self, samples: int, group: int, floats: int, *, mean: bool = False) -> Iterator[Batch]:
         """The first `samples` samples in chunks of bounded memory, on the model's device.
 
+        A row takes `floats` numbers beside what is saved of its forward pass and the gradients of that.
         With `mean` the loss of several samples matters, and one that sums over them is warned of.
         """
         check_count("samples", samples)
@@ -566,12 +593,10 @@ class Objective:
         if first is None:
             raise WoodfisherError("the data holds no batch; at least one sample is needed.")
         row = self._to_device(map_tensors(lambda t: t[:group], first))
-        form = (describe(row), mean or group > 1)
-        if form not in self._checked:
-            self._checked[form] = self._bytes_of(row)
-            if mean or group > 1:
-                self._check_mean(row)
-        rows = max(1, min(GRADIENT_WORKSPACE // self._checked[form], 512))
+        if mean or group > 1:
+            self._check_mean(row)
+        each = 2 * self._saved_bytes(row) + floats * self.dtype.itemsize
+        rows = max(1, min(self.workspace // max(each, 1), 512))
         seen = used = 0
 
         def counted() -> Iterator[Batch]:
@@ -591,25 +616,37 @@ class Objective:
                 )
             warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
 
-    def _bytes_of(self, row: Batch) -> int:
-        """What the gradient of a row takes, with what its forward pass saves for the backward one."""
+    def _saved_bytes(self, row: Batch) -> int:
+        """What the forward pass of a row saves for the backward one, beside the weights."""
+        form = describe(row)
+        if form not in self._bytes:
+            with torch.enable_grad():
+                self._bytes[form] = self._count_saved(row)
+        return self._bytes[form]
+
+    def _count_saved(self, row: Batch) -> int:
+        weights = self._leaves(self.layout.shapes)
+        own = {tensor.data_ptr() for tensor in [*weights.values(), *self.model.parameters()]}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            if tensor.data_ptr() not in own:
+                saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
-            value = self._mean_loss(self._cast(self.weights.clone().requires_grad_()), row)
+            value = self._mean_loss(weights, row)
         if value.grad_fn is None:
             raise WoodfisherError(
                 "the loss does not depend on any chosen weight: check that the loss is computed from the "
                 f"model's outputs, and the chosen parameters ({', '.join(self.layout.shapes)})."
             )
-        gradient = self.layout.size * self.weights.element_size()
-        return 2 * (sum(saved.values()) + gradient)
+        return sum(saved.values())
 
     def _check_mean(self, row: Batch) -> None:
+        if describe(row) in self._means_checked:
+            return
+        self._means_checked.add(describe(row))
         weights = self._cast(self.weights)
         with torch.no_grad(), explained(row):
             once = float(self._mean_loss(weights, row))

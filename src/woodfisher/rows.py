@@ -10,13 +10,22 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from woodfisher.batches import take
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import isolated
 from woodfisher.memory import format_bytes
+from woodfisher.signals import LayerRows
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from torch import Tensor
+
+    from woodfisher.curvature.woodfisher import WoodFisher
+    from woodfisher.layout import Layout
+    from woodfisher.objective import Objective
+    from woodfisher.planning import Plan
 
 SPAN = 32 * 2**20
 """Bytes of rows that are read at a time where all of them are gone through."""
@@ -239,6 +248,64 @@ class GatheredRows(WindowRows):
         return self._gather(span)
 
 
+class FactorRows(WindowRows):
+    """Rows kept as what flows in and out of their layers, and made dense a window at a time.
+
+    Parameters
+    ----------
+    layers:
+        Name → its rows, for all names of the layout.
+    layout:
+        Of all weights.
+    index:
+        Flat indexes of the weights that these are rows of, int64 `(d,)`, ascending; None for all.
+    dtype, device, window:
+        As of `WindowRows`.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, LayerRows],
+        layout: Layout,
+        index: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int,
+    ) -> None:
+        count = len(next(iter(layers.values())).outputs)
+        super().__init__(count, layout.size if index is None else len(index), dtype, device, window)
+        self._layers, self._layout, self._index = dict(layers), layout, index
+
+    def _load(self, span: slice) -> Tensor:
+        columns = _indexes(span, self._index, self.device)
+        out = torch.empty(self.count, len(columns), dtype=self.dtype, device=self.device)
+        for name, (place, index) in self._layout.places(columns).items():
+            layer = self._layers[name]
+            assert index is not None
+            first, last = int(index[0]), int(index[-1])
+            channels = slice(first // layer.width, last // layer.width + 1)
+            dense = layer.dense(channels)
+            start = channels.start * layer.width
+            if last - first + 1 == len(index):
+                out[:, place] = dense[:, first - start : last - start + 1]
+            else:
+                out[:, place] = dense[:, index - start]
+        return out
+
+    def gram(self) -> Tensor:
+        if self._index is not None:
+            return super().gram()
+        total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
+        for name, where in self._layout.slices.items():
+            inner = self._layers[name].gram()
+            total += self.part(where).gram() if inner is None else inner
+        return total
+
+
+def _indexes(span: slice, index: Tensor | None, device: torch.device) -> Tensor:
+    return torch.arange(span.start, span.stop, device=device) if index is None else index[span]
+
+
 def as_rows(rows: Rows | Tensor) -> Rows:
     """Rows in memory where a tensor `(N, d)` came."""
     return rows if isinstance(rows, Rows) else HeldRows(rows)
@@ -253,3 +320,63 @@ def block_rows(rows: Rows, B: int, blocks: slice, columns: slice) -> Tensor:
 def disk_room() -> int:
     """Bytes free where temporary files go."""
     return shutil.disk_usage(tempfile.gettempdir()).free
+
+
+def gathered(objective: Objective, curvature: WoodFisher, plan: Plan, index: Tensor | None) -> Rows:
+    """The gradient rows of an objective for the weights in `index` (None: all), kept as planned."""
+    objective = objective.within(plan.chunk)
+    samples, group, labels = curvature.samples, curvature.group, curvature.labels
+    if plan.keep == "memory":
+        return HeldRows(objective.rows(samples, group=group, labels=labels, columns=index))
+    if plan.keep == "factors":
+        parts = list(objective.iter_layer_rows(samples, group=group, labels=labels))
+        layers = {name: LayerRows.joined([part.pop(name) for part in parts]) for name in list(parts[0])}
+        return FactorRows(layers, objective.layout, index, objective.dtype, objective.device, plan.window)
+    where = (plan.rows, plan.weights, objective.dtype, objective.device)
+    if plan.keep == "again":
+        return _gathered_again(objective, curvature, plan, index, where)
+    chunks = objective.iter_rows(samples, group=group, labels=labels, columns=index)
+    return FileRows(chunks, *where, plan.window) if plan.keep == "disk" else _halved(chunks, *where)
+
+
+def _halved(
+    chunks: Iterable[Tensor], count: int, size: int, dtype: torch.dtype, device: torch.device
+) -> HeldRows:
+    """Rows in bfloat16, with a warning that says how far they are from what they were."""
+    held = torch.empty(count, size, dtype=torch.bfloat16, device=device)
+    filled, lost, energy = 0, 0.0, 0.0
+    for chunk in chunks:
+        part = held[filled : filled + len(chunk)]
+        part.copy_(chunk)
+        lost += float((chunk - part).square().sum(dtype=torch.float64))
+        energy += float(chunk.square().sum(dtype=torch.float64))
+        filled += len(chunk)
+    warn(
+        f"gradient rows are kept in bfloat16: rounding moved them by {(lost / energy) ** 0.5 if energy else 0:.2%}."
+    )
+    return HeldRows(held[:filled], dtype)
+
+
+def _gathered_again(
+    objective: Objective,
+    curvature: WoodFisher,
+    plan: Plan,
+    index: Tensor | None,
+    where: tuple[int, int, torch.dtype, torch.device],
+) -> GatheredRows:
+    """The same samples each time, and the same random numbers where targets are drawn."""
+    objective = objective.on(list(take(objective.data, curvature.samples)))
+    state = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(objective.device) if objective.device.type == "cuda" else None
+
+    def gather(span: slice) -> Tensor:
+        columns = _indexes(span, index, objective.device)
+        with isolated(objective.model):
+            torch.set_rng_state(state)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, objective.device)
+            return objective.rows(
+                curvature.samples, group=curvature.group, labels=curvature.labels, columns=columns
+            )
+
+    return GatheredRows(gather, *where, plan.window)

@@ -76,49 +76,82 @@ class LayerRows:
         spatial = isinstance(self.module, _ConvNd)
         return self.outputs[0].numel() // (self.outputs.shape[2] if spatial else self.outputs.shape[-1])
 
-    def dense(self, channels: slice | None = None) -> Tensor:
-        """The rows for these output channels (default: all) in the weight's own order, `(N, channels · width)`."""
+    def dense(self, channels: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """The rows for these output channels (default: all) in the weight's own order, `(N, channels · width)`.
+
+        Parameters
+        ----------
+        out:
+            Where to write them to.
+        """
         channels = slice(0, self.channels) if channels is None else channels
+        terms = self._terms(channels)
+        if terms is None:
+            rows = self._by_groups(channels)
+            return rows if out is None else out.copy_(rows)
+        s, a = terms
+        if out is None:
+            return (s @ a).flatten(1)
+        if out.dtype == s.dtype:
+            torch.bmm(s, a, out=out.unflatten(1, (s.shape[1], a.shape[2])))
+            return out
+        return out.copy_((s @ a).flatten(1))
+
+    def gram(self) -> Tensor | None:
+        """Inner products of the rows, float64 `(N, N)`, from (a aᵀ)(s sᵀ) of all pairs of positions.
+
+        None where that takes more operations than from dense rows, or the layer is a convolution.
+        """
+        positions, channels = self.positions, self.channels
         if isinstance(self.module, _ConvNd):
-            return self._convolution(self.module, channels).flatten(1)
-        return self._linear(self.inputs, self.outputs[..., channels]).flatten(1)
+            return None
+        if positions**2 * (self.width + channels) > self.width * channels:
+            return None
+        s, a = self.outputs.flatten(1, -2).double(), self.inputs.flatten(1, -2).double()
+        total = torch.zeros(len(s), len(s), dtype=torch.float64, device=s.device)
+        for t in range(positions):
+            for u in range(positions):
+                total += (s[:, t] @ s[:, u].mT) * (a[:, t] @ a[:, u].mT)
+        return total
 
     def transposed(self) -> LayerRows:
         """The same for a layer whose weight is `(inputs, outputs)`: with inputs and outputs in each other's place."""
         return replace(self, inputs=self.outputs, outputs=self.inputs)
 
-    def _linear(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Σ s aᵀ over samples and positions of `(N, …, I)` and `(N, …, O)`: `(N, O, I)`."""
-        return outputs.flatten(1, -2).mT @ inputs.flatten(1, -2)
+    def _terms(self, channels: slice) -> tuple[Tensor, Tensor] | None:
+        """S `(N, channels, T)` and a `(N, T, width)`, whose product the rows are; None where groups are faster.
 
-    def _convolution(self, module: _ConvNd, channels: slice) -> Tensor:
-        N, m = self.inputs.shape[:2]
+        For convolutions `a` are patches of the inputs, which is faster than a convolution of N groups where there are
+        few positions for the channels.
+        """
+        module = self.module
+        if not isinstance(module, _ConvNd):
+            return self.outputs[..., channels].flatten(1, -2).mT, self.inputs.flatten(1, -2)
         s = self.outputs[:, :, channels]
-        if module.groups > 1:
-            return self._grouped(module)[:, channels]
-        positions = s[0, 0, 0].numel()
-        if positions <= s.shape[2] and s.ndim == 5:
-            patches = F.unfold(
-                self.inputs.flatten(0, 1),
-                module.kernel_size,
-                dilation=module.dilation,
-                padding=module.padding,  # type: ignore[arg-type]
-                stride=module.stride,
-            )
-            a = patches.unflatten(0, (N, m)).transpose(1, 2).flatten(2)
-            return s.flatten(3).transpose(1, 2).flatten(2) @ a.mT
-        return self._grouped(module, s)
+        flat = s.ndim == 5 and module.groups == 1
+        if not flat or self.positions > self.outputs.shape[1] * self.channels:
+            return None
+        patches = F.unfold(
+            self.inputs.flatten(0, 1),
+            module.kernel_size,
+            dilation=module.dilation,
+            padding=module.padding,  # type: ignore[arg-type]
+            stride=module.stride,
+        )
+        a = patches.unflatten(0, self.inputs.shape[:2]).mT.flatten(1, 2)
+        return s.flatten(3).transpose(1, 2).flatten(2), a
 
-    def _grouped(self, module: _ConvNd, outputs: Tensor | None = None) -> Tensor:
+    def _by_groups(self, channels: slice) -> Tensor:
         """By one backward pass of a convolution with as many groups as there are rows."""
-        s = self.outputs if outputs is None else outputs
+        module = self.module
+        assert isinstance(module, _ConvNd)
+        s = self.outputs if module.groups > 1 else self.outputs[:, :, channels]
         N = len(s)
         kernel = (s.shape[2], self.inputs.shape[2] // module.groups, *module.kernel_size)
-        empty = s.new_empty(N * kernel[0], *kernel[1:])
         gradient = torch.ops.aten.convolution_backward(
             s.transpose(0, 1).flatten(1, 2),
             self.inputs.transpose(0, 1).flatten(1, 2),
-            empty,
+            s.new_empty(N * kernel[0], *kernel[1:]),
             None,
             module.stride,
             module.padding,
@@ -127,8 +160,8 @@ class LayerRows:
             [0] * len(module.kernel_size),
             N * module.groups,
             [False, True, False],
-        )[1]
-        return gradient.view(N, *kernel)
+        )[1].unflatten(0, (N, -1))
+        return (gradient[:, channels] if module.groups > 1 else gradient).flatten(1)
 
 
 def has_factors(module: nn.Module, weight: Tensor) -> bool:

@@ -16,6 +16,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.method import METHODS, Method, Scope, Update, Use, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.patterns import parse_pattern
+from woodfisher.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.tasks import Task, load_task
 
 Labels = Literal["data", "model"]
@@ -92,6 +93,13 @@ class MethodOptions:
     """λ, added to the curvature's diagonal: 1e-4 in the units of a squared gradient, 0.5x for half of the mean
     curvature (full and block WoodFisher), auto to choose it on held-out rows."""
 
+    memory: Annotated[str | None, arg(metavar="SIZE", help_behavior_hint="")] = None
+    """Memory that the process may have at its peak, as in 4GiB (default: what is free)."""
+
+    keep: Annotated[Keep | None, arg(metavar="WHERE", help_behavior_hint="")] = None
+    """Where gradient rows are kept: memory, factors (inputs and output gradients of layers), disk, again (nowhere:
+    taken again for each window of weights) or half (bfloat16); default: the cheapest of all but the last that fits."""
+
     labels: Annotated[Labels | None, arg(metavar="data|model", help_behavior_hint="")] = None
     """data: the empirical Fisher; model: targets drawn from the model's own predictions."""
 
@@ -133,7 +141,12 @@ class MethodOptions:
             block_size["block_size"] = None if self.block_size == "all" else self.block_size
         asked = {
             **_given(
-                samples=self.samples, group=self.group, damping=_damping(self.damping), labels=self.labels
+                samples=self.samples,
+                group=self.group,
+                damping=_damping(self.damping),
+                labels=self.labels,
+                memory=self.memory,
+                keep=self.keep,
             ),
             **block_size,
         }

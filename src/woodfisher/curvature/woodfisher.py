@@ -9,7 +9,6 @@ import torch
 
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature.base import (
-    WORKSPACE,
     BlockDiagonalInverse,
     Estimator,
     InverseOperator,
@@ -19,8 +18,9 @@ from woodfisher.curvature.blocks import FisherBlocks
 from woodfisher.curvature.damping import Damping, check_damping, resolve
 from woodfisher.errors import WoodfisherError
 from woodfisher.layout import Layout
-from woodfisher.memory import check_memory
-from woodfisher.rows import HeldRows
+from woodfisher.memory import parse_bytes
+from woodfisher.planning import KEEPS, Keep, Plan, planned
+from woodfisher.rows import HeldRows, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +52,12 @@ class WoodFisher(Estimator):
         `data` for the empirical Fisher, `model` to sample targets from the model's own predictions.
     across_layers:
         Cut blocks across the whole vector instead of inside each layer.
+    keep:
+        Where the rows are kept: `memory`, `factors` (as inputs and output gradients of their layers), `disk` (a
+        temporary file), `again` (nowhere: gradients are taken again for each window of weights), or `half` (in
+        memory, in bfloat16, which rounds them by 0.2 %); `auto` for the cheapest of all but the last that fits.
+    memory:
+        Bytes that the process may have at its peak, as a number or as in `4GiB`; None for what is free.
 
     References
     ----------
@@ -65,6 +71,8 @@ class WoodFisher(Estimator):
     group: int = 1
     labels: Literal["data", "model"] = "data"
     across_layers: bool = False
+    keep: Keep | Literal["auto"] = "auto"
+    memory: int | str | None = None
 
     def __post_init__(self) -> None:
         check_count("samples", self.samples)
@@ -72,25 +80,27 @@ class WoodFisher(Estimator):
         check_count("block_size", self.block_size, or_none="one block over all weights")
         check_damping(self.damping, "or the Fisher of few rows has no inverse")
         check_choice("labels", self.labels, ("data", "model"))
+        check_choice("keep", self.keep, ("auto", *KEEPS))
+        if self.memory is not None:
+            parse_bytes(self.memory)
 
     def __call__(self, objective: Objective) -> BlockDiagonalInverse:
-        """Gather the rows of `objective` and factor them.
+        """Gather the rows of `objective`, kept as `plan` finds cheapest, and make the operator of them.
 
         Blocks hold kept weights; removed ones have no rows, and F is λ for each of them.
         """
-        kept = objective.kept.nonzero().squeeze(1)
-        runs = objective.layout.restricted(objective.kept).runs(
-            self.block_size, across_layers=self.across_layers
-        )
-        self._check_memory(objective, len(kept), runs)
-        sparse = len(kept) < objective.layout.size
-        rows = objective.rows(
-            self.samples, group=self.group, labels=self.labels, columns=kept if sparse else None
-        )
-        parts, damping = self._parts(HeldRows(rows), runs)
-        if sparse:
+        plan = planned(objective, self)
+        kept = None if bool(objective.kept.all()) else objective.kept.nonzero().squeeze(1)
+        rows = gathered(objective, self, plan, kept)
+        parts, damping = self._parts(rows, self.runs(objective), plan)
+        if kept is not None:
             parts = [(kept[where], part) for where, part in parts]
         return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+
+    def runs(self, objective: Objective) -> list[Run]:
+        """The blocks of the weights that are left."""
+        left = objective.layout.restricted(objective.kept)
+        return left.runs(self.block_size, across_layers=self.across_layers)
 
     def of_rows(self, rows: Tensor) -> BlockDiagonalInverse:
         """F⁻¹ of gradient rows that are there already, float32 or float64 `(N, d)`, whatever `samples` says.
@@ -106,29 +116,19 @@ class WoodFisher(Estimator):
         return BlockDiagonalInverse(self._parts(HeldRows(rows), runs)[0])
 
     def _parts(
-        self, rows: Rows, runs: list[Run]
+        self, rows: Rows, runs: list[Run], plan: Plan | None = None
     ) -> tuple[list[tuple[slice | Tensor, InverseOperator]], float]:
-        """An operator for each run of blocks, and the damping."""
+        """An operator for each run of blocks, or for what is at hand of it at once; and the damping."""
         damping = resolve(self.damping, rows, self.group)
-        parts: list[tuple[slice | Tensor, InverseOperator]] = [
-            (
-                run.columns,
-                FisherBlocks(rows.part(run.columns), run.count, damping, rows.count / self.group),
-            )
-            for run in runs
-        ]
+        hold = plan is None or plan.hold
+        parts: list[tuple[slice | Tensor, InverseOperator]] = []
+        for run in runs:
+            step = run.count if hold or plan is None else max(plan.window // run.size, 1)
+            for first in range(0, run.count, step):
+                count = min(step, run.count - first)
+                where = slice(run.start + first * run.size, run.start + (first + count) * run.size)
+                blocks = FisherBlocks(
+                    rows.part(where), count, damping, rows.count / self.group, hold=hold or run.count == 1
+                )
+                parts.append((where, blocks))
         return parts, damping
-
-    def _check_memory(self, objective: Objective, d: int, runs: list[Run]) -> None:
-        N = objective.most_rows(self.samples, self.group)
-        factors = sum(8 * run.count * min(N, run.size) ** 2 for run in runs)
-        largest = max((8 * min(N, run.size) * run.size for run in runs), default=0)
-        check_memory(
-            [
-                (f"{N} gradient rows of {d} weights", 4 * N * d),
-                ("factors of the blocks", factors),
-                ("scratch", 3 * min(WORKSPACE, largest)),
-            ],
-            objective.device,
-            "Take fewer samples, smaller blocks, or average several samples into a row (group).",
-        )

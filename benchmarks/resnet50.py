@@ -1,0 +1,36 @@
+"""ResNet-50 with random weights on random images of 64 x 64: `woodfisher prune --task benchmarks.resnet50:task`.
+
+What it needs of time and memory is that of the trained network; what it loses is of no interest.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from woodfisher.tasks import Task
+
+CLASSES = 1000
+
+
+class Logits(nn.Module):
+    """A network of Hugging Face as one that returns a tensor."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(n, 3, 64, 64)` → logits `(n, 1000)`."""
+        logits: Tensor = self.network(images).logits
+        return logits
+
+
+def task() -> Task:
+    """The network with 25.5 million weights and 400 images."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    model = Logits(ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))).eval()
+    images, labels = torch.randn(400, 3, 64, 64), torch.randint(CLASSES, (400,))
+    batches = list(zip(images.split(50), labels.split(50), strict=True))
+    return Task("resnet50", model, batches, batches[:1], batches[:1], cross_entropy)

@@ -1,0 +1,334 @@
+"""What a curvature will take, before any work: where its rows are kept, how much memory, how long."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from woodfisher.curvature.base import WORKSPACE
+from woodfisher.errors import WoodfisherError
+from woodfisher.memory import available_memory, format_bytes, parse_bytes, resident_memory
+from woodfisher.rows import disk_room
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from woodfisher.curvature.woodfisher import WoodFisher
+    from woodfisher.layout import Run
+    from woodfisher.objective import Objective
+
+Keep = Literal["memory", "half", "factors", "disk", "again"]
+
+KEEPS: dict[Keep, str] = {
+    "memory": "in memory",
+    "half": "in memory, in bfloat16",
+    "factors": "in memory, as inputs and output gradients of their layers",
+    "disk": "in a temporary file",
+    "again": "nowhere: gradients are taken again for each window of weights",
+}
+"""Where rows can be kept, in words."""
+
+SMALL = 2**30
+"""Bytes of rows that are kept in memory without asking what else there is, where they fit."""
+
+VECTORS = 9
+"""Float64 vectors of all weights that are alive at once while weights are scored and moved."""
+
+WINDOW = 256 * 2**20
+"""Bytes of rows that are at hand at once where they are kept elsewhere."""
+
+READS = 3
+"""Times that the rows are gone through: for the diagonal, the factors and the products of an update."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a machine does in a second; `calibrated` measures it.
+
+    Attributes
+    ----------
+    flops:
+        Operations of a float32 matrix product.
+    memory, disk:
+        Bytes copied, and bytes written to and read from the temporary folder.
+    """
+
+    flops: float = 1e11
+    memory: float = 5e9
+    disk: float = 5e8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a `WoodFisher` will be estimated.
+
+    Attributes
+    ----------
+    rows, weights, blocks, block_size:
+        N, d, how many blocks, and of how many weights at most.
+    keep:
+        Where the rows are kept: a key of `KEEPS`.
+    hold:
+        Whether factors of blocks are held once they are made, or made anew for each product.
+    window:
+        Columns of the rows that are at hand at once.
+    chunk:
+        Bytes that a chunk of samples may take while gradients are gathered.
+    base:
+        Bytes that the process has already.
+    bill:
+        What it holds besides at its peak, in words, and bytes.
+    memory:
+        The budget in bytes; None where there is none.
+    flops:
+        Operations of factoring and scoring: 3N²d in the dual form, 2NBd + 2B²d in the primal form of blocks of at
+        most N weights.
+    traffic:
+        Bytes of rows that are written and read.
+    seconds:
+        Expected time by phase, from what the machine measures.
+    """
+
+    rows: int
+    weights: int
+    blocks: int
+    block_size: int
+    keep: Keep
+    hold: bool
+    window: int
+    chunk: int
+    base: int
+    bill: tuple[tuple[str, int], ...]
+    memory: int | None
+    flops: float
+    traffic: float
+    seconds: Mapping[str, float]
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that the process will have, what it has already included."""
+        return self.base + sum(size for _, size in self.bill)
+
+    def __str__(self) -> str:
+        budget = "" if self.memory is None else f" of {format_bytes(self.memory)}"
+        bill = [("the process as it is", self.base), *self.bill]
+        times = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in self.seconds.items())
+        width = max(len(what) for what, _ in bill)
+        return "\n".join(
+            [
+                f"{self.rows} gradient rows of {self.weights:,} weights, {self.blocks:,} blocks of at most "
+                f"{self.block_size:,}",
+                f"rows are kept {KEEPS[self.keep]}; {self.window:,} weights are at hand at once",
+                f"factors are {'held' if self.hold else 'made again for each product'}",
+                f"peak memory {format_bytes(self.peak)}{budget}:",
+                *(f"  {what:<{width}}  {format_bytes(size):>9}" for what, size in bill),
+                f"{self.flops / 1e9:.3g} GFLOP to factor and score, {format_bytes(self.traffic)} of rows moved",
+                f"expected: {times}",
+            ]
+        )
+
+
+def plan(objective: Objective, curvature: WoodFisher, memory: str | int | None = None) -> Plan:
+    """Where the rows of a curvature would be kept, and what memory and time it would take, without doing it.
+
+    Of the data only the first samples are read. Times come from a calibration of about a second on this machine.
+
+    Parameters
+    ----------
+    objective, curvature:
+        What would be estimated, and how.
+    memory:
+        Bytes that the whole process may have at its peak, as a number or as in `4GiB`; default: `curvature.memory`,
+        and otherwise what is free.
+
+    Raises
+    ------
+    WoodfisherError
+        If that is not enough; the message says what would do.
+    """
+    if memory is not None:
+        curvature = replace(curvature, memory=memory)
+    return planned(objective, curvature, calibrated(objective))
+
+
+def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None = None) -> Plan:
+    """The cheapest way that fits; rates are nominal where no machine is given."""
+    work = _Work(objective, curvature, machine or Machine())
+    if curvature.keep != "auto":
+        ways = [work.way(curvature.keep)]
+    else:
+        held = work.way("memory")
+        if work.dense <= SMALL and work.fits(held):
+            return held
+        ways = [held, *map(work.way, work.alternatives())]
+    fitting = [way for way in ways if work.fits(way)]
+    if not fitting:
+        raise WoodfisherError(work.refusal(min(ways, key=lambda way: way.peak)))
+    return min(fitting, key=lambda way: sum(way.seconds.values()))
+
+
+class _Work:
+    """What there is to do, and to do it with.
+
+    Parameters
+    ----------
+    objective, curvature, machine:
+        As for `planned`.
+    """
+
+    def __init__(self, objective: Objective, curvature: WoodFisher, machine: Machine) -> None:
+        self.objective, self.curvature, self.machine = objective, curvature, machine
+        self.runs: list[Run] = curvature.runs(objective)
+        self.weights = int(objective.kept.sum())
+        self.rows = objective.most_rows(curvature.samples, curvature.group)
+        self.item = objective.dtype.itemsize
+        self.dense = self.rows * self.weights * self.item
+        self.budget = None if curvature.memory is None else parse_bytes(curvature.memory)
+        self.base = resident_memory(objective.device)
+        free = available_memory(objective.device)
+        self.room = free if self.budget is None else self.budget - self.base
+
+    def alternatives(self) -> list[Keep]:
+        """Where else exact rows can be kept."""
+        others: list[Keep] = []
+        if not self.objective.reads_once:
+            others.append("again")
+            self._factors = self.objective.factors(self.curvature.group)
+            if self._factors.keys() == self.objective.layout.shapes.keys():
+                others.append("factors")
+        if self.dense <= disk_room():
+            others.append("disk")
+        return others
+
+    def fits(self, way: Plan) -> bool:
+        """Whether there is memory for that."""
+        return self.room is None or way.peak - self.base <= self.room
+
+    def way(self, keep: Keep) -> Plan:
+        """The plan with the rows kept so."""
+        N, d = self.rows, self.weights
+        kept = self._kept(keep)
+        chunk = self._chunk()
+        vectors = VECTORS * 8 * self.objective.layout.size
+        largest = max((run.size for run in self.runs), default=0)
+        scratch = 4 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
+        left = (2**62 if self.room is None else self.room) - kept - scratch
+        window = self._window(keep, left - max(chunk, vectors), largest)
+        at_hand = window * N * self.item if window < d or keep not in ("memory", "half") else 0
+        factors = sum(8 * run.count * min(N, run.size) ** 2 for run in self.runs)
+        hold = factors <= left - at_hand - vectors
+        gathering = [("a chunk of samples with its gradients", chunk)]
+        pruning = [("vectors of scores and update", vectors), ("factors of blocks", factors * hold)]
+        bill = [
+            (f"{N} gradient rows of {d} weights", kept),
+            ("rows at hand", at_hand),
+            *max(gathering, pruning, key=lambda phase: sum(size for _, size in phase)),
+            ("scratch", scratch),
+        ]
+        flops = sum(
+            run.count * run.size * (3 * N**2 if run.size > N else 2 * N * run.size + 2 * run.size**2)
+            for run in self.runs
+        )
+        traffic = (1 + READS) * self.dense
+        return Plan(
+            rows=N,
+            weights=d,
+            blocks=sum(run.count for run in self.runs),
+            block_size=largest,
+            keep=keep,
+            hold=hold,
+            window=window,
+            chunk=chunk,
+            base=self.base,
+            bill=tuple((what, size) for what, size in bill if size),
+            memory=self.budget,
+            flops=float(flops),
+            traffic=float(traffic),
+            seconds={
+                "gradients": self._passes(keep, window) * self._gathering(),
+                "rows": self._reading(keep, traffic),
+                "factor and score": flops / (0.5 * self.machine.flops),
+            },
+        )
+
+    def _kept(self, keep: Keep) -> int:
+        if keep == "factors":
+            factors = self.objective.factors(self.curvature.group)
+            return self.rows * self.item * sum(each.floats for each in factors.values())
+        return {"memory": self.dense, "half": self.dense * 2 // self.item}.get(keep, 0)
+
+    def _chunk(self) -> int:
+        """Bytes for a chunk of samples: a share of what there is, and a row at least."""
+        most = self.objective.workspace
+        if self.room is not None:
+            most = min(most, max(self.room // 6, 0))
+        return max(
+            most, 0 if self.objective.reads_once else 2 * self.objective.row_bytes(self.curvature.group)
+        )
+
+    def _window(self, keep: Keep, left: int, largest: int) -> int:
+        if keep in ("memory", "half"):
+            return self.weights
+        most = left if keep == "again" else min(WINDOW, left // 2)
+        column = max(self.rows * self.item, 1)
+        least = max(min(largest, WORKSPACE // column), 1)
+        return min(max(most // column, least), self.weights)
+
+    def _passes(self, keep: Keep, window: int) -> int:
+        return READS * -(-self.weights // window) if keep == "again" and window else 1
+
+    def _gathering(self) -> float:
+        """Seconds of taking all gradients once: three times the operations of a forward pass."""
+        if self.objective.reads_once:
+            return 0.0
+        return 3 * self.objective.forward_flops() * self.curvature.samples / (0.3 * self.machine.flops)
+
+    def _reading(self, keep: Keep, traffic: float) -> float:
+        if keep == "disk":
+            return traffic / self.machine.disk
+        seconds = traffic / self.machine.memory
+        if keep == "factors":
+            factors = self.objective.factors(self.curvature.group)
+            flops = READS * self.rows * sum(each.flops for each in factors.values())
+            seconds = seconds / 4 + flops / self.machine.flops
+        return seconds
+
+    def refusal(self, way: Plan) -> str:
+        """What to say where nothing fits and `way` needs least."""
+        bill = ", ".join(f"{what} {format_bytes(size)}" for what, size in way.bill)
+        if self.budget is None:
+            assert self.room is not None
+            return (
+                f"this needs {format_bytes(way.peak - way.base)} of memory on {self.objective.device} ({bill}); "
+                f"{format_bytes(self.room)} is available. Take fewer samples, smaller blocks, or average several "
+                "samples into a row (group)."
+            )
+        return (
+            f"memory={format_bytes(self.budget)} is not enough: the process has {format_bytes(way.base)} as it is, and "
+            f"the least to add is {bill}. Give {format_bytes(way.peak)} or more, or take fewer samples."
+        )
+
+
+def calibrated(objective: Objective) -> Machine:
+    """Measure the machine's rates where the objective computes: about a second."""
+    device = objective.device
+    A = torch.randn(1500, 1500, device=device)
+    data = torch.empty(2**26, dtype=torch.uint8, device=device)
+    product = _fastest(lambda: A @ A, device)
+    copy = _fastest(lambda: data.clone(), device)
+    return Machine(flops=2 * 1500**3 / product, memory=2 * len(data) / copy)
+
+
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Least seconds of five runs after a first one."""
+    times = []
+    for _ in range(6):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

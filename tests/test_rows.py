@@ -1,0 +1,166 @@
+"""Rows kept anywhere are the rows in memory, and so is everything that is made of them."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import woodfisher as wf
+from models import mlp, samples
+from woodfisher import rows as module
+from woodfisher.curvature import base
+from woodfisher.planning import planned
+from woodfisher.rows import FileRows, HeldRows, WindowRows, gathered
+
+EXACT = ["factors", "disk", "again"]
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 6, 1, stride=2)
+        self.third = nn.Conv2d(6, 4, 2, groups=2, dilation=2, padding=1)
+        self.last = nn.Linear(36, 3)
+
+    def forward(self, x):
+        x = torch.relu_(self.first(x))
+        return self.last(torch.tanh(self.third(torch.relu(self.second(x)))).flatten(1))
+
+
+def objective(kind="mlp", removed=False):
+    torch.manual_seed(0)
+    model, shape = (mlp(torch.float64), (6,)) if kind == "mlp" else (Conv().double(), (2, 6, 6))
+    if removed:
+        with torch.no_grad():
+            for p in model.parameters():
+                p.view(-1)[1::3] = 0
+    x, y = samples(14, shape, dtype=torch.float64)
+    return wf.Objective(model, [(x[:5], y[:5]), (x[5:], y[5:])], cross_entropy)
+
+
+@pytest.fixture(autouse=True)
+def _small_windows(monkeypatch):
+    monkeypatch.setattr("woodfisher.planning.WINDOW", 400)
+    monkeypatch.setattr(base, "WORKSPACE", 400)
+    monkeypatch.setattr(module, "SPAN", 300)
+
+
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("labels", ["data", "model"])
+@pytest.mark.parametrize("keep", EXACT)
+def test_rows_kept_elsewhere_are_the_rows(keep, labels, group, kind, removed):
+    at = objective(kind, removed)
+    curvature = wf.WoodFisher(12, 7, 1e-2, group=group, labels=labels, keep=keep)
+    index = at.kept.nonzero().squeeze(1) if removed else None
+    plan = replace(planned(at, curvature), window=8)
+    torch.manual_seed(5)
+    rows = gathered(at, curvature, plan, index)
+    torch.manual_seed(5)
+    expected = at.rows(12, group=group, labels=labels, columns=index)
+    torch.manual_seed(6)
+    whole = torch.cat([rows.columns(slice(i, min(i + 5, rows.size))) for i in range(0, rows.size, 5)], dim=1)
+    torch.testing.assert_close(whole, expected, rtol=1e-10, atol=1e-12)
+    some = torch.randperm(rows.size)[:9]
+    torch.testing.assert_close(rows.select(some), expected[:, some], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rows.gram(), expected @ expected.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rows.energies(), expected.square().sum(1), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(rows.part(slice(4, 11)).columns(slice(1, 5)), expected[:, 5:9])
+
+
+@pytest.mark.parametrize("hold", [False, True])
+@pytest.mark.parametrize("removed", [False, True])
+@pytest.mark.parametrize("block_size", [5, 20, None])
+@pytest.mark.parametrize("keep", EXACT)
+def test_operators_of_rows_kept_elsewhere(keep, block_size, removed, hold, monkeypatch):
+    at = objective("conv", removed)
+    curvature = wf.WoodFisher(12, block_size, 1e-2)
+    expected = curvature(at)
+    plan = planned(at, replace(curvature, keep=keep))
+    monkeypatch.setattr(
+        "woodfisher.curvature.woodfisher.planned", lambda *_: replace(plan, hold=hold, window=40)
+    )
+    finv = replace(curvature, keep=keep)(at)
+    torch.testing.assert_close(finv.dense(), expected.dense(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(finv.diag(), expected.diag(), rtol=1e-8, atol=1e-8)
+    v = torch.randn(at.layout.size, dtype=torch.float64)
+    torch.testing.assert_close(finv.forward(v), expected.forward(v), rtol=1e-8, atol=1e-8)
+    keep_some = torch.rand(at.layout.size) < 0.5
+    torch.testing.assert_close(
+        finv.restricted_solve(keep_some, v), expected.restricted_solve(keep_some, v), rtol=1e-7, atol=1e-7
+    )
+    index = torch.randperm(at.layout.size)[:6].reshape(2, 3)
+    torch.testing.assert_close(finv.submatrices(index), expected.submatrices(index), rtol=1e-8, atol=1e-8)
+
+
+def test_bfloat16_rows_say_what_they_lose():
+    at = objective()
+    exact = at.rows(12)
+    curvature = wf.WoodFisher(12, None, 1e-2, keep="half")
+    with pytest.warns(wf.WoodfisherWarning, match=r"bfloat16: rounding moved them by 0\.\d\d%"):
+        rows = gathered(at, curvature, planned(at, curvature), None)
+    apart = rows.columns(slice(0, rows.size)) - exact
+    assert 0 < apart.norm() < 4e-3 * exact.norm()
+    assert rows.columns(slice(0, 3)).dtype == torch.float64
+
+
+def test_a_window_is_loaded_once_when_columns_come_in_order():
+    loads = []
+
+    class Counted(WindowRows):
+        def _load(self, span):
+            loads.append((span.start, span.stop))
+            return torch.zeros(2, span.stop - span.start)
+
+    rows = Counted(2, 50, torch.float32, torch.device("cpu"), 20)
+    for start in range(0, 50, 5):
+        assert rows.columns(slice(start, start + 5)).shape == (2, 5)
+    assert loads == [(0, 20), (20, 40), (40, 50)]
+
+
+@settings(max_examples=20, deadline=None)
+@given(data=st.data())
+def test_any_span_and_selection_of_a_file(data):
+    N, d = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 30))
+    G = torch.randn(N, d)
+    rows = FileRows(G.split(2), N, d, torch.float32, torch.device("cpu"), data.draw(st.integers(1, 12)))
+    start = data.draw(st.integers(0, d - 1))
+    stop = data.draw(st.integers(start + 1, d))
+    assert torch.equal(rows.columns(slice(start, stop)), G[:, start:stop])
+    index = torch.tensor(data.draw(st.lists(st.integers(0, d - 1), min_size=1)))
+    assert torch.equal(rows.select(index), G[:, index])
+    assert torch.equal(HeldRows(G).select(index), G[:, index])
+
+
+def test_no_room_on_disk_is_said_before_any_gradient(monkeypatch):
+    monkeypatch.setattr(module, "disk_room", lambda: 100)
+
+    def chunks():
+        raise AssertionError("a gradient was taken")
+        yield
+
+    with pytest.raises(wf.WoodfisherError, match=r"2 gradient rows of 50 weights take 400 B on disk.*TMPDIR"):
+        FileRows(chunks(), 2, 50, torch.float32, torch.device("cpu"), 8)
+
+
+def test_rows_on_disk_leave_no_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    finv = wf.WoodFisher(12, 7, 1e-2, keep="disk")(objective())
+    finv.diag()
+    del finv
+    assert not list(Path(tmp_path).iterdir())
+
+
+def test_data_that_is_read_once_can_not_be_gathered_again():
+    at = objective()
+    once = at.on(iter(list(at.data)))
+    assert not once.factors()
+    torch.testing.assert_close(wf.WoodFisher(12, 7, 1e-2)(once).diag(), wf.WoodFisher(12, 7, 1e-2)(at).diag())
