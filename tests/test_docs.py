@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import woodfisher as wf
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -39,6 +41,15 @@ def test_names_in_the_docs_stand_where_they_are_linked_to():
         source = (ROOT / path).read_text(encoding="utf-8")
         for name in re.findall(r"`[\w.]*?(\w+)`", names):
             assert re.search(rf"\b(def|class) {name}\b", source), f"{name} is not defined in {path}"
+
+
+def test_the_reference_has_every_public_name():
+    listed = {
+        name
+        for page in (ROOT / "docs" / "api").glob("*.md")
+        for name in re.findall(r"^::: woodfisher\.(\w+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert set(wf.__all__) - {"__version__"} <= listed
 
 
 def test_the_site_fetches_nothing():
