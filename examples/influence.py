@@ -179,7 +179,9 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
         network = nn.Sequential(nn.Linear(64, hidden), nn.Tanh(), nn.Linear(hidden, 10)).double()
     return {
         "logistic regression": compare("logistic regression", convex, train, test, sizes, draws),
-        "network": compare("network", network, train, test, {10: 4} if small else sizes, draws, again=True),
+        "network": compare(
+            "network", network, train, test, {10: 4} if small else {1: 24, 70: 24}, draws, again=True
+        ),
     }
 
 

@@ -51,7 +51,7 @@ class Pairs(Dataset):
 
 def bert(small: bool) -> BertForSequenceClassification:
     """A BERT of two layers, from its configuration alone."""
-    width = 16 if small else 64
+    width = 16 if small else 32
     config = BertConfig(
         vocab_size=WORDS,
         hidden_size=width,
