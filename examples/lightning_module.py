@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> tuple[float, float]:
         torch.tensor(pixels, dtype=torch.float32)[order] / 8 - 1, torch.tensor(labels)[order]
     )
     train, test = torch.utils.data.random_split(data, [1300, 497], torch.Generator().manual_seed(0))
-    batches = DataLoader(train, batch_size=50, shuffle=True)
+    batches = DataLoader(train, batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(0))
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
