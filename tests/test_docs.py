@@ -9,6 +9,9 @@ import woodfisher as wf
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
+FRAGMENTS = {"shipping.md", "tour.md"}
+"""Pages whose blocks are single lines of longer programs; what they call has tests of its own."""
+
 BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 SNIPPET = re.compile(r'--8<-- "(examples/\w+\.py):(\w+)"')
 
@@ -18,6 +21,8 @@ NAMED = re.compile(r"(`[\w.]+`(?:(?:, | and )`[\w.]+`)*) (?:in |\()\[[^\]]+\]\((
 def code_blocks():
     """Each Python block of the docs: page, and its text."""
     for page in PAGES:
+        if page.name in FRAGMENTS:
+            continue
         for _, text in BLOCK.findall(page.read_text(encoding="utf-8")):
             yield pytest.param(text.strip(), id=f"{page.stem}: {text.strip().splitlines()[0][:40]}")
 
