@@ -259,6 +259,19 @@ def test_a_stage_trusted_too_far_is_taken_back_and_split():
     assert int(passed.objective.kept.sum()) == 4
 
 
+def test_damping_below_the_rounding_of_the_gram_matrix_is_raised():
+    torch.manual_seed(0)
+    inputs, targets = 1 + 1e-5 * torch.randn(300, 40), torch.randn(300, 1)  # rows of nearly one direction
+    model = torch.nn.Linear(40, 1, bias=False)
+    report = wf.prune(model, [(inputs, targets)], torch.nn.functional.mse_loss, 0.5, stages=QUICK)
+    assert report.kept == 20
+    with pytest.raises(wf.WoodfisherError, match="not positive definite"):
+        curvature = wf.WoodFisher(400, None, 1e-12)
+        wf.prune(
+            model, [(inputs, targets)], torch.nn.functional.mse_loss, 0.75, stages=QUICK, curvature=curvature
+        )
+
+
 def test_the_result_is_never_worse_than_magnitude_on_the_held_out_samples():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)

@@ -227,6 +227,11 @@ def test_kfac_names_layers_that_it_does_not_cover(model, shape, message):
         wf.KFAC(4)(wf.Objective(model, [samples(4, shape)], cross_entropy))
 
 
+def test_kfac_refuses_a_bias():
+    with pytest.raises(wf.WoodfisherError, match=r"'0\.bias' is a vector"):
+        wf.KFAC(4)(wf.Objective(mlp(), [samples(4)], cross_entropy, params="*"))
+
+
 def test_kfac_refuses_a_layer_that_is_used_twice():
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(6, 3))

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from woodfisher.batches import Batch
     from woodfisher.curvature import WoodFisher
     from woodfisher.curvature.base import InverseOperator
+    from woodfisher.curvature.lowrank import LowRankInverse
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
@@ -290,7 +291,7 @@ class AdaptiveRun:
         keep = kept
         if amount < self._left:
             with phase("saliency"):
-                finv = self.fisher.inverse(damping)
+                finv, damping = self._inverse(self.fisher, damping)
                 point = newton_point(self.weights, gradient, finv) if self.first_order else self.weights
                 keep = self.selection(self._full(point, kept), _lifted(finv, kept, damping), kept, amount)
         stay = keep[kept]
@@ -303,7 +304,8 @@ class AdaptiveRun:
 
         def candidate(damping: float) -> _Candidate:
             with phase("update"):
-                weights = start + rest.inverse(damping) @ side
+                inverse, damping = self._inverse(rest, damping)
+                weights = start + inverse @ side
             return _Candidate(weights, self._loss_at(weights, keep), damping)
 
         tried = [candidate(choice) for choice in self._dampings(damping, first)]
@@ -329,6 +331,16 @@ class AdaptiveRun:
             first_order=self.first_order and best.moved,
         )
         return _Step(best, keep, rest, stage, best.loss - self.loss > 2 * max(predicted, 0) + 0.1 * self.loss)
+
+    def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
+        """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
+        while True:
+            try:
+                return fisher.inverse(damping), damping
+            except WoodfisherError:
+                if self._absolute() is not None:
+                    raise
+            damping *= _FACTOR
 
     def _dampings(self, damping: float, first: bool) -> list[float]:
         """What to try: many at the first stage, then the last one and its neighbours in turn."""

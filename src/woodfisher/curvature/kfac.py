@@ -134,6 +134,11 @@ class KFAC(Estimator):
 
     def __call__(self, objective: Objective) -> BlockDiagonalInverse:
         """Gather inputs and output gradients of every layer of `objective` and factor their moments."""
+        for name, shape in objective.layout.shapes.items():
+            if len(shape) == 1:
+                raise WoodfisherError(
+                    f"K-FAC covers the weights of layers, and {name!r} is a vector: exclude it, or use WoodFisher."
+                )
         A: dict[str, Tensor] = {}
         S: dict[str, Tensor] = {}
         samples = 0
