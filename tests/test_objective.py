@@ -15,7 +15,6 @@ from torch.nn.utils import prune
 import woodfisher as wf
 from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
 from reference import loop_rows
-from woodfisher import objective as module
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -67,12 +66,11 @@ def test_splitting_the_data_into_other_batches_changes_nothing(cuts, group):
     torch.testing.assert_close(wf.Objective(model, batches, cross_entropy).rows(20, group=group), whole)
 
 
-def test_chunks_are_bounded_by_the_workspace_and_change_nothing(monkeypatch):
+def test_chunks_are_bounded_by_the_workspace_and_change_nothing():
     model, (x, y) = mlp(), samples(20)
     objective = wf.Objective(model, [(x, y)], cross_entropy)
     whole = objective.rows(20, group=2)
-    monkeypatch.setattr(module, "GRADIENT_WORKSPACE", 2000)
-    chunks = list(objective.iter_rows(20, group=2))
+    chunks = list(objective.within(2000).iter_rows(20, group=2))
     assert len(chunks) > 3
     torch.testing.assert_close(torch.cat(chunks), whole)
 
