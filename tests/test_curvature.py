@@ -294,11 +294,14 @@ def test_what_does_not_fit_is_refused_before_any_gradient(monkeypatch):
         raise AssertionError("data was read")
         yield
 
-    monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 10_000)
+    for place in ("memory", "planning"):
+        monkeypatch.setattr(f"woodfisher.{place}.available_memory", lambda _: 10_000)
     objective = wf.Objective(mlp(), data(), cross_entropy)
     with pytest.raises(
         wf.WoodfisherError, match=r"400 gradient rows of 36 weights 56.2 KiB.*9.77 KiB is avail"
     ):
+        wf.WoodFisher(400, 20, keep="memory")(objective)
+    with pytest.raises(wf.WoodfisherError, match=r"needs .*scratch.*9.77 KiB is avail"):
         wf.WoodFisher(400, 20)(objective)
     with pytest.raises(wf.WoodfisherError, match="the Hessian of 36 weights"):
         wf.ExactHessian()(objective)

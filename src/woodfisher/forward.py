@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,7 +63,9 @@ class Forward:
     def outputs(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Any:
         """What the model returns for a batch; it may change `buffers`."""
         arguments, named = arguments_of(batch)
-        return functional_call(self.model, {**buffers, **weights}, arguments, named)
+        tensors = {**buffers, **weights}
+        tied = {other: tensors[name] for name, others in _tied(self.model).items() for other in others}
+        return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
 
     def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
         """Mean loss of the samples of a batch, on copies of `buffers`."""
@@ -215,6 +218,20 @@ def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Ba
             f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
         )
     return own.mean()
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Name → the names in other modules of the same parameter or buffer.
+
+    Torch's own way to tie them leaves a module that goes by two names with the values that it was run on.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in chain(
+            module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
+        ):
+            names.setdefault(id(tensor), []).append(name)
+    return {first: others for first, *others in names.values() if others}
 
 
 def _copies(buffers: Tensors) -> Tensors:

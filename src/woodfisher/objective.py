@@ -258,9 +258,9 @@ class Objective:
         return iter(self.data) is self.data
 
     def row_bytes(self, group: int = 1) -> int:
-        """Bytes that a row takes while its gradient is computed, as far as the first samples tell."""
+        """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
         first = next(iter(take(self.data, group)), None)
-        return 0 if first is None else self._row_bytes(self._to_device(first))
+        return 0 if first is None else self._saved_bytes(self._to_device(first))
 
     def forward_flops(self) -> int:
         """Operations of a forward pass of one sample, as far as torch counts them."""
@@ -303,7 +303,7 @@ class Objective:
         width = self.layout.size if columns is None else len(columns)
         out: Tensor | None = None
         filled = 0
-        for chunk, count in self._row_chunks(samples, group, labels):
+        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 if out is None:
                     most = self.most_rows(samples, group)
@@ -320,7 +320,7 @@ class Objective:
         """The rows of `rows`, in chunks `(c, k)` of bounded memory."""
         width = self.layout.size if columns is None else len(columns)
         done = 0
-        for chunk, count in self._row_chunks(samples, group, labels):
+        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 out = torch.empty(count, width, dtype=self.dtype, device=self.device)
                 self._fill(out, chunk, group, columns, done)
@@ -342,8 +342,10 @@ class Objective:
                     f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
                     "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
                 )
+        able = {} if self.reads_once else self.factors(group)
+        floats = 2 * sum(able[name].floats for name in names if name in able)
         done = 0
-        for chunk, count in self._row_chunks(samples, group, labels):
+        for chunk, count in self._row_chunks(samples, group, labels, floats):
             with phase("gradients"):
                 rows = self._signals(chunk, count, names)
                 self._check_signals(rows, chunk, group, done)
@@ -437,14 +439,17 @@ class Objective:
                 true = alone[name].flatten()
                 norms[name] = max(
                     norms[name], float(true.norm())
-                )  # as it was where that is NaN, which comes later
+                )  # NaN changes neither: rows are checked for it
                 together = each.part(slice(i, i + 1)).dense()[0]
                 apart[name] = max(apart[name], float((together - true).norm()))
         tolerance = torch.finfo(next(iter(signals.values())).outputs.dtype).eps ** 0.5
         return {name: signals[name] for name in names if apart[name] <= tolerance * norms[name]}
 
-    def _row_chunks(self, samples: int, group: int, labels: str) -> Iterator[tuple[Batch, int]]:
-        """Chunks of samples in evaluation mode, with their targets, and how many rows they make."""
+    def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
+        """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
+
+        A row takes `floats` numbers beside what its backward pass needs.
+        """
         check_count("samples", samples)
         check_count("group", group)
         check_choice("labels", labels, ("data", "model"))
@@ -452,7 +457,7 @@ class Objective:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
         with isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, group):
+            for chunk in self._chunks(samples, group, floats):
                 if labels == "model":
                     with phase("gradients"):
                         chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
@@ -531,7 +536,7 @@ class Objective:
         count = 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             weights = self._cast(self.weights)
-            for chunk in self._chunks(samples, 1, mean=True):
+            for chunk in self._chunks(samples, 1, 0, mean=True):
                 gradients = self._forward.gradient(weights, self.buffers, chunk)
                 flat = self._flat(gradients)
                 self._check_finite(flat[None], count, chunk, samples_in(chunk))
@@ -554,7 +559,7 @@ class Objective:
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
-            for chunk in self._chunks(samples, 1, mean=True):
+            for chunk in self._chunks(samples, 1, 0, mean=True):
                 flat = self.weights.clone().requires_grad_()
                 with explained(chunk):
                     loss = self._mean_loss(self._cast(flat), chunk)
@@ -606,9 +611,10 @@ class Objective:
                 if self.buffers[name] is not buffer:
                     buffer.copy_(self.buffers[name])
 
-    def _chunks(self, samples: int, group: int, *, mean: bool = False) -> Iterator[Batch]:
+    def _chunks(self, samples: int, group: int, floats: int, *, mean: bool = False) -> Iterator[Batch]:
         """The first `samples` samples in chunks of bounded memory, on the model's device.
 
+        A row takes `floats` numbers beside what is saved of its forward pass and the gradients of that.
         With `mean` the loss of several samples matters, and one that sums over them is warned of.
         """
         check_count("samples", samples)
@@ -623,7 +629,8 @@ class Objective:
         row = self._to_device(map_tensors(lambda t: t[:group], first))
         if mean or group > 1:
             self._check_mean(row)
-        rows = max(1, min(self.workspace // self._row_bytes(row), 512))
+        each = 2 * self._saved_bytes(row) + floats * self.dtype.itemsize
+        rows = max(1, min(self.workspace // max(each, 1), 512))
         seen = used = 0
 
         def counted() -> Iterator[Batch]:
@@ -643,30 +650,32 @@ class Objective:
                 )
             warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
 
-    def _row_bytes(self, row: Batch) -> int:
+    def _saved_bytes(self, row: Batch) -> int:
+        """What the forward pass of a row saves for the backward one, beside the weights."""
         form = describe(row)
         if form not in self._bytes:
             with torch.enable_grad():
-                self._bytes[form] = self._bytes_of(row)
+                self._bytes[form] = self._count_saved(row)
         return self._bytes[form]
 
-    def _bytes_of(self, row: Batch) -> int:
-        """What the gradient of a row takes, with what its forward pass saves for the backward one."""
+    def _count_saved(self, row: Batch) -> int:
+        weights = self._leaves(self.layout.shapes)
+        own = {tensor.data_ptr() for tensor in [*weights.values(), *self.model.parameters()]}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
-            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            if tensor.data_ptr() not in own:
+                saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
-            value = self._mean_loss(self._cast(self.weights.clone().requires_grad_()), row)
+            value = self._mean_loss(weights, row)
         if value.grad_fn is None:
             raise WoodfisherError(
                 "the loss does not depend on any chosen weight: check that the loss is computed from the "
                 f"model's outputs, and the chosen parameters ({', '.join(self.layout.shapes)})."
             )
-        gradient = self.layout.size * self.weights.element_size()
-        return 2 * (sum(saved.values()) + gradient)
+        return sum(saved.values())
 
     def _check_mean(self, row: Batch) -> None:
         if describe(row) in self._means_checked:

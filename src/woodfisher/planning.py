@@ -265,7 +265,9 @@ class _Work:
         most = self.objective.workspace
         if self.room is not None:
             most = min(most, max(self.room // 6, 0))
-        return max(most, 0 if self.objective.reads_once else self.objective.row_bytes(self.curvature.group))
+        return max(
+            most, 0 if self.objective.reads_once else 2 * self.objective.row_bytes(self.curvature.group)
+        )
 
     def _window(self, keep: Keep, left: int, largest: int) -> int:
         if keep in ("memory", "half"):

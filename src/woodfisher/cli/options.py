@@ -16,7 +16,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.method import METHODS, Method, Scope, Update, Use, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.patterns import parse_pattern
-from woodfisher.planning import Keep
+from woodfisher.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.tasks import Task, load_task
 
 Labels = Literal["data", "model"]
