@@ -40,6 +40,9 @@ VECTORS = 9
 WINDOW = 256 * 2**20
 """Bytes of rows that are at hand at once where they are kept elsewhere."""
 
+TILE = 64 * 2**20
+"""Bytes that factors take while they are made, where they are not held."""
+
 READS = 3
 """Times that the rows are gone through: for the diagonal, the factors and the products of an update."""
 
@@ -111,6 +114,11 @@ class Plan:
     def peak(self) -> int:
         """Most bytes that the process will have, what it has already included."""
         return self.base + sum(size for _, size in self.bill)
+
+    def tile(self, run: Run) -> int:
+        """Blocks of a run that are factored together where factors are not held."""
+        factors = 3 * 8 * min(self.rows, run.size) ** 2
+        return max(min(self.window // run.size, TILE // factors), 1)
 
     def __str__(self) -> str:
         budget = "" if self.memory is None else f" of {format_bytes(self.memory)}"
@@ -214,7 +222,7 @@ class _Work:
         chunk = self._chunk()
         vectors = VECTORS * 8 * self.objective.layout.size
         largest = max((run.size for run in self.runs), default=0)
-        scratch = 4 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
+        scratch = min(TILE, 8 * N * d) + 4 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
         left = (2**62 if self.room is None else self.room) - kept - scratch
         window = self._window(keep, left - max(chunk, vectors), largest)
         at_hand = window * N * self.item if window < d or keep not in ("memory", "half") else 0

@@ -329,14 +329,35 @@ def gathered(objective: Objective, curvature: WoodFisher, plan: Plan, index: Ten
     if plan.keep == "memory":
         return HeldRows(objective.rows(samples, group=group, labels=labels, columns=index))
     if plan.keep == "factors":
-        parts = list(objective.iter_layer_rows(samples, group=group, labels=labels))
-        layers = {name: LayerRows.joined([part.pop(name) for part in parts]) for name in list(parts[0])}
+        layers = _stacked(objective.iter_layer_rows(samples, group=group, labels=labels), plan.rows)
         return FactorRows(layers, objective.layout, index, objective.dtype, objective.device, plan.window)
     where = (plan.rows, plan.weights, objective.dtype, objective.device)
     if plan.keep == "again":
         return _gathered_again(objective, curvature, plan, index, where)
     chunks = objective.iter_rows(samples, group=group, labels=labels, columns=index)
     return FileRows(chunks, *where, plan.window) if plan.keep == "disk" else _halved(chunks, *where)
+
+
+def _stacked(chunks: Iterable[dict[str, LayerRows]], count: int) -> dict[str, LayerRows]:
+    """The rows of all chunks, `count` at most, as one for each layer: written to their place as they come."""
+    stacked: dict[str, LayerRows] = {}
+    others: list[dict[str, LayerRows]] = []
+    filled = 0
+    for chunk in chunks:
+        if not stacked:
+            stacked = {name: rows.with_room(count) for name, rows in chunk.items()}
+        if others or any(not stacked[name].takes(rows) for name, rows in chunk.items()):
+            others.append(chunk)
+            continue
+        for name, rows in chunk.items():
+            stacked[name].put(filled, rows)
+        filled += len(next(iter(chunk.values())).outputs)
+    return {
+        name: LayerRows.joined([rows.first(filled), *(chunk[name] for chunk in others)])
+        if others
+        else rows.first(filled)
+        for name, rows in stacked.items()
+    }
 
 
 def _halved(

@@ -107,6 +107,25 @@ class LayerRows:
         """Output channels: the first dimension of the weight."""
         return self.outputs.shape[-1 if self.convolution is None else 2]
 
+    def with_room(self, count: int) -> LayerRows:
+        """Room for `count` rows of the same form, with anything in them."""
+        inputs = self.inputs.new_empty(count, *self.inputs.shape[1:])
+        return replace(self, inputs=inputs, outputs=self.outputs.new_empty(count, *self.outputs.shape[1:]))
+
+    def takes(self, rows: LayerRows) -> bool:
+        """Whether rows have the form of these."""
+        same = self.inputs.shape[1:] == rows.inputs.shape[1:]
+        return same and self.outputs.shape[1:] == rows.outputs.shape[1:]
+
+    def put(self, first: int, rows: LayerRows) -> None:
+        """Write rows of the same form to the places from `first` on."""
+        here = slice(first, first + len(rows.outputs))
+        self.inputs[here], self.outputs[here] = rows.inputs, rows.outputs
+
+    def first(self, count: int) -> LayerRows:
+        """The first rows."""
+        return replace(self, inputs=self.inputs[:count], outputs=self.outputs[:count])
+
     @property
     def width(self) -> int:
         """Weights of an output channel."""

@@ -123,7 +123,7 @@ class WoodFisher(Estimator):
         hold = plan is None or plan.hold
         parts: list[tuple[slice | Tensor, InverseOperator]] = []
         for run in runs:
-            step = run.count if hold or plan is None else max(plan.window // run.size, 1)
+            step = run.count if plan is None or plan.hold else plan.tile(run)
             for first in range(0, run.count, step):
                 count = min(step, run.count - first)
                 where = slice(run.start + first * run.size, run.start + (first + count) * run.size)
