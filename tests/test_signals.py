@@ -314,6 +314,18 @@ def test_only_the_layers_of_the_wanted_columns_take_part(monkeypatch):
     assert made == [12]
 
 
+def test_rows_are_written_to_memory_that_is_given():
+    objective = wf.Objective(mlp(), [samples(6)], cross_entropy)
+    out = torch.full((7, 36), 5.0)
+    rows = objective.rows(6, out=out)
+    assert rows.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(rows, objective.rows(6))
+    assert (out[6] == 5).all()
+    for shape in ((5, 36), (6, 35), (6,)):
+        with pytest.raises(wf.WoodfisherError, match="room for 6 rows of 36 weights"):
+            objective.rows(6, out=torch.empty(shape))
+
+
 LOSSES = {
     "cross-entropy": cross_entropy,
     "module": nn.CrossEntropyLoss(),

@@ -281,7 +281,13 @@ class Objective:
         return min(samples, self.known_samples() or samples) // group
 
     def rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
+        self,
+        samples: int,
+        *,
+        group: int = 1,
+        labels: str = "data",
+        columns: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Gradient rows: row n is the gradient of the mean loss of `group` samples.
 
@@ -295,18 +301,23 @@ class Objective:
             `data`, or `model` to draw targets from the model's own distribution.
         columns:
             Flat indexes of the weights wanted, int64 `(k,)`; default all.
+        out:
+            Where to write them to, `(n, k)` with n ≥ N: memory that is in use already is written to much faster.
 
         Returns
         -------
         `(N, k)` with N = samples // group, or fewer (with a warning) where the data ends early.
         """
         width = self.layout.size if columns is None else len(columns)
-        out: Tensor | None = None
+        most = self.most_rows(samples, group)
+        if out is not None and (len(out) < most or out.shape[1:] != (width,)):
+            raise WoodfisherError(
+                f"out must have room for {most} rows of {width} weights; it is {tuple(out.shape)}."
+            )
         filled = 0
         for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 if out is None:
-                    most = self.most_rows(samples, group)
                     out = torch.empty(most, width, dtype=self.dtype, device=self.device)
                 self._fill(out[filled : filled + count], chunk, group, columns, filled)
             filled += count

@@ -122,10 +122,6 @@ class LayerRows:
         here = slice(first, first + len(rows.outputs))
         self.inputs[here], self.outputs[here] = rows.inputs, rows.outputs
 
-    def first(self, count: int) -> LayerRows:
-        """The first rows."""
-        return replace(self, inputs=self.inputs[:count], outputs=self.outputs[:count])
-
     @property
     def width(self) -> int:
         """Weights of an output channel."""
@@ -253,9 +249,12 @@ class LayerRows:
         """Whether a convolution of as many groups as there are rows is faster than products of patches.
 
         Patches repeat each input as often as the kernel covers it, which costs more than it saves where there are
-        many positions for few channels.
+        many positions for few channels; torch's convolutions are slow for few inputs, as those of a first layer.
         """
-        return self.convolution is not None and self.positions > self.channels * self.inputs.shape[1]
+        if self.convolution is None or self.width == self.inputs.shape[2] // self.groups:
+            return False
+        few_inputs = self.groups == 1 and self.inputs.shape[2] < 8
+        return not few_inputs and self.positions * self.groups > self.channels * self.inputs.shape[1]
 
     def _patches(self, groups: slice) -> Tensor:
         """The a of a convolution, `(N, groups, width, T)`."""
