@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
 from woodfisher.tasks.cifar import ResNet20
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SAMPLES = 32
 TOKENS = 64

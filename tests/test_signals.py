@@ -271,6 +271,37 @@ def test_weights_that_are_used_twice_are_taken_another_way(model):
     assert all(now is p for now, p in zip(model.parameters(), parameters, strict=True))
 
 
+def test_weights_that_others_are_tied_to_need_not_be_chosen():
+    model, (x, y) = Tied(), samples(6, (5,))
+    objective = wf.Objective(model, [(x, y)], cross_entropy, params="head")
+    torch.testing.assert_close(objective.rows(6), loop_rows(model, cross_entropy, x, y, ["head.weight"]))
+    assert taken_together(objective)
+
+
+def test_images_of_other_sizes_are_not_joined_in_factor_form():
+    model = Through(nn.Conv2d(2, 4, 3))
+    batches = [samples(2, (2, n, n), dtype=torch.float64) for n in (4, 5)]
+    parts = list(wf.Objective(model, batches, cross_entropy, params="layer.weight").iter_layer_rows(4))
+    with pytest.raises(wf.WoodfisherError, match="several sizes"):
+        LayerRows.joined([part["layer.weight"] for part in parts])
+
+
+def test_looking_for_factors_leaves_no_trace():
+    def data():
+        torch.rand(1)
+        yield from [samples(6)]
+
+    class Drawn(list):
+        def __iter__(self):
+            return data()
+
+    objective = wf.Objective(mlp(), Drawn(), cross_entropy)
+    before = torch.get_rng_state()
+    assert taken_together(objective)
+    assert list(objective.iter_layer_rows(6))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_factor_form_of_a_layer_that_is_called_twice_is_refused():
     layer = nn.Linear(5, 5)
     objective = wf.Objective(nn.Sequential(layer, nn.Tanh(), layer), [samples(6, (5,))], cross_entropy)

@@ -64,7 +64,12 @@ class Forward:
         """What the model returns for a batch; it may change `buffers`."""
         arguments, named = arguments_of(batch)
         tensors = {**buffers, **weights}
-        tied = {other: tensors[name] for name, others in _tied(self.model).items() for other in others}
+        tied = {
+            other: tensors[name]
+            for name, others in _tied(self.model).items()
+            if name in tensors
+            for other in others
+        }
         return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
 
     def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:

@@ -373,10 +373,10 @@ class Objective:
         """
         if self.reads_once:
             return {}
-        batch = next(iter(take(self.data, 2 * group)), None)
-        if batch is None or samples_in(batch) < group:
-            return {}
         with isolated(self.model), torch.enable_grad():
+            batch = next(iter(take(self.data, _TRIED_ROWS_OF_OWN_LOSS * group)), None)
+            if batch is None or samples_in(batch) < group:
+                return {}
             return self._factors_of(self._to_device(batch), group)
 
     def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
@@ -448,9 +448,8 @@ class Objective:
             alone = self._forward.gradient(weights, buffers, row)
             for name, each in signals.items():
                 true = alone[name].flatten()
-                norms[name] = max(
-                    norms[name], float(true.norm())
-                )  # NaN changes neither: rows are checked for it
+                # NaN changes neither of both: it is found, and explained, in the rows themselves.
+                norms[name] = max(norms[name], float(true.norm()))
                 together = each.part(slice(i, i + 1)).dense()[0]
                 apart[name] = max(apart[name], float((together - true).norm()))
         tolerance = torch.finfo(next(iter(signals.values())).outputs.dtype).eps ** 0.5

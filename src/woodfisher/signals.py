@@ -80,6 +80,12 @@ class LayerRows:
                 [F.pad(flat := t.flatten(1, -2), (0, 0, 0, most - flat.shape[1]))[:, None] for t in tensors]
                 for tensors in (inputs, outputs)
             )
+        shapes = {(a.shape[1:], s.shape[1:]) for a, s in zip(inputs, outputs, strict=True)}
+        if len(shapes) > 1:
+            raise WoodfisherError(
+                "the inputs of a convolution have several sizes, whose rows can't be kept together in factor form: "
+                "keep them in memory or on disk."
+            )
         return replace(parts[0], inputs=torch.cat(inputs), outputs=torch.cat(outputs))
 
     @property
