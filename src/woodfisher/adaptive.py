@@ -406,15 +406,16 @@ class AdaptiveRun:
         objective = self.objective
         room = parse_bytes(self.curvature.memory) - resident_memory(objective.device)
         room -= objective.workspace + VECTORS * 8 * objective.layout.size
-        return max(room, 0) // (2 * objective.dtype.itemsize * len(self.weights))
-
-    def _check_memory(self, window: int) -> None:
-        if self.curvature.memory is not None and self._rows_that_fit() < min(window, LEAST_ROWS):
+        rows = max(room, 0) // (2 * objective.dtype.itemsize * len(self.weights))
+        if rows < LEAST_ROWS:
             raise WoodfisherError(
-                f"memory={self.curvature.memory} has no room for {LEAST_ROWS} gradient rows of {len(self.weights)} weights "
-                "and their copy, beside the process as it is: give more, or a number of stages in blocks "
+                f"memory={self.curvature.memory} has no room for {LEAST_ROWS} gradient rows of {len(self.weights)} "
+                "weights and their copy, beside the process as it is: give more, or a number of stages in blocks "
                 "(criterion='woodfisher-block')."
             )
+        return rows
+
+    def _check_memory(self, window: int) -> None:
         size = 4 * window * len(self.weights)
         check_memory(
             [
