@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from woodfisher.cli import main
 from woodfisher.method import METHODS
+from woodfisher.saved import read
 from woodfisher.tasks import load_task
 
 QUICK = ["--stages", "2", "--samples", "50"]
@@ -76,13 +77,15 @@ def test_prune_shows_a_table_and_writes_its_results(folder, capsys):
     assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in out.parent.iterdir()) == ["first"]
     report = json.loads((out / "report.json").read_text())
-    tensors = load_file(out / "model.safetensors")
+    saved = read(out / "model.safetensors")
+    assert report["bytes"]["stored"] == saved.size < 0.25 * report["bytes"]["dense"]
+    assert f"{saved.size:,} bytes" in shown.out
     kept = 0
     for layer in report["layers"]:
-        mask = tensors[layer["name"] + "_mask"]
+        mask = saved.kept[layer["name"]]
         assert mask.dtype == torch.bool
         assert int(mask.sum()) == layer["kept"]
-        assert torch.equal(mask, tensors[layer["name"]] != 0)
+        assert torch.equal(mask, saved.tensors[layer["name"]] != 0)
         kept += layer["kept"]
     assert kept == report["kept"] == round(0.1 * report["size"])
     arguments = "prune --sparsity 0.9 --out results/first --stages 2 --samples 50"

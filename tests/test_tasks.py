@@ -28,7 +28,7 @@ from woodfisher.tasks.files import read_npz
 from woodfisher.tasks.images import EncodedImages
 from woodfisher.tasks.loaders import hold_out
 from woodfisher.tasks.mnist import MLPNet, read_mnist
-from woodfisher.tasks.weights import load_weights
+from woodfisher.tasks.weights import load_into
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn.datasets")
@@ -629,7 +629,7 @@ def wrapped(key):
 def test_weights_in_every_accepted_form(tmp_path, form):
     source, model = small_network(), small_network()
     torch.save(form(source.state_dict()), tmp_path / "weights.pt")
-    load_weights(model, tmp_path / "weights.pt")
+    load_into(model, tmp_path / "weights.pt")
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
 
@@ -639,7 +639,7 @@ def test_safetensors_with_masks(tmp_path):
     state = source.state_dict()
     state["0.weight_mask"] = state["0.weight"] > 0
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
-    load_weights(model, tmp_path / "weights.safetensors")
+    load_into(model, tmp_path / "weights.safetensors")
     assert torch.equal(model[0].weight, source[0].weight)
 
 
@@ -673,7 +673,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(tmp_path, form,
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save(form(small_network().state_dict()), tmp_path / "weights.pt")
     with refused("weights.pt", *words):
-        load_weights(model, tmp_path / "weights.pt")
+        load_into(model, tmp_path / "weights.pt")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -681,7 +681,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(tmp_path, form,
 def test_missing_truncated_and_foreign_weight_files_are_refused(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     with refused(path.name, "no such file"):
-        load_weights(small_network(), path)
+        load_into(small_network(), path)
     save = torch.save if suffix == ".pt" else safetensors.torch.save_file
     save(small_network().state_dict(), path)
     whole = path.read_bytes()
@@ -693,14 +693,14 @@ def test_missing_truncated_and_foreign_weight_files_are_refused(tmp_path, suffix
     ):
         path.write_bytes(content)
         with refused(path.name, "cannot be read as network weights"):
-            load_weights(small_network(), path)
+            load_into(small_network(), path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_whole_pickled_model_is_refused(tmp_path):
     torch.save(small_network(), tmp_path / "model.pt")
     with refused("model.pt", "state dict"):
-        load_weights(small_network(), tmp_path / "model.pt")
+        load_into(small_network(), tmp_path / "model.pt")
 
 
 # The real data

@@ -353,9 +353,9 @@ def _stacked(chunks: Iterable[dict[str, LayerRows]], count: int) -> dict[str, La
             stacked[name].put(filled, rows)
         filled += len(next(iter(chunk.values())).outputs)
     return {
-        name: LayerRows.joined([rows.first(filled), *(chunk[name] for chunk in others)])
+        name: LayerRows.joined([rows.part(slice(filled)), *(chunk[name] for chunk in others)])
         if others
-        else rows.first(filled)
+        else rows.part(slice(filled))
         for name, rows in stacked.items()
     }
 

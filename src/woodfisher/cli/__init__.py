@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 import tyro
 
 from woodfisher._version import __version__
+from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
+from woodfisher.cli.export import Export
+from woodfisher.cli.inspect import Inspect
 from woodfisher.cli.origin import given
 from woodfisher.cli.plan import Plan
 from woodfisher.cli.prune import Prune
@@ -32,6 +35,8 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher plan --task my_project.tasks:resnet --samples 400 --memory 4GiB
   woodfisher tour                                           the curvature of a small network, in pictures
   woodfisher report pruned                                  the page report.html anew, from report.json
+  woodfisher inspect pruned/model.safetensors
+  woodfisher export --to csr --measure --weights pruned/model.safetensors --task my_project.tasks:resnet
 
 Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
 with one message that says what was expected, what came and what to do."""
@@ -44,6 +49,9 @@ COMMANDS: dict[str, Any] = {
     "plan": Plan,
     "tour": Tour,
     "report": MakePage,
+    "inspect": Inspect,
+    "export": Export,
+    "bench": BenchCommand,
 }
 
 

@@ -13,16 +13,17 @@ from rich.table import Table
 from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
-from woodfisher.cli.console import note, out, print_json, progress
+from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.origin import origin
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.examine import examine
-from woodfisher.files import check_folder, save_json, save_model, write_folder
+from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.method import METHODS
 from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_layers, require_plots
+from woodfisher.saved import packed_model
 
 SHOWN_STAGES = 12
 
@@ -42,7 +43,7 @@ class Prune:
 
     Without arguments: a small network is trained on scikit-learn's digits and pruned, in under a minute.
 
-    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json, OUT/layers.png and
+    Writes OUT/model.safetensors (compressed; see `woodfisher inspect`), OUT/report.json, OUT/layers.png and
     OUT/report.html, which shows it all.
     """
 
@@ -104,6 +105,7 @@ class Prune:
         by_magnitude = _evaluate(task, baseline, "magnitude")
         examined = examine(objective.current(objective.layout.flatten(report.masks)), method.curvature)
 
+        weights = packed_model(task.model, report.masks)
         content = {
             "task": self.model.task,
             "metric": task.metric_name,
@@ -122,13 +124,14 @@ class Prune:
             **report.to_dict(),
             "examined": examined.to_dict(),
             "origin": origin(self.model.device),
+            "bytes": weights.to_dict(),
             "out": str(folder),
         }
         curves = {self.criterion: report.layers, "magnitude": magnitude.layers}
         write_folder(
             folder,
             {
-                "model.safetensors": lambda path: save_model(task.model, report.masks, path),
+                "model.safetensors": weights.write,
                 "report.json": lambda path: save_json(content, path),
                 "layers.png": lambda path: plot_layers(curves, report.sparsity, path),
                 "report.html": lambda path: save_page(content, path),
@@ -192,6 +195,7 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     console.print(layers)
     if any(stage.measured is not None for stage in report.stages):
         console.print(_stages(report))
+    console.print(size_on_disk(content["bytes"]))
     console.print(f"Results are in {content['out']}", soft_wrap=True)
 
 
