@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,8 @@ def test_prune_shows_a_table_and_writes_its_results(folder, capsys):
         assert word in shown.out
     assert "loading digits" in shown.err
     out = folder / "results" / "first"
-    assert sorted(p.name for p in out.iterdir()) == ["layers.png", "model.safetensors", "report.json"]
+    names = ["layers.png", "model.safetensors", "report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in out.parent.iterdir()) == ["first"]
     report = json.loads((out / "report.json").read_text())
     tensors = load_file(out / "model.safetensors")
@@ -83,6 +85,18 @@ def test_prune_shows_a_table_and_writes_its_results(folder, capsys):
         assert torch.equal(mask, tensors[layer["name"]] != 0)
         kept += layer["kept"]
     assert kept == report["kept"] == round(0.1 * report["size"])
+    arguments = "prune --sparsity 0.9 --out results/first --stages 2 --samples 50"
+    assert report["origin"]["command"].endswith(f"woodfisher {arguments}")
+    assert report["examined"]["flops"]["fc2.weight"] == 2 * 320
+    assert len(report["examined"]["spectrum"]["layers"]) == 4
+    stage = report["stages"][-1]
+    assert stage["damping"] > 0
+    assert math.isfinite(stage["measured"])
+    page = (out / "report.html").read_bytes()
+    assert f"{arguments}</pre>".encode() in page
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_bytes() == page
     again = load_task("digits", weights=out / "model.safetensors")
     assert again.metric(again.model, again.test) == pytest.approx(report["pruned"]["metric"])
 
@@ -119,6 +133,7 @@ def test_compare(folder, capsys):
     ]
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
         "accuracy.png",
+        "report.html",
         "report.json",
         "results.csv",
     ]
@@ -140,6 +155,7 @@ def test_compare_over_seeds(folder, capsys):
         assert cell["runs"] == 2
         assert cell["mean"] == pytest.approx(sum(metrics) / 2)
         assert cell["sd"] == pytest.approx(abs(metrics[0] - metrics[1]) / 2**0.5)
+        assert f"{cell['mean']:.2f} ± {cell['sd']:.2f}" in (folder / "out" / "report.html").read_text()
     with (folder / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["metric"]) for row in rows] == [r["metric"] for r in content["results"]]

@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from woodfisher.errors import WoodfisherError
 from woodfisher.tasks import Task, accuracy, load_task, task_names
 from woodfisher.tasks.cifar import ResNet20, read_cifar10
-from woodfisher.tasks.digits import DigitsNet, _trained_weights, read_digits
+from woodfisher.tasks.digits import EPOCHS, PEAK_RATE, DigitsNet, _states, read_digits
 from woodfisher.tasks.files import read_npz
 from woodfisher.tasks.images import EncodedImages
 from woodfisher.tasks.loaders import hold_out
@@ -61,7 +61,7 @@ def everything(data):
 
 
 def test_names_of_built_in_tasks():
-    assert task_names() == ["digits", "mlpnet-mnist", "resnet20-cifar10"]
+    assert task_names() == ["digits", "digits-small", "mlpnet-mnist", "resnet20-cifar10"]
 
 
 def test_importing_the_package_imports_neither_sklearn_nor_pillow():
@@ -144,7 +144,7 @@ def test_own_task_that_does_not_fit_is_refused(own_tasks, function, words):
 
 @pytest.mark.parametrize("name", ["", "mnist", "a.b", ":f", ".relative:f", "no_such_module_here:f", "x:"])
 def test_unknown_task_lists_the_built_in_ones(name):
-    with refused("digits, mlpnet-mnist, resnet20-cifar10", "module:function"):
+    with refused("digits, digits-small, mlpnet-mnist, resnet20-cifar10", "module:function"):
         load_task(name)
 
 
@@ -174,9 +174,9 @@ def test_digits_task_is_good_repeatable_and_leaves_no_trace():
     threads = torch.get_num_threads()
     with torch.no_grad():
         task = load_task("digits")
-        first = _trained_weights()
-        _trained_weights.cache_clear()
-        second = _trained_weights()
+        (first,) = _states(DigitsNet, (EPOCHS,), PEAK_RATE)
+        _states.cache_clear()
+        (second,) = _states(DigitsNet, (EPOCHS,), PEAK_RATE)
     for batches in (task.train, task.validation, task.test):
         inputs, targets = next(iter(batches))
         assert inputs.dtype == torch.float32

@@ -394,8 +394,17 @@ def test_train_prints_one_object_and_writes_its_results(folder, capsys):
     assert {"step", "predicted"} <= content["history"][0].keys()
     assert "epoch 2 of 2" in shown.err
     assert "GPU" not in shown.err
-    names = ["checkpoint.ckpt", "metrics.csv", "model.safetensors", "report.json", "training.png"]
+    names = [
+        "checkpoint.ckpt",
+        "metrics.csv",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+        "training.png",
+    ]
     assert sorted(path.name for path in (folder / "out").iterdir()) == names
+    assert {"measured", "damping"} <= content["history"][0].keys()
+    assert "of the weights removed in training" in (folder / "out" / "report.html").read_text()
     with (folder / "out" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["validation"]) for row in rows] == [row["validation"] for row in content["epochs"]]

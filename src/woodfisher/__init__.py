@@ -21,6 +21,8 @@ from woodfisher.planning import Plan, plan
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
 from woodfisher.schedule import Milestones, Polynomial, one_shot
+from woodfisher.tour import Tour, tour
+from woodfisher.tour_plots import plot_tour
 
 __all__ = [
     "KFAC",
@@ -44,6 +46,7 @@ __all__ = [
     "Pruner",
     "Relative",
     "Report",
+    "Tour",
     "Unstructured",
     "WoodFisher",
     "WoodfisherError",
@@ -52,7 +55,9 @@ __all__ = [
     "cost_of",
     "one_shot",
     "plan",
+    "plot_tour",
     "prune",
     "shrink",
     "sweep",
+    "tour",
 ]

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from woodfisher.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.errors import WoodfisherError
-from woodfisher.likelihood import target_sampler
+from woodfisher.likelihood import every_target, target_sampler
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class Forward:
     ) -> None:
         self.model, self.loss = model, loss
         self._sampler = sampler or target_sampler(loss)
+        self._every = None if sampler else every_target(loss)
         self._vectorised = True
 
     def outputs(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Any:
@@ -91,10 +92,22 @@ class Forward:
     def with_sampled_targets(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Batch:
         """The batch with targets drawn from the model's own distribution."""
         with torch.no_grad():
-            targets = self._sampler(self.outputs(weights, _copies(buffers), batch))
-        if isinstance(batch, Mapping):
-            return {**batch, "labels": targets}
-        return (batch[0], targets)
+            return _with_targets(batch, self._sampler(self.outputs(weights, _copies(buffers), batch)))
+
+    def with_every_target(
+        self, weights: Tensors, buffers: Tensors, batch: Batch
+    ) -> list[tuple[Tensor, Batch]]:
+        """The batch with all that the model's distribution may draw, and each sample's weights, as `every_target`.
+
+        Where that is not known, one drawn target a sample stands for it, with weight 1.
+        """
+        with torch.no_grad():
+            outputs = self.outputs(weights, _copies(buffers), batch)
+            every = [] if self._every is None else list(self._every(outputs))
+            if not every:
+                one = torch.ones(samples_in(batch), device=tensors_of(batch)[0].device)
+                every = [(one, self._sampler(outputs))]
+        return [(weight, _with_targets(batch, targets)) for weight, targets in every]
 
     def row_gradients(self, weights: Tensors, buffers: Tensors, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
@@ -188,6 +201,10 @@ def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Ba
             f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
         )
     return own.mean()
+
+
+def _with_targets(batch: Batch, targets: Tensor) -> Batch:
+    return {**batch, "labels": targets} if isinstance(batch, Mapping) else (batch[0], targets)
 
 
 def _copies(buffers: Tensors) -> Tensors:

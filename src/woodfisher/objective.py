@@ -478,6 +478,26 @@ class Objective:
             weights[name].requires_grad_()
         return weights
 
+    def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
+        """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
+
+        The expectation over the model's distribution is exact for the usual losses of torch and up to 100 classes
+        or outputs: as many rows a sample, √p(y | x) ∇ℓ(y, x). Otherwise each sample gives one row, of a drawn target.
+        """
+        done = 0
+        with isolated(self.model), torch.enable_grad():
+            weights = self._cast(self.weights)
+            for chunk in self._chunks(samples, 1, 2 * self.layout.size):
+                for share, batch in self._forward.with_every_target(weights, self.buffers, chunk):
+                    rows = torch.empty(
+                        samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
+                    )
+                    with phase("gradients"):
+                        self._fill(rows, batch, 1, None, done)
+                    yield rows * share[:, None].to(rows).sqrt()
+                done += samples_in(chunk)
+                report_progress("Fisher", done, samples)
+
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)

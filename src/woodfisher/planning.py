@@ -273,9 +273,11 @@ class _Work:
         most = self.objective.workspace
         if self.room is not None:
             most = min(most, max(self.room // 6, 0))
-        return max(
-            most, 0 if self.objective.reads_once else 2 * self.objective.row_bytes(self.curvature.group)
-        )
+        if self.objective.reads_once:
+            return most
+        each = 2 * self.objective.row_bytes(self.curvature.group)
+        whole = (each + 2 * self.weights * self.item) * self.rows
+        return max(min(most, whole), each)
 
     def _window(self, keep: Keep, left: int, largest: int) -> int:
         if keep in ("memory", "half"):

@@ -19,7 +19,7 @@ _COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#
 
 def require_plots() -> None:
     """Raise, before any work, where matplotlib is missing."""
-    _figure((1, 1))
+    new_figure((1, 1))
 
 
 def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Path) -> None:
@@ -157,12 +157,17 @@ def plot_roofline(bench: Bench, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure of that size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise WoodfisherError("pictures need matplotlib: pip install 'woodfisher[plots]'") from error
-    figure = Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    figure = new_figure(size)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

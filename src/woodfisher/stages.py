@@ -38,9 +38,8 @@ def run_stages(
     for number, amount in enumerate(targets):
         report_progress("stages", number, len(targets))
         here = objective.on(stream.draw(method.curvature.samples))
-        objective, predicted = _stage(here, amount, method, selection)
-        sparsity = 1 - int(objective.kept.sum()) / objective.layout.size
-        stages.append(Stage(sparsity, predicted, first_order=method.first_order is True))
+        objective, stage = _stage(here, amount, method, selection)
+        stages.append(stage)
     objective = recalibrated(objective, stream, method)
     report_progress("stages", len(targets), len(targets))
     return objective, stages
@@ -48,8 +47,8 @@ def run_stages(
 
 def _stage(
     objective: Objective, amount: int, method: Method, selection: Selection
-) -> tuple[Objective, float | None]:
-    """One round of rows → curvature → surgeon, down to `amount`; the predicted change of the loss."""
+) -> tuple[Objective, Stage]:
+    """One round of rows → curvature → surgeon, down to `amount`."""
     weights, kept = objective.weights.double(), objective.kept
     with phase("curvature"):
         finv = method.curvature(objective)
@@ -69,4 +68,19 @@ def _stage(
             )
         estimated = method.curvature.samples > 0
         predicted = quadratic_change(new - weights, finv, gradient) if estimated else math.nan
-    return objective.at(new, keep), predicted if math.isfinite(predicted) else None
+    after = objective.at(new, keep)
+    measured = math.nan
+    if estimated:
+        with phase("measuring"):
+            measured = after.mean_loss() - objective.mean_loss()
+    return after, Stage(
+        sparsity=1 - int(keep.sum()) / objective.layout.size,
+        predicted=_finite(predicted),
+        measured=_finite(measured),
+        damping=finv.damping,
+        first_order=method.first_order is True,
+    )
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -31,7 +31,7 @@ class TaskOptions:
     """What is pruned."""
 
     task: str = "digits"
-    """digits, mlpnet-mnist, resnet20-cifar10, or module:function of your own that returns a Task."""
+    """digits, digits-small, mlpnet-mnist, resnet20-cifar10, or module:function of your own that returns a Task."""
 
     data_root: Folder = None
     """Folder of the task's data files (default: $WOODFISHER_DATA)."""

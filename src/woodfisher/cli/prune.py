@@ -15,10 +15,13 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.cli.origin import origin
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
+from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS
 from woodfisher.oneshot import prune_objective, prune_within
+from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_layers, require_plots
 
 SHOWN_STAGES = 12
@@ -39,7 +42,8 @@ class Prune:
 
     Without arguments: a small network is trained on scikit-learn's digits and pruned, in under a minute.
 
-    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json and OUT/layers.png.
+    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json, OUT/layers.png and
+    OUT/report.html, which shows it all.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -74,6 +78,7 @@ class Prune:
         )
         check_folder(folder)
         require_plots()
+        require_page()
         note(f"loading {self.model.task}")
         task = self.model.load()
         baseline = copy.deepcopy(task.model)
@@ -97,6 +102,7 @@ class Prune:
             magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
+        examined = examine(objective.current(objective.layout.flatten(report.masks)), method.curvature)
 
         content = {
             "task": self.model.task,
@@ -107,9 +113,15 @@ class Prune:
             "max_drop": goal,
             "seed": self.model.seed,
             "dense": {"metric": dense},
-            "magnitude": {"metric": by_magnitude, "sparsity": magnitude.sparsity},
+            "magnitude": {
+                "metric": by_magnitude,
+                "sparsity": magnitude.sparsity,
+                "layers": [layer.to_dict() for layer in magnitude.layers],
+            },
             "pruned": {"metric": pruned},
             **report.to_dict(),
+            "examined": examined.to_dict(),
+            "origin": origin(self.model.device),
             "out": str(folder),
         }
         curves = {self.criterion: report.layers, "magnitude": magnitude.layers}
@@ -119,6 +131,7 @@ class Prune:
                 "model.safetensors": lambda path: save_model(task.model, report.masks, path),
                 "report.json": lambda path: save_json(content, path),
                 "layers.png": lambda path: plot_layers(curves, report.sparsity, path),
+                "report.html": lambda path: save_page(content, path),
             },
         )
         if self.json:
@@ -185,9 +198,9 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
 def _stages(report: Report) -> Table:
     """Predicted and measured change of the loss side by side: every stage taken back, and a few of the others."""
     taken_back = sum(not stage.accepted for stage in report.stages)
-    table = Table(
-        title=f"{len(report.stages)} stages, {taken_back} taken back: change of the loss (held-out samples)"
-    )
+    adapt = isinstance(report.method["stages"], dict)
+    where = "held-out samples" if adapt else "samples of the rows"
+    table = Table(title=f"{len(report.stages)} stages, {taken_back} taken back: change of the loss ({where})")
     for column in ("sparsity", "predicted", "measured", "damping", "gradient", ""):
         table.add_column(column, justify="right")
     every = -(-len(report.stages) // SHOWN_STAGES)
@@ -198,7 +211,7 @@ def _stages(report: Report) -> Table:
             f"{stage.sparsity:.1%}",
             "" if stage.predicted is None else f"{stage.predicted:+.4f}",
             "" if stage.measured is None else f"{stage.measured:+.4f}",
-            "weights stay" if stage.damping is None else f"{stage.damping:.3g}",
+            f"{stage.damping:.3g}" if stage.damping else "weights stay" if adapt else "",
             "yes" if stage.first_order else "no",
             "" if stage.accepted else "taken back",
         )

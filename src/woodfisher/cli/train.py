@@ -12,8 +12,11 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.cli.origin import origin
+from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_json, save_model, write_folder
 from woodfisher.method import METHODS, Method
+from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_training, require_plots
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train
@@ -35,8 +38,9 @@ class Train:
 
     Without arguments: the network for scikit-learn's digits, in under a minute.
 
-    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json, OUT/metrics.csv and
-    OUT/training.png, and after every epoch OUT/checkpoint.ckpt, which --resume goes on from.
+    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json, OUT/metrics.csv,
+    OUT/training.png and OUT/report.html, which shows it all, and after every epoch OUT/checkpoint.ckpt, which
+    --resume goes on from.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -92,6 +96,7 @@ class Train:
         )
         check_folder(folder)
         require_plots()
+        require_page()
         require_lightning()
         note(f"loading {self.model.task}")
         task = self.model.load()
@@ -118,6 +123,8 @@ class Train:
             note("the same command with --resume goes on from the last epoch that ended")
             raise
         pruned = task.evaluate(task.model)
+        objective = self.model.objective(task, task.model)
+        examined = examine(objective.current(objective.layout.flatten(trained.masks)), method.curvature)
         content = {
             "task": self.model.task,
             "metric": task.metric_name,
@@ -128,6 +135,8 @@ class Train:
             "dense": {"metric": dense},
             "pruned": {"metric": pruned},
             **trained.to_dict(),
+            "examined": examined.to_dict(),
+            "origin": origin(self.model.device),
             "out": str(folder),
         }
         write_folder(
@@ -136,6 +145,7 @@ class Train:
                 "model.safetensors": lambda path: save_model(task.model, trained.masks, path),
                 "report.json": lambda path: save_json(content, path),
                 "training.png": lambda path: plot_training(trained, task.metric_name, path),
+                "report.html": lambda path: save_page(content, path),
             },
         )
         if self.json:

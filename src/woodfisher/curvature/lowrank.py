@@ -61,6 +61,8 @@ class LowRankInverse(InverseOperator):
         steps that are checked afterwards: at small damping they lose the digits that float64 keeps.
     """
 
+    damping: float
+
     def __init__(
         self,
         rows: Rows | Tensor,

@@ -95,7 +95,9 @@ class WoodFisher(Estimator):
         parts, damping = self._parts(rows, self.runs(objective), plan)
         if kept is not None:
             parts = [(kept[where], part) for where, part in parts]
-        return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+        inverse = BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+        inverse.damping = damping
+        return inverse
 
     def runs(self, objective: Objective) -> list[Run]:
         """The blocks of the weights that are left."""
