@@ -142,15 +142,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    results = [measure(name, options.repeats) for name in options.cases]
+    results = []
+    for name in options.cases:
+        results.append(each := measure(name, options.repeats))
+        if not options.json:
+            print(f"{name}, {each['weights']:,} weights, {SAMPLES} samples:")
+            figures = {key: value for key, value in each.items() if isinstance(value, float)}
+            print(*(f"  {key:23} {value:.4g}" for key, value in figures.items()), sep="\n", flush=True)
     if options.json:
         print(json.dumps({"torch": torch.__version__, "cases": results}, indent=1))
-        return
-    for each in results:
-        print(f"{each['case']}, {each['weights']:,} weights, {SAMPLES} samples:")
-        for key, value in each.items():
-            if isinstance(value, float):
-                print(f"  {key:20} {value:.4g}")
 
 
 if __name__ == "__main__":

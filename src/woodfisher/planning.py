@@ -166,6 +166,7 @@ def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None
     """The cheapest way that fits; rates are nominal where no machine is given."""
     work = _Work(objective, curvature, machine or Machine())
     if curvature.keep != "auto":
+        work.check(curvature.keep)
         ways = [work.way(curvature.keep)]
     else:
         held = work.way("memory")
@@ -199,17 +200,35 @@ class _Work:
         free = available_memory(objective.device)
         self.room = free if self.budget is None else self.budget - self.base
 
+    def check(self, keep: Keep) -> None:
+        """Raise where rows can't be kept so, whatever memory there is."""
+        if keep == "again" and self.objective.reads_once:
+            raise WoodfisherError(
+                "keep='again' takes gradients several times, and the data can be read only once: give a list of "
+                "batches or a DataLoader."
+            )
+        if keep == "factors" and not self._all_factors:
+            raise WoodfisherError(
+                "keep='factors' needs weights whose rows can be had in factor form: those of Linear and convolution "
+                "layers that are called once for a batch, on data that can be read again. Not all chosen ones are: "
+                "leave the others out with exclude=, or keep rows elsewhere."
+            )
+
     def alternatives(self) -> list[Keep]:
         """Where else exact rows can be kept."""
         others: list[Keep] = []
         if not self.objective.reads_once:
             others.append("again")
-            self._factors = self.objective.factors(self.curvature.group)
-            if self._factors.keys() == self.objective.layout.shapes.keys():
-                others.append("factors")
+        if self._all_factors:
+            others.append("factors")
         if self.dense <= disk_room():
             others.append("disk")
         return others
+
+    @property
+    def _all_factors(self) -> bool:
+        able = self.objective.factors(self.curvature.group)
+        return able.keys() == self.objective.layout.shapes.keys()
 
     def fits(self, way: Plan) -> bool:
         """Whether there is memory for that."""

@@ -296,9 +296,8 @@ class FactorRows(WindowRows):
         if self._index is not None:
             return super().gram()
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
-        for name, where in self._layout.slices.items():
-            inner = self._layers[name].gram()
-            total += self.part(where).gram() if inner is None else inner
+        for layer in self._layers.values():
+            total += layer.gram()
         return total
 
 

@@ -35,8 +35,7 @@ _LEAST_SECONDS = 0.1
 """Shorter runs are repeated up to this, so that the clock and the first touch of memory don't count."""
 
 _CACHE = 8 * 2**20
-"""Bytes that a batch of a peer's blocks may keep busy. What the peers do is bound by memory, and this stays in a cache:
-larger batches were up to ten times slower a block, smaller ones up to four times."""
+"""Bytes that a batch of a peer's blocks may keep busy: memory bounds what the peers do, and this stays in a cache."""
 
 _PATIENCE = 5
 """Times the peers' seconds that finding a peer's errors may take."""

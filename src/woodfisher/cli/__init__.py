@@ -37,6 +37,7 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher report pruned                                  the page report.html anew, from report.json
   woodfisher inspect pruned/model.safetensors
   woodfisher export --to csr --measure --weights pruned/model.safetensors --task my_project.tasks:resnet
+  woodfisher bench                                          how fast the inverse is on this machine
 
 Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
 with one message that says what was expected, what came and what to do."""

@@ -52,7 +52,7 @@ class BenchCommand:
     repetitions: int = 3
     """Times that each size is measured, with the machine's rates and the peers between."""
 
-    peers: bool = True
+    peers: Annotated[bool, arg(help_behavior_hint="")] = True
     """Leave out the recursions."""
 
     peer_seconds: float = 1.0
