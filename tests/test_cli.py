@@ -294,11 +294,11 @@ def test_unknown_options_exit_with_code_2(arguments, capsys):
 
 
 def test_blocks_that_do_not_fit_the_memory_are_refused(folder, capsys, monkeypatch):
-    monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 2**20)
+    monkeypatch.setattr("woodfisher.planning.available_memory", lambda _: 2**20)
     assert main(["prune", "--block-size", "20000", "--out", "out"]) == 2
     message = capsys.readouterr().err
     assert "this needs" in message
-    assert "factors of the blocks" in message
+    assert "vectors of scores and update" in message
     assert "Take fewer samples" in message
     assert not (folder / "out").exists()
 

@@ -241,7 +241,7 @@ class _Work:
         chunk = self._chunk()
         vectors = VECTORS * 8 * self.objective.layout.size
         largest = max((run.size for run in self.runs), default=0)
-        scratch = min(TILE, 8 * N * d) + 4 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
+        scratch = min(TILE, 8 * N * d) + 8 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
         left = (2**62 if self.room is None else self.room) - kept - scratch
         window = self._window(keep, left - max(chunk, vectors), largest)
         at_hand = window * N * self.item if window < d or keep not in ("memory", "half") else 0
