@@ -4,7 +4,7 @@ BIN := .venv/bin
 # A folder or page of wheels that pip is told of in PIP_FIND_LINKS serves uv too.
 UV = $(if $(PIP_FIND_LINKS),UV_FIND_LINKS="$(PIP_FIND_LINKS)") $(BIN)/uv
 
-.PHONY: setup demo test format errors clean
+.PHONY: setup demo test docs format errors clean
 
 setup: .venv/ready ## make .venv with the package and everything its development needs
 
@@ -17,11 +17,14 @@ setup: .venv/ready ## make .venv with the package and everything its development
 demo: setup ## prune the embedded task, end to end
 	$(BIN)/woodfisher prune
 
-test: setup ## format, lint, types, tests
+test: setup docs ## format, lint, types, docs, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
+
+docs: setup ## build the site into site/; open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 format: setup ## put the code into the shape that `make test` asks for
 	$(BIN)/ruff format .
@@ -31,4 +34,4 @@ errors: setup ## measure the curvature's errors against float64: docs/accuracy.m
 	$(BIN)/python benchmarks/errors.py > docs/accuracy.md
 
 clean: ## remove the environment and caches
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv site .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -259,6 +259,19 @@ def test_a_stage_trusted_too_far_is_taken_back_and_split():
     assert int(passed.objective.kept.sum()) == 4
 
 
+def test_damping_below_the_rounding_of_the_gram_matrix_is_raised():
+    torch.manual_seed(0)
+    inputs, targets = 1 + 1e-5 * torch.randn(300, 40), torch.randn(300, 1)  # rows of nearly one direction
+    model = torch.nn.Linear(40, 1, bias=False)
+    report = wf.prune(model, [(inputs, targets)], torch.nn.functional.mse_loss, 0.5, stages=QUICK)
+    assert report.kept == 20
+    with pytest.raises(wf.WoodfisherError, match="not positive definite"):
+        curvature = wf.WoodFisher(400, None, 1e-12)
+        wf.prune(
+            model, [(inputs, targets)], torch.nn.functional.mse_loss, 0.75, stages=QUICK, curvature=curvature
+        )
+
+
 def test_the_result_is_never_worse_than_magnitude_on_the_held_out_samples():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
@@ -394,3 +407,23 @@ def test_a_model_that_is_broken_from_the_start():
 def test_wrong_plans(field, value):
     with pytest.raises(wf.WoodfisherError, match=field):
         wf.Adaptive(**{field: value})
+
+
+def test_the_window_fits_the_memory_that_is_given(monkeypatch):
+    monkeypatch.setattr("woodfisher.adaptive.resident_memory", lambda _: 0)
+    objective = wf.Objective(mlp(), [samples(60)], cross_entropy).within(0)
+    method = wf.METHODS["woodfisher"]
+    vectors = 9 * 8 * objective.layout.size
+
+    def window(memory):
+        curvature = replace(method.curvature, samples=400, group=1, memory=memory)
+        chosen = replace(method, curvature=curvature)
+        held_out, stream = [samples(5)], Stream(objective.data)
+        selection = chosen.selection(objective)
+        run = AdaptiveRun(objective, chosen, selection, wf.Adaptive(stages=2), held_out, stream, 60, True)
+        return len(run.fisher._store)
+
+    assert window(None) == 60
+    assert window(vectors + 2 * 4 * 36 * 20) == 20
+    with pytest.raises(wf.WoodfisherError, match=r"no room for 5 gradient rows of 36 weights"):
+        window(vectors + 2 * 4 * 36 * 4)

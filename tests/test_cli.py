@@ -2,16 +2,18 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from woodfisher.cli import main
 from woodfisher.method import METHODS
+from woodfisher.saved import read
 from woodfisher.tasks import load_task
 
 QUICK = ["--stages", "2", "--samples", "50"]
@@ -71,18 +73,33 @@ def test_prune_shows_a_table_and_writes_its_results(folder, capsys):
         assert word in shown.out
     assert "loading digits" in shown.err
     out = folder / "results" / "first"
-    assert sorted(p.name for p in out.iterdir()) == ["layers.png", "model.safetensors", "report.json"]
+    names = ["layers.png", "model.safetensors", "report.html", "report.json"]
+    assert sorted(p.name for p in out.iterdir()) == names
     assert sorted(p.name for p in out.parent.iterdir()) == ["first"]
     report = json.loads((out / "report.json").read_text())
-    tensors = load_file(out / "model.safetensors")
+    saved = read(out / "model.safetensors")
+    assert report["bytes"]["stored"] == saved.size < 0.25 * report["bytes"]["dense"]
+    assert f"{saved.size:,} bytes" in shown.out
     kept = 0
     for layer in report["layers"]:
-        mask = tensors[layer["name"] + "_mask"]
+        mask = saved.kept[layer["name"]]
         assert mask.dtype == torch.bool
         assert int(mask.sum()) == layer["kept"]
-        assert torch.equal(mask, tensors[layer["name"]] != 0)
+        assert torch.equal(mask, saved.tensors[layer["name"]] != 0)
         kept += layer["kept"]
     assert kept == report["kept"] == round(0.1 * report["size"])
+    arguments = "prune --sparsity 0.9 --out results/first --stages 2 --samples 50"
+    assert report["origin"]["command"].endswith(f"woodfisher {arguments}")
+    assert report["examined"]["flops"]["fc2.weight"] == 2 * 320
+    assert len(report["examined"]["spectrum"]["layers"]) == 4
+    stage = report["stages"][-1]
+    assert stage["damping"] > 0
+    assert math.isfinite(stage["measured"])
+    page = (out / "report.html").read_bytes()
+    assert f"{arguments}</pre>".encode() in page
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_bytes() == page
     again = load_task("digits", weights=out / "model.safetensors")
     assert again.metric(again.model, again.test) == pytest.approx(report["pruned"]["metric"])
 
@@ -119,6 +136,7 @@ def test_compare(folder, capsys):
     ]
     assert sorted(p.name for p in (folder / "out").iterdir()) == [
         "accuracy.png",
+        "report.html",
         "report.json",
         "results.csv",
     ]
@@ -140,6 +158,7 @@ def test_compare_over_seeds(folder, capsys):
         assert cell["runs"] == 2
         assert cell["mean"] == pytest.approx(sum(metrics) / 2)
         assert cell["sd"] == pytest.approx(abs(metrics[0] - metrics[1]) / 2**0.5)
+        assert f"{cell['mean']:.2f} ± {cell['sd']:.2f}" in (folder / "out" / "report.html").read_text()
     with (folder / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["metric"]) for row in rows] == [r["metric"] for r in content["results"]]
@@ -275,11 +294,11 @@ def test_unknown_options_exit_with_code_2(arguments, capsys):
 
 
 def test_blocks_that_do_not_fit_the_memory_are_refused(folder, capsys, monkeypatch):
-    monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 2**20)
+    monkeypatch.setattr("woodfisher.planning.available_memory", lambda _: 2**20)
     assert main(["prune", "--block-size", "20000", "--out", "out"]) == 2
     message = capsys.readouterr().err
     assert "this needs" in message
-    assert "factors of the blocks" in message
+    assert "vectors of scores and update" in message
     assert "Take fewer samples" in message
     assert not (folder / "out").exists()
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss
 
 import woodfisher as wf
-from models import ConvNet, mlp, samples
+from models import ConvNet, Recurrent, mlp, samples
 from reference import cut, fisher, loop_rows, recursion
 from woodfisher.curvature import base
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
@@ -216,15 +216,20 @@ def test_kfac_of_a_convolution_follows_its_definition():
 
 
 @pytest.mark.parametrize(
-    ("model", "shape", "message"),
+    ("model", "shape", "params", "message"),
     [
-        (ConvNet(), (2, 6, 6), "'grouped.weight' belongs to a Conv2d"),
-        (nn.Sequential(nn.Conv1d(2, 2, 3), nn.Flatten(), nn.Linear(8, 3)), (2, 6), "belongs to a Conv1d"),
+        (ConvNet(), (2, 6, 6), None, "'grouped.weight' has 2 groups"),
+        (Recurrent(), (5, 3), "*.weight*", "'gru.weight_ih_l0' belongs to a GRU"),
     ],
 )
-def test_kfac_names_layers_that_it_does_not_cover(model, shape, message):
+def test_kfac_names_layers_that_it_does_not_cover(model, shape, params, message):
     with pytest.raises(wf.WoodfisherError, match=message):
-        wf.KFAC(4)(wf.Objective(model, [samples(4, shape)], cross_entropy))
+        wf.KFAC(4)(wf.Objective(model, [samples(4, shape)], cross_entropy, params=params))
+
+
+def test_kfac_refuses_a_bias():
+    with pytest.raises(wf.WoodfisherError, match=r"'0\.bias' is a vector"):
+        wf.KFAC(4)(wf.Objective(mlp(), [samples(4)], cross_entropy, params="*"))
 
 
 def test_kfac_refuses_a_layer_that_is_used_twice():

@@ -229,6 +229,54 @@ def test_wrong_uses_are_explained(options, message, tmp_path):
         trainer.train()
 
 
+@pytest.fixture(params=["prune", "trainer"])
+def pruned_bert(request, tmp_path):
+    """A BERT and the masks that `prune` or the Trainer's callback left on it."""
+    if request.param == "prune":
+        model = bert().eval()
+        curvature = wf.DiagonalFisher(samples=8)
+        report = wf.prune(model, [sentences()], sparsity=0.8, criterion="obd", curvature=curvature, stages=1)
+        return model, report.masks
+    trainer, callback = trainer_of("bert", tmp_path / "run", save_strategy="no")
+    trainer.train()
+    return trainer.model.eval(), callback.pruner.masks
+
+
+def test_pruned_models_survive_save_pretrained_and_files(pruned_bert, tmp_path):
+    model, masks = pruned_bert
+    assert sum(int((~mask).sum()) for mask in masks.values()) == round(
+        0.8 * sum(m.numel() for m in masks.values())
+    )
+    model.save_pretrained(tmp_path / "pretrained")
+    reloaded = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "pretrained").eval()
+    wf.save_weights(model, tmp_path / "compressed.safetensors", masks)
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    compressed, plain = bert(seed=1).eval(), bert(seed=2).eval()
+    compressed.load_state_dict(wf.load_weights(tmp_path / "compressed.safetensors"))
+    plain.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    kept = wf.Objective(model, [sentences()]).kept
+    assert int(kept.sum()) == sum(int(mask.sum()) for mask in masks.values())
+    batch = sentences()
+    for other in (reloaded, compressed, plain):
+        for name, value in model.state_dict().items():
+            assert torch.equal(other.state_dict()[name], value), name
+        for name, mask in masks.items():
+            assert not other.get_parameter(name)[~mask].any()
+        assert torch.equal(wf.Objective(other, [batch]).kept, kept)
+        assert torch.equal(other(**batch).logits, model(**batch).logits)
+
+
+def test_onnx_of_a_pruned_bert(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = bert().eval()
+    wf.prune(model, [], sparsity=0.8, criterion="magnitude")
+    inputs = {name: value for name, value in sentences().items() if name != "labels"}
+    wf.export.to_onnx(model, inputs, tmp_path / "bert.onnx")
+    one = {name: value[:1] for name, value in inputs.items()}
+    logits = wf.export.OnnxModel(tmp_path / "bert.onnx")(one)
+    assert wf.export.difference(logits, [model(**one).logits]) < 1e-5
+
+
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "woodfisher.integrations.hf")

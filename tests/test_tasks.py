@@ -23,12 +23,12 @@ from torch.nn.functional import cross_entropy
 from woodfisher.errors import WoodfisherError
 from woodfisher.tasks import Task, accuracy, load_task, task_names
 from woodfisher.tasks.cifar import ResNet20, read_cifar10
-from woodfisher.tasks.digits import DigitsNet, _trained_weights, read_digits
+from woodfisher.tasks.digits import EPOCHS, PEAK_RATE, DigitsNet, _states, read_digits
 from woodfisher.tasks.files import read_npz
 from woodfisher.tasks.images import EncodedImages
 from woodfisher.tasks.loaders import hold_out
 from woodfisher.tasks.mnist import MLPNet, read_mnist
-from woodfisher.tasks.weights import load_weights
+from woodfisher.tasks.weights import load_into
 
 PIL = pytest.importorskip("PIL.Image")
 pytest.importorskip("sklearn.datasets")
@@ -61,7 +61,7 @@ def everything(data):
 
 
 def test_names_of_built_in_tasks():
-    assert task_names() == ["digits", "mlpnet-mnist", "resnet20-cifar10"]
+    assert task_names() == ["digits", "digits-small", "mlpnet-mnist", "resnet20-cifar10"]
 
 
 def test_importing_the_package_imports_neither_sklearn_nor_pillow():
@@ -144,7 +144,7 @@ def test_own_task_that_does_not_fit_is_refused(own_tasks, function, words):
 
 @pytest.mark.parametrize("name", ["", "mnist", "a.b", ":f", ".relative:f", "no_such_module_here:f", "x:"])
 def test_unknown_task_lists_the_built_in_ones(name):
-    with refused("digits, mlpnet-mnist, resnet20-cifar10", "module:function"):
+    with refused("digits, digits-small, mlpnet-mnist, resnet20-cifar10", "module:function"):
         load_task(name)
 
 
@@ -174,9 +174,9 @@ def test_digits_task_is_good_repeatable_and_leaves_no_trace():
     threads = torch.get_num_threads()
     with torch.no_grad():
         task = load_task("digits")
-        first = _trained_weights()
-        _trained_weights.cache_clear()
-        second = _trained_weights()
+        (first,) = _states(DigitsNet, (EPOCHS,), PEAK_RATE)
+        _states.cache_clear()
+        (second,) = _states(DigitsNet, (EPOCHS,), PEAK_RATE)
     for batches in (task.train, task.validation, task.test):
         inputs, targets = next(iter(batches))
         assert inputs.dtype == torch.float32
@@ -629,7 +629,7 @@ def wrapped(key):
 def test_weights_in_every_accepted_form(tmp_path, form):
     source, model = small_network(), small_network()
     torch.save(form(source.state_dict()), tmp_path / "weights.pt")
-    load_weights(model, tmp_path / "weights.pt")
+    load_into(model, tmp_path / "weights.pt")
     for name, value in source.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
 
@@ -639,7 +639,7 @@ def test_safetensors_with_masks(tmp_path):
     state = source.state_dict()
     state["0.weight_mask"] = state["0.weight"] > 0
     safetensors.torch.save_file(state, tmp_path / "weights.safetensors")
-    load_weights(model, tmp_path / "weights.safetensors")
+    load_into(model, tmp_path / "weights.safetensors")
     assert torch.equal(model[0].weight, source[0].weight)
 
 
@@ -673,7 +673,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(tmp_path, form,
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.save(form(small_network().state_dict()), tmp_path / "weights.pt")
     with refused("weights.pt", *words):
-        load_weights(model, tmp_path / "weights.pt")
+        load_into(model, tmp_path / "weights.pt")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -681,7 +681,7 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_changes(tmp_path, form,
 def test_missing_truncated_and_foreign_weight_files_are_refused(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     with refused(path.name, "no such file"):
-        load_weights(small_network(), path)
+        load_into(small_network(), path)
     save = torch.save if suffix == ".pt" else safetensors.torch.save_file
     save(small_network().state_dict(), path)
     whole = path.read_bytes()
@@ -693,14 +693,14 @@ def test_missing_truncated_and_foreign_weight_files_are_refused(tmp_path, suffix
     ):
         path.write_bytes(content)
         with refused(path.name, "cannot be read as network weights"):
-            load_weights(small_network(), path)
+            load_into(small_network(), path)
     assert not (tmp_path / "executed").exists()
 
 
 def test_a_whole_pickled_model_is_refused(tmp_path):
     torch.save(small_network(), tmp_path / "model.pt")
     with refused("model.pt", "state dict"):
-        load_weights(small_network(), tmp_path / "model.pt")
+        load_into(small_network(), tmp_path / "model.pt")
 
 
 # The real data

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
 import resumable
@@ -25,6 +25,7 @@ from woodfisher import WoodfisherError
 from woodfisher.cli import main
 from woodfisher.finetuning import WholeFiles, distance
 from woodfisher.integrations.lightning import PruningCallback
+from woodfisher.saved import read
 from woodfisher.tasks import Task, accuracy, load_task
 from woodfisher.tasks.images import flipped_and_shifted
 from woodfisher.train import Training, train
@@ -394,13 +395,23 @@ def test_train_prints_one_object_and_writes_its_results(folder, capsys):
     assert {"step", "predicted"} <= content["history"][0].keys()
     assert "epoch 2 of 2" in shown.err
     assert "GPU" not in shown.err
-    names = ["checkpoint.ckpt", "metrics.csv", "model.safetensors", "report.json", "training.png"]
+    names = [
+        "checkpoint.ckpt",
+        "metrics.csv",
+        "model.safetensors",
+        "report.html",
+        "report.json",
+        "training.png",
+    ]
     assert sorted(path.name for path in (folder / "out").iterdir()) == names
+    assert {"measured", "damping"} <= content["history"][0].keys()
+    assert "of the weights removed in training" in (folder / "out" / "report.html").read_text()
     with (folder / "out" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["validation"]) for row in rows] == [row["validation"] for row in content["epochs"]]
-    tensors = load_file(folder / "out" / "model.safetensors")
-    kept = sum(int(tensors[layer["name"] + "_mask"].sum()) for layer in content["layers"])
+    saved = read(folder / "out" / "model.safetensors")
+    kept = sum(int(saved.kept[layer["name"]].sum()) for layer in content["layers"])
+    assert content["bytes"]["stored"] == saved.size
     assert kept == content["kept"] == sum(layer["kept"] for layer in content["layers"])
     again = load_task("digits", weights=folder / "out" / "model.safetensors")
     assert again.evaluate(again.model) == pytest.approx(content["pruned"]["metric"])

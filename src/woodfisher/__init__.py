@@ -1,5 +1,6 @@
 """woodfisher: prune neural networks with second-order information."""
 
+from woodfisher import export
 from woodfisher._version import __version__
 from woodfisher.adaptive import Adaptive
 from woodfisher.channels import Cost, cost_of, shrink
@@ -20,7 +21,10 @@ from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
 from woodfisher.planning import Plan, plan
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
+from woodfisher.saved import load_weights, save_weights
 from woodfisher.schedule import Milestones, Polynomial, one_shot
+from woodfisher.tour import Tour, tour
+from woodfisher.tour_plots import plot_tour
 
 __all__ = [
     "KFAC",
@@ -44,15 +48,21 @@ __all__ = [
     "Pruner",
     "Relative",
     "Report",
+    "Tour",
     "Unstructured",
     "WoodFisher",
     "WoodfisherError",
     "WoodfisherWarning",
     "__version__",
     "cost_of",
+    "export",
+    "load_weights",
     "one_shot",
     "plan",
+    "plot_tour",
     "prune",
+    "save_weights",
     "shrink",
     "sweep",
+    "tour",
 ]

@@ -14,7 +14,8 @@ from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, rem
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
-from woodfisher.memory import check_memory
+from woodfisher.memory import check_memory, parse_bytes, resident_memory
+from woodfisher.planning import VECTORS
 from woodfisher.report import Stage
 from woodfisher.saliency import newton_point
 from woodfisher.schedule import through
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from woodfisher.batches import Batch
     from woodfisher.curvature import WoodFisher
     from woodfisher.curvature.base import InverseOperator
+    from woodfisher.curvature.lowrank import LowRankInverse
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
@@ -211,7 +213,7 @@ class AdaptiveRun:
         self._held_out = held_out
         self.weights = objective.weights[objective.kept].double()
         affordable = math.isqrt(MOST_OPERATIONS // (2 * len(self.weights)))
-        most = max(min(self.options.window, affordable), 1)
+        most = max(min(self.options.window, affordable, self._rows_that_fit()), 1)
         self.group = max(1, min(self.curvature.group, samples // most))
         rows = self.curvature.samples // self.group
         window = max(min(most, samples // self.group, rows), 1)
@@ -290,7 +292,7 @@ class AdaptiveRun:
         keep = kept
         if amount < self._left:
             with phase("saliency"):
-                finv = self.fisher.inverse(damping)
+                finv, damping = self._inverse(self.fisher, damping)
                 point = newton_point(self.weights, gradient, finv) if self.first_order else self.weights
                 keep = self.selection(self._full(point, kept), _lifted(finv, kept, damping), kept, amount)
         stay = keep[kept]
@@ -303,7 +305,8 @@ class AdaptiveRun:
 
         def candidate(damping: float) -> _Candidate:
             with phase("update"):
-                weights = start + rest.inverse(damping) @ side
+                inverse, damping = self._inverse(rest, damping)
+                weights = start + inverse @ side
             return _Candidate(weights, self._loss_at(weights, keep), damping)
 
         tried = [candidate(choice) for choice in self._dampings(damping, first)]
@@ -329,6 +332,16 @@ class AdaptiveRun:
             first_order=self.first_order and best.moved,
         )
         return _Step(best, keep, rest, stage, best.loss - self.loss > 2 * max(predicted, 0) + 0.1 * self.loss)
+
+    def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
+        """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
+        while True:
+            try:
+                return fisher.inverse(damping), damping
+            except WoodfisherError:
+                if self._absolute() is not None:
+                    raise
+            damping *= _FACTOR
 
     def _dampings(self, damping: float, first: bool) -> list[float]:
         """What to try: many at the first stage, then the last one and its neighbours in turn."""
@@ -385,6 +398,22 @@ class AdaptiveRun:
             return Passed(self.objective, self.loss, stages)
         loss = _loss_on(self._held_out, fresh)
         return Passed(fresh, loss, stages) if loss <= self.loss else Passed(self.objective, self.loss, stages)
+
+    def _rows_that_fit(self) -> int:
+        """Rows of the window, with their copy, that the memory which the curvature may take has room for."""
+        if self.curvature.memory is None:
+            return self.options.window
+        objective = self.objective
+        room = parse_bytes(self.curvature.memory) - resident_memory(objective.device)
+        room -= objective.workspace + VECTORS * 8 * objective.layout.size
+        rows = max(room, 0) // (2 * objective.dtype.itemsize * len(self.weights))
+        if rows < LEAST_ROWS:
+            raise WoodfisherError(
+                f"memory={self.curvature.memory} has no room for {LEAST_ROWS} gradient rows of {len(self.weights)} "
+                "weights and their copy, beside the process as it is: give more, or a number of stages in blocks "
+                "(criterion='woodfisher-block')."
+            )
+        return rows
 
     def _check_memory(self, window: int) -> None:
         size = 4 * window * len(self.weights)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import arguments_of, explained
+from woodfisher.forward import called, outputs_of
 from woodfisher.parameters import inputs_first, unwrapped
 from woodfisher.patterns import part_of
 from woodfisher.watch import warn
@@ -48,7 +47,7 @@ def cost_of(model: nn.Module, example_inputs: Any) -> Cost:
     """Count the parameters of a model, and the FLOPs that it takes for these inputs (of one sample, say)."""
     counter = FlopCounterMode(display=False)
     with counter:
-        _outputs(copy.deepcopy(model).eval(), example_inputs)
+        outputs_of(copy.deepcopy(model).eval(), example_inputs)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
@@ -97,7 +96,7 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
     """
     model = unwrapped(model)
     traced = _Traced(model, example_inputs)
-    wanted = _outputs(traced.model, example_inputs)
+    wanted = outputs_of(traced.model, example_inputs)
     small, cut = model, 0
     for each in traced.sets():
         silent = each.silent(model)
@@ -255,7 +254,7 @@ def _is_grouped(module: nn.Module) -> bool:
 def _can_be_cut(model: nn.Module, example_inputs: Any, channels: _ChannelSet) -> bool:
     silent, others = copy.deepcopy(model).eval(), range(1, channels.width)
     channels.silence(silent, others)
-    wanted = _outputs(silent, example_inputs)
+    wanted = outputs_of(silent, example_inputs)
     return _without(silent, example_inputs, channels.root, others, wanted) is not None
 
 
@@ -266,7 +265,7 @@ def _without(
     traced = _Traced(model, example_inputs)
     try:
         traced.cut(root, channels)
-        outputs = _outputs(traced.model, example_inputs)
+        outputs = outputs_of(traced.model, example_inputs)
     except Exception:  # whatever torch-pruning or the model raises says that these channels can't go
         return None
     return traced.model if all(map(_close, outputs, wanted)) else None
@@ -279,35 +278,14 @@ def _close(output: Tensor, wanted: Tensor) -> bool:
     return bool((output - wanted).abs().max() <= tolerance * wanted.abs().max())
 
 
-def _outputs(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    with torch.no_grad():
-        return list(_called(model, example_inputs))
-
-
-def _called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
-    """What a model returns for these inputs, as the tensors in it; caches and the like are passed over."""
-    batch = (example_inputs, ())
-    arguments, named = arguments_of(batch)
-    with explained(batch):
-        return _tensors_in(model(*arguments, **named))
-
-
 def _traceable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    outputs = [output for output in _called(model, example_inputs) if output.requires_grad]
+    outputs = [output for output in called(model, example_inputs) if output.requires_grad]
     if not outputs:
         raise WoodfisherError(
             "no output of the model depends on its parameters as autograd sees it: return tensors (in tuples, lists "
             "or dicts) that are not detached."
         )
     return outputs
-
-
-def _tensors_in(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif isinstance(outputs, (Mapping, tuple, list)):
-        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors_in(part)
 
 
 def _torch_pruning() -> Any:

@@ -253,7 +253,7 @@ def _made(
     )
     signals: dict[str, LayerRows] = {}
     if factored:
-        signals = whole._signals(chunk, count, group, factored)
+        signals = whole._signals(chunk, count, factored)
         whole._check_signals(signals, chunk, group, done)
         if not forms:
             forms.update({name: rows.with_room(0) for name, rows in signals.items()})

@@ -1,4 +1,4 @@
-"""The one error and the one warning of the library."""
+"""The errors and the one warning of the library."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ class WoodfisherError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2.
     """
+
+
+class UnknownDistributionError(WoodfisherError):
+    """Targets were to come from the model's own distribution, which the loss does not tell."""
 
 
 class WoodfisherWarning(UserWarning):

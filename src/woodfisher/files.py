@@ -1,4 +1,4 @@
-"""Writing results: whole files or none."""
+"""Files: results written whole or not at all, and one error for what can't be read."""
 
 from __future__ import annotations
 
@@ -9,40 +9,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors.torch import save_file
-from torch import Tensor
-
-from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
-from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from torch import nn
 
-
-def save_model(model: nn.Module, masks: Mapping[str, Tensor], path: Path) -> None:
-    """Write a model's state and its masks to a safetensors file.
-
-    Every tensor of the state dict stands under its own name (tensors that share memory once), and the mask of
-    a weight, bool of its shape and False where removed, as `<name>_mask`.
-    """
-    state: dict[str, Tensor] = {}
-    seen: set[tuple[int, Any]] = set()
-    for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, Tensor):
-            warn(f"the model's {name!r} is no tensor, and is not saved.")
-            continue
-        place = (
-            tensor.untyped_storage().data_ptr(),
-            (tensor.storage_offset(), tensor.shape, tensor.stride()),
-        )
-        if tensor.numel() == 0 or place not in seen:
-            seen.add(place)
-            state[name] = tensor.detach().clone().cpu().contiguous()
-    state.update({f"{name}_mask": mask.cpu().contiguous() for name, mask in masks.items()})
-    save_file(state, path, metadata={"format": "pt", "woodfisher": __version__})
+def unreadable(path: Path, expected: str, error: Exception) -> WoodfisherError:
+    """Make the error for a file that could not be read as what was expected."""
+    reason = str(error).partition("\n")[0] or "no further reason"
+    return WoodfisherError(
+        f"{path} cannot be read as {expected} ({type(error).__name__}: {reason}). It may be incomplete or of "
+        "another kind: check the name, or fetch the file again."
+    )
 
 
 def save_json(content: Any, path: Path) -> None:
@@ -60,7 +39,7 @@ def check_folder(folder: Path) -> None:
         )
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is there whole or not at all, whenever the process ends; an old one is replaced."""
     draft = path.with_name(f".{path.name}.part")
     try:
@@ -71,6 +50,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise WoodfisherError(
             f"{path} could not be written: {error}. Make room or choose another folder."
         ) from error
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -81,7 +62,7 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], None]]) -> None:
+def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Make a folder of files, by name; nothing appears in it before all of them are written.
 
     Files of the same names are replaced, others stay.

@@ -178,8 +178,16 @@ class Finetuning(LightningModule):
 
     def note_removal(self, step: int, report: Report) -> None:
         """Remember that weights were removed."""
+        last = report.stages[-1]
         self.removals.append(
-            Removal(step, report.sparsity, report.stages[-1].predicted, report.seconds["total"])
+            Removal(
+                step,
+                report.sparsity,
+                last.predicted,
+                report.seconds["total"],
+                measured=last.measured,
+                damping=last.damping,
+            )
         )
         self.warned += [message for message in report.warnings if message not in self.warned]
 

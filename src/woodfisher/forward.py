@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from woodfisher.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.errors import WoodfisherError
-from woodfisher.likelihood import target_sampler
+from woodfisher.likelihood import every_target, target_sampler
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -29,8 +30,13 @@ if TYPE_CHECKING:
 _WIDE_ROW = 8
 
 _OF_ENTRIES = (F.mse_loss, F.binary_cross_entropy_with_logits)
-_OF_SAMPLES = (*_OF_ENTRIES, F.cross_entropy, F.nll_loss)
-"""Losses whose terms torch gives one by one: of each entry of the outputs, or of each sample."""
+"""Losses of which torch gives the terms, one for each entry of the outputs."""
+
+_OF_CLASSES = (F.cross_entropy, F.nll_loss)
+"""Losses of which torch gives the terms, one for each sample."""
+
+_IGNORED = -100
+"""The label that cross-entropy ignores."""
 
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
@@ -52,49 +58,79 @@ class Forward:
     ) -> None:
         self.model, self.loss = model, loss
         self._sampler = sampler or target_sampler(loss)
+        self._every = None if sampler else every_target(loss)
         self._vectorised = True
 
     def outputs(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Any:
         """What the model returns for a batch; it may change `buffers`."""
         arguments, named = arguments_of(batch)
-        return functional_call(self.model, {**buffers, **weights}, arguments, named)
+        tensors = {**buffers, **weights}
+        tied = {
+            other: tensors[name]
+            for name, others in _tied(self.model).items()
+            if name in tensors
+            for other in others
+        }
+        return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
 
     def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
         """Mean loss of the samples of a batch, on copies of `buffers`."""
         check_form(self.loss, batch)
         return mean_loss(self.loss, self.outputs(weights, _copies(buffers), batch), batch)
 
-    def sum_of_losses(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
-        """Sum of the samples' own losses, from one forward pass of the whole batch."""
+    def sum_of_losses(self, weights: Tensors, buffers: Tensors, batch: Batch, group: int = 1) -> Tensor:
+        """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
+
+        A model that computes its own loss must take its mean over samples, or these must be labelled evenly.
+        """
+        rows = samples_in(batch) // group
         if self.loss is None:
-            return self.mean_loss(weights, buffers, batch) * samples_in(batch)
-        loss = self.loss
-        if loss in _OF_SAMPLES and isinstance(batch[1], Tensor):
-            outputs = self.outputs(weights, _copies(buffers), batch)
-            if isinstance(outputs, Tensor) and (outputs.ndim == 2 or loss in _OF_ENTRIES):
-                check_form(loss, batch)
-                terms = loss(outputs, batch[1], reduction="none")
-                return terms.reshape(len(terms), -1).mean(1).sum()
+            return self.mean_loss(weights, buffers, batch) * rows
+        check_form(self.loss, batch)
+        outputs, targets = self.outputs(weights, _copies(buffers), batch), batch[1]
+        if self._has_terms(outputs, targets):
+            return self.loss(outputs, targets, reduction="none").reshape(rows, -1).mean(1).sum()  # type: ignore[call-arg]
+        grouped = map_tensors(lambda t: t.unflatten(0, (rows, group)), (outputs, targets))
 
         def one(output: Any, target: Any) -> Tensor:
-            return loss(map_tensors(lambda t: t[None], output), map_tensors(lambda t: t[None], target)).mean()
+            return mean_loss(self.loss, output, (None, target))
 
-        outputs, targets = self.outputs(weights, _copies(buffers), batch), batch[1]
         if self._vectorised:
             try:
-                return vmap(one)(outputs, targets).sum()
+                return vmap(one)(*grouped).sum()
             except _VMAP_ERRORS as error:
                 self._give_up_vectorising(error)
-        each = range(samples_in(batch))
-        return torch.stack([one(*map_tensors(lambda t, i=i: t[i], (outputs, targets))) for i in each]).sum()
+        return torch.stack([one(*map_tensors(lambda t, i=i: t[i], grouped)) for i in range(rows)]).sum()
+
+    def _has_terms(self, outputs: Any, targets: Any) -> bool:
+        """Whether torch gives the loss of each sample, or of each entry of the outputs, and rows are means of them."""
+        if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
+            return False
+        if self.loss in _OF_ENTRIES:
+            return outputs.shape == targets.shape
+        if self.loss not in _OF_CLASSES or outputs.ndim != 2:
+            return False
+        return targets.is_floating_point() or bool((targets >= 0).all())  # the others are ignored in the mean
 
     def with_sampled_targets(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Batch:
         """The batch with targets drawn from the model's own distribution."""
         with torch.no_grad():
-            targets = self._sampler(self.outputs(weights, _copies(buffers), batch))
-        if isinstance(batch, Mapping):
-            return {**batch, "labels": targets}
-        return (batch[0], targets)
+            return _with_targets(batch, self._sampler(self.outputs(weights, _copies(buffers), batch)))
+
+    def with_every_target(
+        self, weights: Tensors, buffers: Tensors, batch: Batch
+    ) -> list[tuple[Tensor, Batch]]:
+        """The batch with all that the model's distribution may draw, and each sample's weights, as `every_target`.
+
+        Where that is not known, one drawn target a sample stands for it, with weight 1.
+        """
+        with torch.no_grad():
+            outputs = self.outputs(weights, _copies(buffers), batch)
+            every = [] if self._every is None else list(self._every(outputs))
+            if not every:
+                one = torch.ones(samples_in(batch), device=tensors_of(batch)[0].device)
+                every = [(one, self._sampler(outputs))]
+        return [(weight, _with_targets(batch, targets)) for weight, targets in every]
 
     def row_gradients(self, weights: Tensors, buffers: Tensors, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
@@ -161,6 +197,18 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
 
 
+def evenly_labelled(batch: Batch, rows: int) -> bool:
+    """Whether a model's own mean over tokens counts as many of them in each row of a batch.
+
+    A model of language leaves out the first token of each sample, whose label it can't predict.
+    """
+    labels = arguments_of(batch)[1].get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
+        return True
+    counted = labels != _IGNORED
+    return all(len(part.reshape(rows, -1).sum(1).unique()) == 1 for part in (counted, counted[:, 1:]))
+
+
 def check_form(loss: Callable[[Any, Any], Tensor] | None, batch: Batch) -> None:
     """Raise where a batch brings its own targets and there is a loss as well."""
     if loss is not None and isinstance(batch, Mapping):
@@ -190,6 +238,24 @@ def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Ba
     return own.mean()
 
 
+def _with_targets(batch: Batch, targets: Tensor) -> Batch:
+    return {**batch, "labels": targets} if isinstance(batch, Mapping) else (batch[0], targets)
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Name → the names in other modules of the same parameter or buffer.
+
+    Torch's own way to tie them leaves a module that goes by two names with the values that it was run on.
+    """
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, tensor in chain(
+            module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
+        ):
+            names.setdefault(id(tensor), []).append(name)
+    return {first: others for first, *others in names.values() if others}
+
+
 def _copies(buffers: Tensors) -> Tensors:
     return {name: buffer.clone() for name, buffer in buffers.items()}
 
@@ -206,3 +272,25 @@ def explained(batch: Batch) -> Iterator[None]:
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
         ) from error
+
+
+def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:
+    """The tensors that a model returns for these inputs, without gradients."""
+    with torch.no_grad():
+        return list(called(model, example_inputs))
+
+
+def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
+    """What a model returns for these inputs, as the tensors in it; caches and the like are passed over."""
+    batch = (example_inputs, ())
+    arguments, named = arguments_of(batch)
+    with explained(batch):
+        return _tensors_in(model(*arguments, **named))
+
+
+def _tensors_in(outputs: Any) -> Iterator[Tensor]:
+    if isinstance(outputs, Tensor):
+        yield outputs
+    elif isinstance(outputs, (Mapping, tuple, list)):
+        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
+            yield from _tensors_in(part)

@@ -1,4 +1,4 @@
-"""Drawing targets from the model's own distribution, for the Fisher proper (docs/method.md §2)."""
+"""Targets from the model's own distribution, drawn or all of them, for the Fisher proper (docs/method.md §2)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import UnknownDistributionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    Weighted = Iterator[tuple[Tensor, Tensor]]
+
+MOST_TARGETS = 100
+"""Targets of a sample beyond which the Fisher is taken over drawn ones instead of all of them."""
 
 
 def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], Tensor]:
@@ -23,17 +28,67 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any],
     """
     if loss is None:
         return _model_classes
-    for kinds, sampler in _SAMPLERS:
-        if any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds):
-            return sampler
+    known = _known(loss)
+    if known is not None:
+        return known[0]
 
     def unknown(outputs: Any) -> Tensor:
-        raise WoodfisherError(
+        raise UnknownDistributionError(
             'labels="model" has to draw targets from the model\'s distribution, which is not known for the loss '
             f"{getattr(loss, '__name__', type(loss).__name__)}: pass sampler=, a function of the outputs."
         )
 
     return unknown
+
+
+def every_target(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], Weighted] | None:
+    """A few weighted targets that stand for all that a model may draw: the Fisher without sampling noise.
+
+    The returned function yields pairs of weights `(n,)` and targets for the `n` samples of `outputs`, such that the
+    weighted sum of ∇ℓ∇ℓᵀ over the targets is its expectation over the distribution that `target_sampler` draws from:
+    every class with its probability, or one deviation a coordinate for independent coordinates. None where the loss
+    is not known; nothing is yielded for outputs that would take more than `MOST_TARGETS`, or have a class at each of
+    many positions.
+    """
+    if loss is None:
+        return lambda outputs: _every_class(_logits(outputs))
+    known = _known(loss)
+    return None if known is None else known[1]
+
+
+def _known(
+    loss: Callable[[Any, Any], Tensor],
+) -> tuple[Callable[[Any], Tensor], Callable[[Any], Weighted]] | None:
+    for kinds, draw, every in _DISTRIBUTIONS:
+        if any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds):
+            return draw, every
+    return None
+
+
+def _every_class(outputs: Tensor) -> Weighted:
+    if outputs.ndim != 2 or outputs.shape[1] > MOST_TARGETS:
+        return
+    probabilities = outputs.softmax(-1)
+    for label in range(outputs.shape[1]):
+        yield probabilities[:, label], torch.full((len(outputs),), label, device=outputs.device)
+
+
+def _every_coordinate(centre: Tensor, deviation: Tensor) -> Weighted:
+    """One target a coordinate, a standard deviation off the centre: their ∇ℓ is linear in the target."""
+    size = centre[0].numel()
+    if size > MOST_TARGETS:
+        return
+    for step in torch.eye(size, dtype=centre.dtype, device=centre.device):
+        yield centre.new_ones(len(centre)), centre + deviation * step.reshape(centre[0].shape)
+
+
+def _every_binary(outputs: Tensor) -> Weighted:
+    p = outputs.sigmoid()
+    yield from _every_coordinate(p, (p * (1 - p)).sqrt())
+
+
+def _every_normal(outputs: Tensor) -> Weighted:
+    yield from _every_coordinate(outputs, outputs.new_tensor(_variance(outputs) ** 0.5))
 
 
 def _classes(outputs: Tensor) -> Tensor:
@@ -47,22 +102,30 @@ def _binary(outputs: Tensor) -> Tensor:
 
 
 def _normal(outputs: Tensor) -> Tensor:
-    variance = outputs[0].numel() / 2
-    return outputs + variance**0.5 * torch.randn_like(outputs)
+    return outputs + _variance(outputs) ** 0.5 * torch.randn_like(outputs)
+
+
+def _variance(outputs: Tensor) -> float:
+    """Of the normal distribution whose negative log-likelihood is the mean square over a sample's outputs."""
+    return outputs[0].numel() / 2
 
 
 def _model_classes(outputs: Any) -> Tensor:
+    return _classes(_logits(outputs))
+
+
+def _logits(outputs: Any) -> Tensor:
     logits = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise WoodfisherError(
+        raise UnknownDistributionError(
             'labels="model" can draw classes for a model that returns .logits of shape (samples, classes); '
             "pass sampler=, a function of the model's outputs, for any other."
         )
-    return _classes(logits)
+    return logits
 
 
-_SAMPLERS: list[tuple[tuple[Any, ...], Callable[[Any], Tensor]]] = [
-    ((F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss), _classes),
-    ((F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss), _binary),
-    ((F.mse_loss, nn.MSELoss), _normal),
+_DISTRIBUTIONS: list[tuple[tuple[Any, ...], Callable[[Any], Tensor], Callable[[Any], Weighted]]] = [
+    ((F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss), _classes, _every_class),
+    ((F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss), _binary, _every_binary),
+    ((F.mse_loss, nn.MSELoss), _normal, _every_normal),
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,15 @@ from woodfisher.batches import check_data, describe, map_tensors, rechunk, sampl
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import Forward, explained
+from woodfisher.forward import Forward, evenly_labelled, explained
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
-from woodfisher.signals import Factors, LayerRows, has_factors, recorded_calls
+from woodfisher.signals import Factors, LayerRows, has_factors, only_call, recorded_calls
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
@@ -37,6 +37,12 @@ Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
+
+_TRIED_ROWS = 2
+"""Rows that are also taken alone, to see whether gradients taken together are the same."""
+
+_TRIED_ROWS_OF_OWN_LOSS = 8
+"""The same where the model weighs samples in a loss of its own."""
 
 
 class Objective:
@@ -117,7 +123,7 @@ class Objective:
         self.workspace = GRADIENT_WORKSPACE
         self._bytes: dict[str, int] = {}
         self._means_checked: set[str] = set()
-        self._tried: dict[str, dict[str, Factors]] = {}
+        self._tried: dict[str, tuple[int, dict[str, Factors]]] = {}
         self.ranks: Ranks = ALONE
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
@@ -236,13 +242,14 @@ class Objective:
         total, count = 0.0, 0
         with isolated(self.model), torch.no_grad():
             weights = self._cast(self.weights)
-            for chunk in rechunk(self.data, FORWARD_BATCH, 1):
-                with explained(chunk):
-                    total += float(self._mean_loss(weights, self._to_device(chunk))) * samples_in(chunk)
+            for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
                 count += samples_in(chunk)
+                if number % self.ranks.size == self.ranks.rank:
+                    with explained(chunk):
+                        total += float(self._mean_loss(weights, self._to_device(chunk))) * samples_in(chunk)
         if not count:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
-        return total / count
+        return sum(self.ranks.gather(total)) / count
 
     def flops(self) -> Tensor:
         """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used.
@@ -305,7 +312,13 @@ class Objective:
         return min(samples, self.known_samples() or samples) // group
 
     def rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
+        self,
+        samples: int,
+        *,
+        group: int = 1,
+        labels: str = "data",
+        columns: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
         """Gradient rows: row n is the gradient of the mean loss of `group` samples.
 
@@ -319,18 +332,23 @@ class Objective:
             `data`, or `model` to draw targets from the model's own distribution.
         columns:
             Flat indexes of the weights wanted, int64 `(k,)`; default all.
+        out:
+            Where to write them to, `(n, k)` with n ≥ N: memory that is in use already is written to much faster.
 
         Returns
         -------
         `(N, k)` with N = samples // group, or fewer (with a warning) where the data ends early.
         """
         width = self.layout.size if columns is None else len(columns)
-        out: Tensor | None = None
+        most = self.most_rows(samples, group)
+        if out is not None and (len(out) < most or out.shape[1:] != (width,)):
+            raise WoodfisherError(
+                f"out must have room for {most} rows of {width} weights; it is {tuple(out.shape)}."
+            )
         filled = 0
         for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 if out is None:
-                    most = self.most_rows(samples, group)
                     out = torch.empty(most, width, dtype=self.dtype, device=self.device)
                 self._fill(out[filled : filled + count], chunk, group, columns, filled)
             filled += count
@@ -360,12 +378,18 @@ class Objective:
         The gradients of removed weights are in them.
         """
         names = list(self.layout.shapes) if names is None else names
+        for name in names:
+            if not has_factors(self._modules[name], self.parameters[name]):
+                raise WoodfisherError(
+                    f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
+                    "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
+                )
         able = {} if self.reads_once else self.factors(group)
         floats = 2 * sum(able[name].floats for name in names if name in able)
         done = 0
         for chunk, count in self._row_chunks(samples, group, labels, floats):
             with phase("gradients"):
-                rows = self._signals(chunk, count, group, names)
+                rows = self._signals(chunk, count, names)
                 self._check_signals(rows, chunk, group, done)
             yield rows
             done += count
@@ -380,46 +404,87 @@ class Objective:
         """
         if self.reads_once:
             return {}
-        batch = next(iter(take(self.data, 2 * group)), None)
-        if batch is None or samples_in(batch) < group:
-            return {}
         with isolated(self.model), torch.enable_grad():
+            batch = next(iter(take(self.data, _TRIED_ROWS_OF_OWN_LOSS * group)), None)
+            if batch is None or samples_in(batch) < group:
+                return {}
             return self._factors_of(self._to_device(batch), group)
 
     def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
-        """`factors` tried on the first rows of a batch."""
-        rows = min(samples_in(batch) // group, 2)
-        batch = map_tensors(lambda t: t[: rows * group], batch)
-        form = f"{group} {describe(batch)}"
-        if form not in self._tried:
-            self._tried[form] = self._try_factors(batch, rows, group)
-        return self._tried[form]
+        """`factors` tried on the first rows of a batch, for the first one of its form."""
+        wanted = _TRIED_ROWS if self.loss is not None else _TRIED_ROWS_OF_OWN_LOSS
+        rows = min(samples_in(batch) // group, wanted)
+        form = f"{group} {describe(map_tensors(lambda t: t[:1], batch))}"
+        tried, found = self._tried.get(form, (0, {}))
+        if tried < rows:
+            found = self._try_factors(map_tensors(lambda t: t[: rows * group], batch), rows)
+            self._tried[form] = rows, found
+        return found
 
-    def _try_factors(self, batch: Batch, rows: int, group: int) -> dict[str, Factors]:
-        if isinstance(batch, Mapping) and any(t.ndim > 1 for key, t in batch.items() if key == "labels"):
-            return {}  # a mean over tokens, of which samples may have different numbers
-        able = {name: m for name, m in self._modules.items() if has_factors(m, self.parameters[name])}
+    def _try_factors(self, batch: Batch, rows: int) -> dict[str, Factors]:
+        shared = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
+        able = {
+            name: module
+            for name, module in self._modules.items()
+            if has_factors(module, self.parameters[name]) and shared[id(self.parameters[name])] == 1
+        }
+        samples = samples_in(batch)
         with recorded_calls(able) as calls, explained(batch):
             self._forward.mean_loss(self._leaves(able), self.buffers, batch)
-        samples = samples_in(batch)
         once = [
             name
             for name, made in calls.items()
-            if len(made) == 1 and len(made[0].inputs) == made[0].shape[0] == samples
+            if len(made) == 1 and len(made[0].inputs) == made[0].shape[0] and made[0].shape[0] % samples == 0
         ]
         if not once:
             return {}
-        signals = self._signals(batch, rows, group, once)
-        first = map_tensors(lambda t: t[:group], batch)
-        alone = self._forward.gradient(self._cast(self.weights), self.buffers, first)
-        found = {}
-        for name, each in signals.items():
-            true = alone[name].flatten()
-            apart = (each.dense()[0].to(true) - true).norm()
-            if apart <= torch.finfo(true.dtype).eps ** 0.5 * true.norm():
-                floats = (each.inputs.numel() + each.outputs.numel()) // rows
-                found[name] = Factors(floats, 2 * each.positions * true.numel())
-        return found
+        found = None
+        for dtype in (torch.float64, None):
+            try:
+                found = self._same_as_alone(batch, rows, once, dtype)
+                break
+            except Exception:  # noqa: S112  a model may have anything against float64
+                continue
+        if found is None:
+            return {}
+        if len(found) < len(once):
+            first = next(name for name in once if name not in found)
+            warn(
+                f"gradients of samples taken together are not those of each alone, as for {first!r}: the model mixes "
+                "the samples of a batch, or uses the weight outside of its layer too. They are taken in a slower way."
+            )
+        return {
+            name: Factors(
+                (each.inputs.numel() + each.outputs.numel()) // rows, 2 * each.positions * each.size
+            )
+            for name, each in found.items()
+        }
+
+    def _same_as_alone(
+        self, batch: Batch, rows: int, names: Sequence[str], dtype: torch.dtype | None
+    ) -> dict[str, LayerRows]:
+        """What flows through those layers from which the same gradients follow as rows have alone.
+
+        In `dtype`, if memory allows: where a network fits well, gradients cancel to a few digits of float32.
+        """
+        weights, buffers = self._cast(self.weights), self.buffers
+        if dtype is not None and 2 * dtype.itemsize * self.layout.size <= self.workspace:
+            batch, weights, buffers = (
+                map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, part)
+                for part in (batch, {**dict(self.model.named_parameters()), **weights}, buffers)
+            )
+        signals = self._signals(batch, rows, names, weights, buffers)
+        apart, norms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        for i, row in enumerate(_split(batch, rows)):
+            alone = self._forward.gradient(weights, buffers, row)
+            for name, each in signals.items():
+                true = alone[name].flatten()
+                # NaN changes neither of both: it is found, and explained, in the rows themselves.
+                norms[name] = max(norms[name], float(true.norm()))
+                together = each.part(slice(i, i + 1)).dense()[0]
+                apart[name] = max(apart[name], float((together - true).norm()))
+        tolerance = torch.finfo(next(iter(signals.values())).outputs.dtype).eps ** 0.5
+        return {name: signals[name] for name in names if apart[name] <= tolerance * norms[name]}
 
     def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
         """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
@@ -444,7 +509,7 @@ class Objective:
         places = self.layout.places(columns)
         able = self._factors_of(chunk, group)
         if all(name in able for name in places):
-            signals = self._signals(chunk, len(out), group, list(places))
+            signals = self._signals(chunk, len(out), list(places))
             self._check_signals(signals, chunk, group, done)
             for name, (place, index) in places.items():
                 if index is None:
@@ -471,42 +536,60 @@ class Objective:
                 index = torch.arange(where.start, where.stop, device=self.device)
                 self._check_finite(each.dense(), done, chunk, group, index)
 
-    def _signals(self, chunk: Batch, count: int, group: int, names: Sequence[str]) -> dict[str, LayerRows]:
-        """What flows through the layers of these weights as `count` rows of `group` samples each."""
+    def _signals(
+        self,
+        chunk: Batch,
+        count: int,
+        names: Sequence[str],
+        weights: Mapping[str, Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, LayerRows]:
+        """What flows through the layers of these weights as `count` rows."""
+        if self.loss is None and not evenly_labelled(chunk, count):
+            each = [self._signals(row, 1, names, weights, buffers) for row in _split(chunk, count)]
+            return {name: LayerRows.joined([part[name] for part in each]) for name in names}
+        leaves = self._leaves(names, weights)
+        group = samples_in(chunk) // count
+        with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
+            total = self._forward.sum_of_losses(
+                leaves, dict(self.buffers if buffers is None else buffers), chunk, group
+            )
+        made = {name: only_call(name, calls[name]) for name in names}
+        gradients = torch.autograd.grad(total, [call.output for call in made.values()], allow_unused=True)
         rows = {}
-        for name, (module, inputs, gradients) in self._layer_signals(chunk, names).items():
-            a = inputs.unflatten(0, (count, group))
-            s = gradients.unflatten(0, (count, group)) / group
-            each = LayerRows(module, a, s)
-            rows[name] = each.transposed() if name in self.layout.transposed else each
+        for (name, call), gradient in zip(made.items(), gradients, strict=True):
+            s = call.inputs.new_zeros(call.shape) if gradient is None else gradient
+            a, s = (t.unflatten(0, (count, -1)) for t in (call.inputs, s))
+            rows[name] = LayerRows.of(self._modules[name], self.parameters[name], a, s)
         return rows
 
-    def _layer_signals(
-        self, chunk: Batch, names: Sequence[str]
-    ) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
-        """Weight → its module, what flowed in, and the gradient of the sum of losses by what flowed out."""
-        weights = self._leaves(names)
-        with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
-            total = self._forward.sum_of_losses(weights, self.buffers, chunk)
-        for name, made in calls.items():
-            if len(made) > 1:
-                raise WoodfisherError(
-                    f"the layer of {name!r} is called more than once in a forward pass, which K-FAC's factors "
-                    "don't cover: exclude it, or use WoodFisher."
-                )
-        once = {name: made[0] for name, made in calls.items() if made}
-        gradients = torch.autograd.grad(total, [call.output for call in once.values()])
-        return {
-            name: (self._modules[name], call.inputs, gradient)
-            for (name, call), gradient in zip(once.items(), gradients, strict=True)
-        }
-
-    def _leaves(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """All weights as the model takes them, those in `names` to take gradients by."""
-        weights = self._cast(self.weights.clone())
+    def _leaves(self, names: Iterable[str], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Weights (default: all, as the model takes them), those in `names` to take gradients by."""
+        weights = self._cast(self.weights) if weights is None else weights
+        leaves = {name: weight.detach() for name, weight in weights.items()}
         for name in names:
-            weights[name].requires_grad_()
-        return weights
+            leaves[name].requires_grad_()
+        return leaves
+
+    def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
+        """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
+
+        The expectation over the model's distribution is exact for the usual losses of torch and up to 100 classes
+        or outputs: as many rows a sample, √p(y | x) ∇ℓ(y, x). Otherwise each sample gives one row, of a drawn target.
+        """
+        done = 0
+        with isolated(self.model), torch.enable_grad():
+            weights = self._cast(self.weights)
+            for chunk in self._chunks(samples, 1, 2 * self.layout.size):
+                for share, batch in self._forward.with_every_target(weights, self.buffers, chunk):
+                    rows = torch.empty(
+                        samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
+                    )
+                    with phase("gradients"):
+                        self._fill(rows, batch, 1, None, done)
+                    yield rows * share[:, None].to(rows).sqrt()
+                done += samples_in(chunk)
+                report_progress("Fisher", done, samples)
 
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
@@ -522,24 +605,6 @@ class Objective:
                     total += flat * samples_in(chunk)
                 count += samples_in(chunk)
         return (self.ranks.sum(total) / count * self.kept).to(self.weights)
-
-    def iter_layer_signals(
-        self, samples: int, *, labels: str = "data"
-    ) -> Iterator[dict[str, tuple[nn.Module, Tensor, Tensor]]]:
-        """What flows through the layers of the chosen weights, in chunks of `c` samples.
-
-        Yields, for each weight's name, its module, the module's input `(c, …)` and the gradient of each
-        sample's own loss with respect to the module's output `(c, …)`. Models that compute their own loss
-        must take its mean over samples.
-        """
-        check_choice("labels", labels, ("data", "model"))
-        done = 0
-        for chunk, count in self._row_chunks(samples, 1, labels, 0):
-            with phase("gradients"):
-                signals = self._layer_signals(chunk, list(self.layout.shapes))
-            yield signals
-            done += count
-            report_progress("gradients", done, samples)
 
     def hessian_columns(self, samples: int, columns: slice) -> Tensor:
         """Columns of the Hessian of the mean loss over the first `samples` samples: float64 `(d, k)`.
@@ -728,3 +793,8 @@ class Objective:
 
     def _to_device(self, batch: Batch) -> Batch:
         return map_tensors(lambda t: t.to(self.device), batch)
+
+
+def _split(batch: Batch, rows: int) -> Iterator[Batch]:
+    group = samples_in(batch) // rows
+    return (map_tensors(lambda t, i=i: t[i * group : (i + 1) * group], batch) for i in range(rows))

@@ -166,6 +166,7 @@ def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None
     """The cheapest way that fits; rates are nominal where no machine is given."""
     work = _Work(objective, curvature, machine or Machine())
     if curvature.keep != "auto":
+        work.check(curvature.keep)
         ways = [work.way(curvature.keep)]
     else:
         held = work.way("memory")
@@ -201,18 +202,35 @@ class _Work:
             free //= objective.ranks.local_size
         self.room = free if self.budget is None else self.budget - self.base
 
+    def check(self, keep: Keep) -> None:
+        """Raise where rows can't be kept so, whatever memory there is."""
+        if keep == "again" and self.objective.reads_once:
+            raise WoodfisherError(
+                "keep='again' takes gradients several times, and the data can be read only once: give a list of "
+                "batches or a DataLoader."
+            )
+        if keep == "factors" and not self._all_factors:
+            raise WoodfisherError(
+                "keep='factors' needs weights whose rows can be had in factor form: those of Linear and convolution "
+                "layers that are called once for a batch, on data that can be read again. Not all chosen ones are: "
+                "leave the others out with exclude=, or keep rows elsewhere."
+            )
+
     def alternatives(self) -> list[Keep]:
         """Where else exact rows can be kept."""
         others: list[Keep] = []
-        if not self.objective.reads_once:
-            if self.objective.ranks.size == 1:  # several would have to take each window together
-                others.append("again")
-            self._factors = self.objective.factors(self.curvature.group)
-            if self._factors.keys() == self.objective.layout.shapes.keys():
-                others.append("factors")
+        if not self.objective.reads_once and self.objective.ranks.size == 1:
+            others.append("again")  # for each window all ranks would have to gather together
+        if self._all_factors:
+            others.append("factors")
         if self.dense <= disk_room():
             others.append("disk")
         return others
+
+    @property
+    def _all_factors(self) -> bool:
+        able = self.objective.factors(self.curvature.group)
+        return able.keys() == self.objective.layout.shapes.keys()
 
     def fits(self, way: Plan) -> bool:
         """Whether there is memory for that."""
@@ -225,7 +243,7 @@ class _Work:
         chunk = self._chunk()
         vectors = VECTORS * 8 * self.objective.layout.size
         largest = max((run.size for run in self.runs), default=0)
-        scratch = min(TILE, 8 * N * d) + 4 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
+        scratch = min(TILE, 8 * N * d) + 8 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
         left = (2**62 if self.room is None else self.room) - kept - scratch
         window = self._window(keep, left - max(chunk, vectors), largest)
         at_hand = window * N * self.item if window < d or keep not in ("memory", "half") else 0
@@ -276,9 +294,11 @@ class _Work:
         most = self.objective.workspace
         if self.room is not None:
             most = min(most, max(self.room // 6, 0))
-        return max(
-            most, 0 if self.objective.reads_once else 2 * self.objective.row_bytes(self.curvature.group)
-        )
+        if self.objective.reads_once:
+            return most
+        each = 2 * self.objective.row_bytes(self.curvature.group)
+        whole = (each + 2 * self.weights * self.item) * self.rows
+        return max(min(most, whole), each)
 
     def _window(self, keep: Keep, left: int, largest: int) -> int:
         if keep in ("memory", "half"):

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from woodfisher.bench import Bench
     from woodfisher.report import Layer
     from woodfisher.train import Trained
 
@@ -18,7 +19,7 @@ _COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#
 
 def require_plots() -> None:
     """Raise, before any work, where matplotlib is missing."""
-    _figure((1, 1))
+    new_figure((1, 1))
 
 
 def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Path) -> None:
@@ -119,12 +120,54 @@ def plot_training(trained: Trained, metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+def plot_roofline(bench: Bench, path: Path) -> None:
+    """Counted GFLOP/s of every case against its operations for each byte of the rows, under the machine's two roofs.
+
+    Peers stand at the same intensity, at the same count over their own time.
+    """
+    figure, axes = _figure((7.2, 5.2))
+    cases = [m.case for m in bench.measurements]
+    rate, bandwidth = bench.matrix_rate / 1e9, bench.bandwidth / 1e9
+    ridge = rate / bandwidth
+    left = min(ridge, *(case.intensity for case in cases)) / 4
+    right = max(ridge, *(case.intensity for case in cases)) * 4
+    axes.plot([left, ridge, right], [bandwidth * left, rate, rate], color="#222222", linewidth=1.2)
+    axes.text(right, rate * 1.08, f"float32 matrix product, {rate:.0f} GFLOP/s", ha="right", fontsize=8)
+    axes.text(left, bandwidth * left / 1.25, f"copy, {bandwidth:.0f} GB/s", va="top", fontsize=8)
+    series = {"woodfisher": [m.rate.median for m in bench.measurements]}
+    for peers in zip(*(m.peers for m in bench.measurements), strict=True):
+        series[peers[0].name] = [case.flops / p.seconds.median for case, p in zip(cases, peers, strict=True)]
+    handles = []
+    for row, (name, rates) in enumerate(series.items()):
+        style = {"marker": "oDs^"[row % 4], "markersize": 5 if row else 10, "color": _COLOURS[row]}
+        points = [r / 1e9 for r in rates]
+        handles += axes.plot([case.intensity for case in cases], points, linestyle="", label=name, **style)
+    for number, (case, r) in enumerate(zip(cases, series["woodfisher"], strict=True), start=1):
+        where = (case.intensity, r / 1e9)
+        axes.annotate(f"{number}", where, ha="center", va="center_baseline", fontsize=7, color="white")
+        axes.plot([], [], linestyle="", marker=f"${number}$", color="#222222", label=str(case))
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("counted operations for each byte of the rows")
+    axes.set_ylabel("GFLOP/s")
+    axes.grid(alpha=0.25)
+    axes.legend(handles=axes.get_lines()[-len(cases) :], fontsize=8, framealpha=0.8)
+    figure.suptitle("Factor and score", fontsize=11)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
+
+
+def new_figure(size: tuple[float, float]) -> Any:
+    """An empty figure of that size in inches."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise WoodfisherError("pictures need matplotlib: pip install 'woodfisher[plots]'") from error
-    figure = Figure(figsize=size, layout="constrained")
+    return Figure(figsize=size, layout="constrained")
+
+
+def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+    figure = new_figure(size)
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -53,9 +53,10 @@ class Stage:
     predicted:
         Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
     measured:
-        Change of the mean loss on the held-out samples; None where none were held out.
+        Change of the mean loss on the held-out samples, or on those of the rows where none were held out; None
+        without samples.
     damping:
-        λ that it was taken with; None where the kept weights did not move, or the method says it.
+        λ that it was taken with; None where the kept weights did not move, or the curvature has none for all of them.
     first_order:
         Whether the gradient counted.
     accepted:

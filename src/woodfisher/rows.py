@@ -280,25 +280,25 @@ class FactorRows(WindowRows):
         columns = _indexes(span, self._index, self.device)
         out = torch.empty(self.count, len(columns), dtype=self.dtype, device=self.device)
         for name, (place, index) in self._layout.places(columns).items():
-            layer = self._layers[name]
+            layer, part = self._layers[name], out[:, place]
             assert index is not None
-            first, last = int(index[0]), int(index[-1])
-            channels = slice(first // layer.width, last // layer.width + 1)
-            dense = layer.dense(channels)
-            start = channels.start * layer.width
-            if last - first + 1 == len(index):
-                out[:, place] = dense[:, first - start : last - start + 1]
-            else:
-                out[:, place] = dense[:, index - start]
+            channels = index // layer.width
+            step = max(SPAN // (self.count * layer.width * self.dtype.itemsize), 1)
+            for first in range(int(channels[0]), int(channels[-1]) + 1, step):
+                some = slice(first, min(first + step, layer.channels))
+                ends = torch.tensor([some.start, some.stop], device=channels.device)
+                start, stop = torch.searchsorted(channels, ends).tolist()
+                here = index[start:stop] - first * layer.width
+                dense = layer.dense(some)
+                part[:, start:stop] = dense if len(here) == dense.shape[1] else dense[:, here]
         return out
 
     def gram(self) -> Tensor:
         if self._index is not None:
             return super().gram()
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
-        for name, where in self._layout.slices.items():
-            inner = self._layers[name].gram()
-            total += self.part(where).gram() if inner is None else inner
+        for layer in self._layers.values():
+            total += layer.gram()
         return total
 
 
@@ -353,9 +353,9 @@ def _stacked(chunks: Iterable[dict[str, LayerRows]], count: int) -> dict[str, La
             stacked[name].put(filled, rows)
         filled += len(next(iter(chunk.values())).outputs)
     return {
-        name: LayerRows.joined([rows.first(filled), *(chunk[name] for chunk in others)])
+        name: LayerRows.joined([rows.part(slice(filled)), *(chunk[name] for chunk in others)])
         if others
-        else rows.first(filled)
+        else rows.part(slice(filled))
         for name, rows in stacked.items()
     }
 

@@ -40,11 +40,8 @@ def run_stages(
         report_progress("stages", number, len(targets))
         here = objective.on(stream.draw(method.curvature.samples))
         check_same_samples(here)
-        mine = dealt(here)
-        pruned, predicted = _stage(mine, amount, method, selection.dealt(mine.layout, mine.ranks))
-        objective = pruned.joined()
-        sparsity = 1 - int(objective.kept.sum()) / objective.layout.size
-        stages.append(Stage(sparsity, predicted, first_order=method.first_order is True))
+        objective, stage = _stage(here, amount, method, selection)
+        stages.append(stage)
     objective = _recalibrated(objective, stream, method)
     report_progress("stages", len(targets), len(targets))
     return objective, stages
@@ -59,12 +56,14 @@ def _recalibrated(objective: Objective, stream: Stream, method: Method) -> Objec
 
 def _stage(
     objective: Objective, amount: int, method: Method, selection: Selection
-) -> tuple[Objective, float | None]:
-    """One round of rows → curvature → surgeon, down to `amount`; the predicted change of the loss."""
-    weights, kept = objective.weights.double(), objective.kept
+) -> tuple[Objective, Stage]:
+    """One round of rows → curvature → surgeon, down to `amount`; each rank has its part of the weights."""
+    mine = dealt(objective)
+    selection = selection.dealt(mine.layout, mine.ranks)
+    weights, kept = mine.weights.double(), mine.kept
     with phase("curvature"):
-        finv = method.curvature(objective)
-    gradient = objective.gradient(method.curvature.samples) if method.first_order is True else None
+        finv = method.curvature(mine)
+    gradient = mine.gradient(method.curvature.samples) if method.first_order is True else None
     with phase("saliency"):
         point = weights if gradient is None else newton_point(weights, gradient, finv) * kept
         keep = selection(point, finv, kept, amount)
@@ -79,7 +78,21 @@ def _stage(
                 "the update gives weights that are not finite; the model is unchanged. Raise the damping."
             )
         estimated = method.curvature.samples > 0
-        predicted = sum(
-            objective.ranks.gather(quadratic_change(new - weights, finv, gradient) if estimated else math.nan)
-        )
-    return objective.at(new, keep), predicted if math.isfinite(predicted) else None
+        predicted = quadratic_change(new - weights, finv, gradient) if estimated else math.nan
+        predicted = sum(objective.ranks.gather(predicted))
+    after = mine.at(new, keep).joined()
+    measured = math.nan
+    if estimated:
+        with phase("measuring"):
+            measured = after.mean_loss() - objective.mean_loss()
+    return after, Stage(
+        sparsity=1 - int(after.kept.sum()) / objective.layout.size,
+        predicted=_finite(predicted),
+        measured=_finite(measured),
+        damping=finv.damping,
+        first_order=method.first_order is True,
+    )
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None

@@ -128,12 +128,18 @@ class Removal:
         Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
     seconds:
         That it took.
+    measured:
+        Change of the mean loss on the samples of the rows; None without samples.
+    damping:
+        λ that it was taken with; None where the curvature has none for all weights.
     """
 
     step: int
     sparsity: float
     predicted: float | None
     seconds: float
+    measured: float | None = None
+    damping: float | None = None
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,21 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from woodfisher._version import __version__
+from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import note
+from woodfisher.cli.export import Export
+from woodfisher.cli.inspect import Inspect
+from woodfisher.cli.origin import given
+from woodfisher.cli.plan import Plan
 from woodfisher.cli.prune import Prune
+from woodfisher.cli.report import MakePage
+from woodfisher.cli.tour import Tour
 from woodfisher.cli.train import Train
 from woodfisher.errors import ElsewhereError, WoodfisherError, WoodfisherWarning
 
@@ -26,9 +33,28 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher prune --task my_project.tasks:resnet --sparsity 0.9 --out pruned
   woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
   woodfisher train --task resnet20-cifar10 --sparsity 0.95 --epochs 30
+  woodfisher plan --task my_project.tasks:resnet --samples 400 --memory 4GiB
+  woodfisher tour                                           the curvature of a small network, in pictures
+  woodfisher report pruned                                  the page report.html anew, from report.json
+  woodfisher inspect pruned/model.safetensors
+  woodfisher export --to csr --measure --weights pruned/model.safetensors --task my_project.tasks:resnet
+  woodfisher bench                                          how fast the inverse is on this machine
 
 Results go to standard output, progress and warnings to standard error. Exit code 0 is success, 2 is bad input,
 with one message that says what was expected, what came and what to do."""
+
+
+COMMANDS: dict[str, Any] = {
+    "prune": Prune,
+    "compare": Compare,
+    "train": Train,
+    "plan": Plan,
+    "tour": Tour,
+    "report": MakePage,
+    "inspect": Inspect,
+    "export": Export,
+    "bench": BenchCommand,
+}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -38,14 +64,14 @@ def main(args: Sequence[str] | None = None) -> int:
         sys.stdout.write(f"woodfisher {__version__}\n")
         return 0
     command = tyro.extras.subcommand_cli_from_dict(
-        {"prune": Prune, "compare": Compare, "train": Train},
+        COMMANDS,
         prog="woodfisher",
         description=DESCRIPTION,
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), given(args):
             warnings.simplefilter("always", WoodfisherWarning)
             warnings.showwarning = _show_warning  # type: ignore[assignment]
             command.run()

@@ -14,9 +14,13 @@ from woodfisher.batches import Replay
 from woodfisher.checks import check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
+from woodfisher.cli.origin import origin
+from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
+from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.oneshot import SPARSITIES, sweep_objective
+from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_accuracy, require_plots
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ class Compare:
     stages adapt pass through all sparsities in one run, others are run for each. Options of the curvature (samples,
     damping, ...) apply to every method that has them.
 
-    With --out, writes OUT/report.json, OUT/results.csv and OUT/accuracy.png.
+    With --out, writes OUT/report.json, OUT/results.csv, OUT/accuracy.png and OUT/report.html, which shows it all.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -73,6 +77,7 @@ class Compare:
         if self.out is not None:
             check_folder(self.out)
             require_plots()
+            require_page()
         dense: list[float] = []
         results: list[dict[str, Any]] = []
         for seed in range(self.model.seed, self.model.seed + self.seeds):
@@ -98,6 +103,10 @@ class Compare:
             "results": results,
         }
         if self.out is not None:
+            curvatures = [method.curvature for method in methods.values()]
+            curvatures.sort(key=lambda curvature: not isinstance(curvature, WoodFisher))
+            content["examined"] = examine(self.model.objective(task, task.model), curvatures[0]).to_dict()
+            content["origin"] = origin(self.model.device)
             curves = {
                 name: [
                     (cell["requested_sparsity"], cell["mean"], cell["sd"])
@@ -114,6 +123,7 @@ class Compare:
                     "accuracy.png": lambda path: plot_accuracy(
                         curves, content["dense"]["metric"], task.metric_name, path
                     ),
+                    "report.html": lambda path: save_page(content, path),
                 },
             )
         if self.json:

@@ -107,3 +107,9 @@ def note(message: str) -> None:
 def print_json(content: Any) -> None:
     """One JSON object on standard output."""
     sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+
+
+def size_on_disk(sizes: dict[str, int]) -> str:
+    """One line on the `dense` and `stored` bytes of a file of weights."""
+    dense, stored = sizes["dense"], sizes["stored"]
+    return f"On disk: {stored:,} bytes, {stored / max(dense, 1):.1%} of the dense {dense:,}"

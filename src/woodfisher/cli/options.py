@@ -31,7 +31,7 @@ class TaskOptions:
     """What is pruned."""
 
     task: str = "digits"
-    """digits, mlpnet-mnist, resnet20-cifar10, or module:function of your own that returns a Task."""
+    """digits, digits-small, mlpnet-mnist, resnet20-cifar10, or module:function of your own that returns a Task."""
 
     data_root: Folder = None
     """Folder of the task's data files (default: $WOODFISHER_DATA)."""
@@ -56,13 +56,7 @@ class TaskOptions:
 
     def load(self) -> Task:
         """Load the task onto the device."""
-        try:
-            device = torch.device(self.device)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise WoodfisherError(f"the device {self.device!r} can't be used here: {error}") from error
-        task = load_task(self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
-        task.model.to(device)
+        task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
         if self.train_samples is None:
             return task
         check_count("train_samples", self.train_samples)
@@ -164,6 +158,24 @@ class MethodOptions:
             **_given(recalibrate=self.recalibrate, refine=self.refine if method.curvature.samples else None),
         }
         return replace(method, curvature=curvature, **parts)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; raises where nothing can be put on it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise WoodfisherError(f"the device {name!r} can't be used here: {error}") from error
+    return device
+
+
+def load_on(device_name: str, name: str, **options: Any) -> Task:
+    """Load a task with its model on a device."""
+    device = usable_device(device_name)
+    task = load_task(name, **options)
+    task.model.to(device)
+    return task
 
 
 def parse_methods(text: str) -> list[str]:

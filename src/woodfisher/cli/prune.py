@@ -13,19 +13,24 @@ from rich.table import Table
 from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
-from woodfisher.cli.console import note, out, print_json, process_group, progress
+from woodfisher.cli.console import note, out, print_json, process_group, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.cli.origin import origin
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
-from woodfisher.files import check_folder, save_json, save_model, write_folder
+from woodfisher.examine import examine
+from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.method import METHODS
 from woodfisher.oneshot import prune_objective, prune_within
+from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_layers, require_plots
+from woodfisher.saved import packed_model
 
 SHOWN_STAGES = 12
 
 if TYPE_CHECKING:
     from woodfisher.method import Method
+    from woodfisher.objective import Objective
     from woodfisher.report import Report
     from woodfisher.tasks import Task
 
@@ -42,7 +47,8 @@ class Prune:
 
     Started by torchrun, its processes share the work (for blockwise methods), and the first one writes and shows.
 
-    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json and OUT/layers.png.
+    Writes OUT/model.safetensors (compressed; see `woodfisher inspect`), OUT/report.json, OUT/layers.png and
+    OUT/report.html, which shows it all.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -81,6 +87,7 @@ class Prune:
         )
         check_folder(folder)
         require_plots()
+        require_page()
         note(f"loading {self.model.task}")
         with together() as ranks:
             task = self.model.load()
@@ -105,7 +112,9 @@ class Prune:
             magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
         with together() as ranks:
             ranks.first(
-                lambda: self._finish(task, folder, baseline, dense, (goal, sparsity), report, magnitude)
+                lambda: self._finish(
+                    task, folder, baseline, objective, method, dense, (goal, sparsity), report, magnitude
+                )
             )
 
     def _finish(
@@ -113,6 +122,8 @@ class Prune:
         task: Task,
         folder: Path,
         baseline: Any,
+        objective: Objective,
+        method: Method,
         dense: float,
         aim: tuple[float | None, float],
         report: Report,
@@ -122,7 +133,9 @@ class Prune:
         goal, sparsity = aim
         pruned = _evaluate(task, task.model, self.criterion)
         by_magnitude = _evaluate(task, baseline, "magnitude")
+        examined = examine(objective.current(objective.layout.flatten(report.masks)), method.curvature)
 
+        weights = packed_model(task.model, report.masks)
         content = {
             "task": self.model.task,
             "metric": task.metric_name,
@@ -132,18 +145,26 @@ class Prune:
             "max_drop": goal,
             "seed": self.model.seed,
             "dense": {"metric": dense},
-            "magnitude": {"metric": by_magnitude, "sparsity": magnitude.sparsity},
+            "magnitude": {
+                "metric": by_magnitude,
+                "sparsity": magnitude.sparsity,
+                "layers": [layer.to_dict() for layer in magnitude.layers],
+            },
             "pruned": {"metric": pruned},
             **report.to_dict(),
+            "examined": examined.to_dict(),
+            "origin": origin(self.model.device),
+            "bytes": weights.to_dict(),
             "out": str(folder),
         }
         curves = {self.criterion: report.layers, "magnitude": magnitude.layers}
         write_folder(
             folder,
             {
-                "model.safetensors": lambda path: save_model(task.model, report.masks, path),
+                "model.safetensors": weights.write,
                 "report.json": lambda path: save_json(content, path),
                 "layers.png": lambda path: plot_layers(curves, report.sparsity, path),
+                "report.html": lambda path: save_page(content, path),
             },
         )
         if self.json:
@@ -204,15 +225,16 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     console.print(layers)
     if any(stage.measured is not None for stage in report.stages):
         console.print(_stages(report))
+    console.print(size_on_disk(content["bytes"]))
     console.print(f"Results are in {content['out']}", soft_wrap=True)
 
 
 def _stages(report: Report) -> Table:
     """Predicted and measured change of the loss side by side: every stage taken back, and a few of the others."""
     taken_back = sum(not stage.accepted for stage in report.stages)
-    table = Table(
-        title=f"{len(report.stages)} stages, {taken_back} taken back: change of the loss (held-out samples)"
-    )
+    adapt = isinstance(report.method["stages"], dict)
+    where = "held-out samples" if adapt else "samples of the rows"
+    table = Table(title=f"{len(report.stages)} stages, {taken_back} taken back: change of the loss ({where})")
     for column in ("sparsity", "predicted", "measured", "damping", "gradient", ""):
         table.add_column(column, justify="right")
     every = -(-len(report.stages) // SHOWN_STAGES)
@@ -223,7 +245,7 @@ def _stages(report: Report) -> Table:
             f"{stage.sparsity:.1%}",
             "" if stage.predicted is None else f"{stage.predicted:+.4f}",
             "" if stage.measured is None else f"{stage.measured:+.4f}",
-            "weights stay" if stage.damping is None else f"{stage.damping:.3g}",
+            f"{stage.damping:.3g}" if stage.damping else "weights stay" if adapt else "",
             "yes" if stage.first_order else "no",
             "" if stage.accepted else "taken back",
         )

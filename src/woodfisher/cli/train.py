@@ -10,11 +10,15 @@ from rich.table import Table
 from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_sparsity
-from woodfisher.cli.console import note, out, print_json, progress
+from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
-from woodfisher.files import check_folder, save_json, save_model, write_folder
+from woodfisher.cli.origin import origin
+from woodfisher.examine import examine
+from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.method import METHODS, Method
+from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_training, require_plots
+from woodfisher.saved import packed_model
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train
 
@@ -35,8 +39,9 @@ class Train:
 
     Without arguments: the network for scikit-learn's digits, in under a minute.
 
-    Writes OUT/model.safetensors (weights, and masks named <weight>_mask), OUT/report.json, OUT/metrics.csv and
-    OUT/training.png, and after every epoch OUT/checkpoint.ckpt, which --resume goes on from.
+    Writes OUT/model.safetensors (compressed; see `woodfisher inspect`), OUT/report.json, OUT/metrics.csv,
+    OUT/training.png and OUT/report.html, which shows it all, and after every epoch OUT/checkpoint.ckpt, which
+    --resume goes on from.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -92,6 +97,7 @@ class Train:
         )
         check_folder(folder)
         require_plots()
+        require_page()
         require_lightning()
         note(f"loading {self.model.task}")
         task = self.model.load()
@@ -118,6 +124,9 @@ class Train:
             note("the same command with --resume goes on from the last epoch that ended")
             raise
         pruned = task.evaluate(task.model)
+        objective = self.model.objective(task, task.model)
+        examined = examine(objective.current(objective.layout.flatten(trained.masks)), method.curvature)
+        weights = packed_model(task.model, trained.masks)
         content = {
             "task": self.model.task,
             "metric": task.metric_name,
@@ -128,14 +137,18 @@ class Train:
             "dense": {"metric": dense},
             "pruned": {"metric": pruned},
             **trained.to_dict(),
+            "examined": examined.to_dict(),
+            "origin": origin(self.model.device),
+            "bytes": weights.to_dict(),
             "out": str(folder),
         }
         write_folder(
             folder,
             {
-                "model.safetensors": lambda path: save_model(task.model, trained.masks, path),
+                "model.safetensors": weights.write,
                 "report.json": lambda path: save_json(content, path),
                 "training.png": lambda path: plot_training(trained, task.metric_name, path),
+                "report.html": lambda path: save_page(content, path),
             },
         )
         if self.json:
@@ -187,4 +200,5 @@ def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
         f"{seconds['total']:.1f} s, of which {seconds['pruning']:.1f} s ({content['pruning_share']:.0%}) pruned "
         f"{len(trained.history)} times"
     )
+    console.print(size_on_disk(content["bytes"]))
     console.print(f"Results are in {content['out']}", soft_wrap=True)

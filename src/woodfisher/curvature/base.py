@@ -38,6 +38,8 @@ class InverseOperator(ABC):
 
     size: int
     device: torch.device
+    damping: float | None = None
+    """λ, where one stands on the whole diagonal."""
     _known_diagonal: Tensor | None = None
 
     @abstractmethod

@@ -42,6 +42,8 @@ class FisherBlocks(InverseOperator):
         Keep the factors, 8 · min(N, B)² bytes a block, once they are made; else make them anew each time.
     """
 
+    damping: float
+
     def __init__(self, rows: Rows, count: int, damping: float, divisor: float, *, hold: bool = True) -> None:
         self._rows, self._count = rows, count
         self.damping, self.divisor = damping, divisor

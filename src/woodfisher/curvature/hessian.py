@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from woodfisher.objective import Objective
 
-_COLUMNS = 128
+_COLUMNS = 32
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class ExactHessian(_HessianEstimator):
             objective.device,
             "Choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d².",
         )
-        H = torch.cat([columns for _, columns in _columns(objective, self.samples)], dim=1)
-        H = (H + H.mT) / 2
+        H = exact_hessian(objective, self.samples)
         H.diagonal().add_(self.damping)
         return DenseInverse(H[None], "the damped Hessian")
 
@@ -97,6 +96,18 @@ class DiagonalHessian(_HessianEstimator):
                 f"at damping {self.damping:g} (the smallest is {worst:.3g}). Take a damping above {-worst:.3g}."
             )
         return DiagonalInverse(damped)
+
+
+def exact_hessian(objective: Objective, samples: int) -> Tensor:
+    """Hessian of the mean loss over the first `samples` samples, float64 `(d, d)`, symmetric."""
+    H = torch.cat([columns for _, columns in _columns(objective, samples)], dim=1)
+    if not torch.isfinite(H).all():
+        index = int((~torch.isfinite(H)).nonzero()[0, 0])
+        raise WoodfisherError(
+            f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss has no second derivative at "
+            "these outputs, as a square root has none at zero. Use the Fisher, or a smooth loss."
+        )
+    return (H + H.mT) / 2
 
 
 def _columns(objective: Objective, samples: int) -> Iterator[tuple[slice, Tensor]]:

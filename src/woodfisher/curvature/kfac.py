@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature of Linear and Conv2d layers."""
+"""Kronecker-factored curvature of Linear and convolution layers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from woodfisher.checks import check_choice, check_count, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, spans
@@ -103,7 +102,7 @@ def _conjugate_gradients(
 
 @dataclass(frozen=True)
 class KFAC(Estimator):
-    """F ≈ S ⊗ A + λI a layer, for Linear and (ungrouped) Conv2d weights.
+    """F ≈ S ⊗ A + λI a layer, for Linear layers and (ungrouped) convolutions.
 
     A is the second moment of the layer's inputs, summed over positions; S that of its output gradients,
     averaged over positions. Nothing couples layers.
@@ -134,44 +133,28 @@ class KFAC(Estimator):
 
     def __call__(self, objective: Objective) -> BlockDiagonalInverse:
         """Gather inputs and output gradients of every layer of `objective` and factor their moments."""
+        for name, shape in objective.layout.shapes.items():
+            if len(shape) == 1:
+                raise WoodfisherError(
+                    f"K-FAC covers the weights of layers, and {name!r} is a vector: exclude it, or use WoodFisher."
+                )
         A: dict[str, Tensor] = {}
         S: dict[str, Tensor] = {}
         samples = 0
-        for signals in objective.iter_layer_signals(self.samples, labels=self.labels):
-            for name, (module, inputs, gradients) in signals.items():
-                if not torch.isfinite(gradients).all() or not torch.isfinite(inputs).all():
+        for layers in objective.iter_layer_rows(self.samples, labels=self.labels):
+            for name, rows in layers.items():
+                if rows.groups > 1:
                     raise WoodfisherError(
-                        f"the layer of {name!r} sees NaN or infinite values within samples {samples}…"
-                        f"{samples + len(inputs) - 1}: check the data and the loss."
+                        f"K-FAC covers Linear and ungrouped convolution layers, and that of {name!r} has "
+                        f"{rows.groups} groups. Exclude it, or use WoodFisher."
                     )
-                a, s = _as_linear(name, module, inputs, gradients)
+                s, a = (t[:, 0].double().mT.flatten(0, 1) for t in rows.terms())
                 A[name] = A.get(name, 0) + a.mT @ a
-                S[name] = S.get(name, 0) + s.mT @ s * (len(inputs) / len(s))
-            samples += len(inputs)
-        missing = objective.layout.shapes.keys() - A.keys()
-        if missing:
-            raise WoodfisherError(
-                "K-FAC needs layers that the forward pass calls as modules, and it bypasses those of "
-                f"{', '.join(sorted(missing))}: exclude them, or use WoodFisher."
-            )
+                S[name] = S.get(name, 0) + s.mT @ s / rows.positions
+            samples += rows.count
         return BlockDiagonalInverse(
             [
                 (where, KroneckerInverse(A[name] / samples, S[name] / samples, self.damping))
                 for name, where in objective.layout.slices.items()
             ]
         )
-
-
-def _as_linear(name: str, module: nn.Module, inputs: Tensor, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs `(c·T, in)` and output gradients `(c·T, out)` of the linear map at each of T positions."""
-    if isinstance(module, nn.Linear):
-        return inputs.double().flatten(0, -2), gradients.double().flatten(0, -2)
-    if isinstance(module, nn.Conv2d) and module.groups == 1:
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = F.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
-        patches = F.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
-        return patches.mT.double().flatten(0, 1), gradients.flatten(2).mT.double().flatten(0, 1)
-    raise WoodfisherError(
-        f"K-FAC covers the weights of Linear and ungrouped Conv2d layers; {name!r} belongs to a "
-        f"{type(module).__name__}. Exclude it, or use WoodFisher."
-    )

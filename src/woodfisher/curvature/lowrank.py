@@ -61,6 +61,8 @@ class LowRankInverse(InverseOperator):
         steps that are checked afterwards: at small damping they lose the digits that float64 keeps.
     """
 
+    damping: float
+
     def __init__(
         self,
         rows: Rows | Tensor,
@@ -76,7 +78,7 @@ class LowRankInverse(InverseOperator):
         self.damping, self.divisor = damping, divisor
         self._products = self._rows.dtype if single else torch.float64
         self._shape = (count, self._rows.count, self.size // count)
-        self._factor = triangular_inverse(self._gram_factor(None) if gram is None else self._damped(gram))
+        self._factor = self._factored(None) if gram is None else self._inverted(gram.clone())
 
     @property
     def _pieces(self) -> list[tuple[slice, slice]]:
@@ -88,25 +90,29 @@ class LowRankInverse(InverseOperator):
             return piece
         return piece.to(self._products, memory_format=torch.contiguous_format)
 
-    def _gram_factor(self, keep: Tensor | None) -> Tensor:
-        """L of K = nλI + GGᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
+    def _factored(self, keep: Tensor | None) -> Tensor:
+        """L⁻¹ of K = nλI + GGᵀ = LLᵀ, with only the columns in `keep` `(count, 1, B)` counted if given."""
         count, N, B = self._shape
-        K = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
-        for blocks, columns in self._pieces:
-            G = block_rows(self._rows, B, blocks, columns)
-            G = G.to(torch.float64, memory_format=torch.contiguous_format)
-            if keep is not None:
-                G = G * keep[blocks, :, columns]
-            if columns.start == 0:
-                gram_triangles(G, K[blocks])
-            else:
-                K[blocks] += gram_triangles(G, torch.empty_like(K[blocks]))
-        return self._damped(K)
+        factor = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
+        for group in spans(count, 8 * N * max(B, 3 * N)):
+            K = factor[group].zero_()
+            for inside, columns in pieces(group.stop - group.start, N, B):
+                blocks = slice(group.start + inside.start, group.start + inside.stop)
+                G = block_rows(self._rows, B, blocks, columns)
+                G = G.to(torch.float64, memory_format=torch.contiguous_format)
+                if keep is not None:
+                    G = G * keep[blocks, :, columns]
+                if columns.start == 0:
+                    gram_triangles(G, K[inside])
+                else:
+                    K[inside] += gram_triangles(G, torch.empty_like(K[inside]))
+            factor[group] = self._inverted(K)
+        return factor
 
-    def _damped(self, gram: Tensor) -> Tensor:
-        K = gram.clone()
-        K.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
-        return cholesky(K, "the Gram matrix of a block's gradient rows")
+    def _inverted(self, gram: Tensor) -> Tensor:
+        """The same from GGᵀ, which becomes K."""
+        gram.diagonal(dim1=1, dim2=2).add_(self.divisor * self.damping)
+        return triangular_inverse(cholesky(gram, "the Gram matrix of a block's gradient rows"))
 
     def _blocked(self, V: Tensor) -> Tensor:
         return V.reshape(self._shape[0], self._shape[2], -1)
@@ -185,6 +191,6 @@ class LowRankInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         mask = self._blocked(keep).mT
-        factor = triangular_inverse(self._gram_factor(mask))
+        factor = self._factored(mask)
         b = torch.where(keep, b, 0)
         return torch.where(keep, self._correct(b, factor).flatten(), 0)

@@ -100,7 +100,9 @@ class WoodFisher(Estimator):
             parts = [(kept[where], part) for where, part in parts]
         if not objective.layout.size:  # on a rank that was dealt no weights
             parts = [(slice(0, 0), DiagonalInverse(objective.weights))]
-        return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+        inverse = BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
+        inverse.damping = damping
+        return inverse
 
     def runs(self, objective: Objective) -> list[Run]:
         """The blocks of the weights that are left."""

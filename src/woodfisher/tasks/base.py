@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,7 @@ from woodfisher.checks import finite_number
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from torch import Tensor, nn
 
@@ -62,6 +62,8 @@ class Task:
     augment:
         `augment(inputs)` of a training batch → inputs of the same shape, with randomness from torch's global
         generator; None for none. Only `train` uses it, and only on what the optimizer sees.
+    earlier:
+        Name → the model's state dict at an earlier point of its training, in order, for tours of its curvature.
     """
 
     name: str
@@ -73,6 +75,7 @@ class Task:
     metric: Callable[[nn.Module, Iterable[Any]], float] = accuracy
     metric_name: str = "accuracy, %"
     augment: Callable[[Any], Any] | None = None
+    earlier: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def evaluate(self, model: nn.Module) -> float:
         """Metric of `model` on the test data; raises unless it is a finite number."""

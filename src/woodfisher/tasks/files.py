@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.files import unreadable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -27,15 +28,6 @@ def data_folder(data_root: Path | None, task: str, accepted: str) -> Path:
     raise WoodfisherError(
         f"the task {task} needs data, and {came}. Pass as data_root (--data-root), or in the environment "
         f"variable WOODFISHER_DATA, a folder that holds {accepted}."
-    )
-
-
-def unreadable(path: Path, expected: str, error: Exception) -> WoodfisherError:
-    """Make the error for a file that could not be read as what was expected."""
-    reason = str(error).partition("\n")[0] or "no further reason"
-    return WoodfisherError(
-        f"{path} cannot be read as {expected} ({type(error).__name__}: {reason}). It may be incomplete or of "
-        "another kind: check the name, or fetch the file again."
     )
 
 

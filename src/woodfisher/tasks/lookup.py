@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "digits": "woodfisher.tasks.digits:digits",
+    "digits-small": "woodfisher.tasks.digits:digits_small",
     "mlpnet-mnist": "woodfisher.tasks.mnist:mlpnet_mnist",
     "resnet20-cifar10": "woodfisher.tasks.cifar:resnet20_cifar10",
 }

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.tasks.files import unreadable
+from woodfisher.files import unreadable
 
 if TYPE_CHECKING:
     from pathlib import Path

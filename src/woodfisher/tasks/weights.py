@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.tasks.files import unreadable
+from woodfisher.saved import load_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
     Network = TypeVar("Network", bound=nn.Module)
-
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def find_weights(weights: Path | None, folder: Path, usual_name: str) -> Path:
@@ -37,18 +33,16 @@ def restored(network: Callable[[], Network], path: Path) -> Network:
     """Build a network in evaluation mode with the weights of a file; global random state is kept."""
     with torch.random.fork_rng(devices=[]):
         model = network().float().eval()
-    load_weights(model, path)
+    load_into(model, path)
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_into(model: nn.Module, path: Path) -> None:
     """Load a `.pt` or `.safetensors` file of exactly the tensors in the model's state dict.
 
-    The state dict may be nested under `state_dict`, `model_state_dict` or `model`, and its names may carry
-    the prefix `module.`; the masks `<weight>_mask` in files of pruned models are left out. A file that does
-    not fit raises, and leaves the model as it was.
+    The file is read as `load_weights` does. One that does not fit raises, and leaves the model as it was.
     """
-    came = _without_masks(_unwrapped(_read(path)))
+    came = load_weights(path)
     state: dict[str, Tensor] = model.state_dict()
     problem = _misfit(state, came)
     if problem:
@@ -59,39 +53,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     model.load_state_dict({name: came[name] for name in state})
 
 
-def _read(path: Path) -> Mapping[Any, Any]:
-    expected = "network weights (a state dict in a .pt file, or .safetensors)"
-    if not path.is_file():
-        raise WoodfisherError(f"{path} should hold {expected}, and there is no such file. Check the path.")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # either reader fails in many ways on foreign bytes
-        raise unreadable(path, expected, error) from error
-    if not isinstance(content, Mapping):
-        raise WoodfisherError(f"{path} should hold {expected}; a {type(content).__name__} came.")
-    return content
-
-
-def _unwrapped(content: Mapping[Any, Any]) -> dict[str, Any]:
-    for wrapper in _WRAPPERS:
-        if isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-            break
-    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
-    return {str(name).removeprefix(prefix): value for name, value in content.items()}
-
-
-def _without_masks(tensors: dict[str, Any]) -> dict[str, Any]:
-    def is_mask(name: str) -> bool:
-        weight = name.removesuffix("_mask")
-        return weight != name and weight in tensors and getattr(tensors[name], "dtype", None) == torch.bool
-
-    return {name: value for name, value in tensors.items() if not is_mask(name)}
-
-
-def _misfit(state: Mapping[str, Tensor], came: Mapping[str, Any]) -> str:
+def _misfit(state: Mapping[str, Tensor], came: Mapping[str, Tensor]) -> str:
     """Say in words what is wrong, or nothing."""
     if state.keys() != came.keys():
         missing, unexpected = state.keys() - came.keys(), came.keys() - state.keys()
@@ -99,8 +61,6 @@ def _misfit(state: Mapping[str, Tensor], came: Mapping[str, Any]) -> str:
         return "; ".join(f"{_listed(names)} {part}" for part, names in parts.items() if names)
     for name, expected in state.items():
         value = came[name]
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            return f"{name} is no dense tensor"
         if value.shape != expected.shape:
             return f"{name} must have shape {tuple(expected.shape)}, and {tuple(value.shape)} came"
         if value.is_floating_point() != expected.is_floating_point():

@@ -1,0 +1,157 @@
+"""What per-sample gradient rows cost, against one batched backward pass over the same samples.
+
+    python benchmarks/rows.py --json
+
+Times are CPU seconds of one thread, the least of several runs that take turns. Weights and data are random: the cost
+does not depend on them. Rows are taken into new memory, as large as they are, and into memory that is in use already:
+the difference is what the system takes to hand it out. Beside them stand rows by torch.func and by one backward pass a
+sample, and what the first rows of a case cost, with what is tried and imported for them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.functional import cross_entropy
+
+import woodfisher as wf
+from woodfisher.tasks.cifar import ResNet20
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAMPLES = 32
+TOKENS = 64
+VOCABULARY = 1000
+
+
+def resnet20() -> tuple[nn.Module, Tensor, int]:
+    """ResNet-20 (270,896 weights) and images of CIFAR-10's shape."""
+    return ResNet20(), torch.randn(SAMPLES, 3, 32, 32), 10
+
+
+class Sentences(nn.Module):
+    """A BERT of Hugging Face that classifies: tokens `(n, 64)` → logits `(n, 2)`."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        from transformers import BertConfig, BertForSequenceClassification
+
+        config = BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
+        )
+        self.network = BertForSequenceClassification(config)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.network(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits
+        return logits
+
+
+def bert(layers: int, width: int) -> Callable[[], tuple[nn.Module, Tensor, int]]:
+    """An encoder whose Linear weights are chosen, and sentences of 64 tokens."""
+    return lambda: (Sentences(layers, width), torch.randint(VOCABULARY, (SAMPLES, TOKENS)), 2)
+
+
+CASES = {
+    "ResNet-20": resnet20,
+    "BERT 2 x 128": bert(2, 128),
+    "BERT 4 x 256": bert(4, 256),
+    "BERT 4 x 512": bert(4, 512),
+}
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """CPU time of one call."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def measure(name: str, repeats: int) -> dict[str, object]:
+    """Times of one case; `…_ratio` are multiples of the batched backward pass."""
+    torch.manual_seed(0)
+    model, x, classes = CASES[name]()
+    model.eval()
+    y = torch.randint(classes, (SAMPLES,))
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+
+    def batched() -> None:
+        model.zero_grad()
+        cross_entropy(model(x), y).backward()
+
+    def loop() -> None:
+        for i in range(SAMPLES):
+            model.zero_grad()
+            cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
+
+    def vectorised() -> None:
+        def loss(weights: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return cross_entropy(functional_call(model, weights, (x[None],)), y[None])
+
+        weights = {name: p.detach() for name, p in objective.parameters.items()}
+        vmap(grad(loss), in_dims=(None, 0, 0))(weights, x, y)
+
+    buffer = torch.zeros(SAMPLES, objective.layout.size)
+    ways = {
+        "batched": batched,
+        "rows": lambda: objective.rows(SAMPLES),
+        "rows_to_buffer": lambda: objective.rows(SAMPLES, out=buffer),
+        "loop": loop,
+        "torch.func": vectorised,
+    }
+    first = seconds(ways["rows"])
+    try:
+        vectorised()
+    except RuntimeError as error:
+        print(f"torch.func fails for {name}: {str(error)[:60]}…", file=sys.stderr)
+        del ways["torch.func"]
+    times = {way: min(seconds(call) for _ in range(3)) for way, call in ways.items()}
+    for _ in range(repeats):
+        times = {way: min(times[way], seconds(ways[way])) for way in ways}
+    rows = objective.rows(SAMPLES)
+    batched()
+    mean = torch.cat([p.grad.flatten() for p in objective.parameters.values() if p.grad is not None])
+    error = float((rows.mean(0) - mean).norm() / mean.norm())
+    return {
+        "case": name,
+        "weights": objective.layout.size,
+        "samples": SAMPLES,
+        **{f"{way}_seconds": value for way, value in times.items()},
+        **{f"{way}_ratio": times[way] / times["batched"] for way in ways if way != "batched"},
+        "first_rows_seconds": first,
+        "error_of_mean": error,
+    }
+
+
+def main() -> None:
+    """Measure all cases."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for name in options.cases:
+        results.append(each := measure(name, options.repeats))
+        if not options.json:
+            print(f"{name}, {each['weights']:,} weights, {SAMPLES} samples:")
+            figures = {key: value for key, value in each.items() if isinstance(value, float)}
+            print(*(f"  {key:23} {value:.4g}" for key, value in figures.items()), sep="\n", flush=True)
+    if options.json:
+        print(json.dumps({"torch": torch.__version__, "cases": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""`woodfisher plan`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from woodfisher.checks import check_choice
+from woodfisher.cli.console import note, out, print_json
+from woodfisher.cli.options import MethodOptions, TaskOptions
+from woodfisher.curvature import WoodFisher
+from woodfisher.errors import WoodfisherError
+from woodfisher.method import METHODS
+from woodfisher.planning import plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Say what a pruning run would keep where, and what memory and time it would take, without doing it.
+
+    Takes the options of `woodfisher prune`. Of the data only the first samples are read; times come from a
+    calibration of about a second on this machine. What cannot fit is refused, with the least memory that would do.
+    """
+
+    model: TaskOptions = field(default_factory=TaskOptions)
+    method: MethodOptions = field(default_factory=MethodOptions)
+
+    criterion: str = "woodfisher-block"
+    """A criterion of `woodfisher prune` whose curvature is made of gradient rows."""
+
+    json: bool = False
+    """Print one JSON object on standard output, and nothing else there."""
+
+    def run(self) -> None:
+        """Load the task, plan, show."""
+        check_choice("criterion", self.criterion, METHODS)
+        method = self.method.method(self.criterion, strict=True)
+        if not isinstance(method.curvature, WoodFisher):
+            raise WoodfisherError(
+                f"the criterion {self.criterion} keeps no gradient rows, so that there is nothing to plan: it takes "
+                "little more memory than the model."
+            )
+        if not isinstance(method.plan, int):
+            window = method.plan.window * method.curvature.group
+            method = replace(method, curvature=replace(method.curvature, samples=window), stages=1)
+            note(
+                f"stages that adapt carry a window of rows along; planned for the first one, {window} samples"
+            )
+        note(f"loading {self.model.task}")
+        task = self.model.load()
+        assert isinstance(method.curvature, WoodFisher)
+        made = plan(self.model.objective(task, task.model), method.curvature)
+        if self.json:
+            content: dict[str, Any] = {"task": self.model.task, "criterion": self.criterion}
+            print_json({**content, **asdict(made), "peak": made.peak, "bill": dict(made.bill)})
+        else:
+            out().print(f"{self.model.task}, {self.criterion}, at each stage: {made}", soft_wrap=True)

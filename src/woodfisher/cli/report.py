@@ -1,0 +1,42 @@
+"""`woodfisher report`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path  # noqa: TC003  tyro reads the fields' types
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from woodfisher.cli.options import File  # noqa: TC001  likewise
+from woodfisher.files import write_whole
+from woodfisher.page import PAGE, REPORT, require_page, write_page
+
+
+@dataclass(frozen=True)
+class MakePage:
+    """Make the page report.html anew from a report.json of prune, train or compare.
+
+    The page shows what the file says and nothing else: what was reached, layer by layer and stage by stage, and the
+    command that reproduces it. It is one file without scripts, which needs no network.
+    """
+
+    source: Positional[Annotated[Path, arg(metavar="FOLDER|FILE")]]
+    """A report.json, or the folder that it lies in."""
+
+    out: File = None
+    """Where the page goes (default: beside the report, as report.html)."""
+
+    def run(self) -> None:
+        """Read, check, write."""
+        require_page()
+        from woodfisher.page.record import read
+
+        source = self.source / REPORT if self.source.is_dir() else self.source
+        report = read(source)
+        target = self.out or (
+            source.with_name(PAGE) if source.name == REPORT else source.with_suffix(".html")
+        )
+        write_whole(target, lambda path: write_page(report, path))
+        sys.stdout.write(f"The page is {target}\n")

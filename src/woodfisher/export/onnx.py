@@ -1,0 +1,160 @@
+"""ONNX files, by torch's exporter, and onnxruntime to run them. Needs the extra `onnx`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from woodfisher.batches import map_tensors, tensors_of
+from woodfisher.errors import WoodfisherError
+from woodfisher.export.timing import difference
+from woodfisher.files import write_whole
+from woodfisher.forward import arguments_of, outputs_of
+from woodfisher.parameters import unwrapped
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+TOLERANCE = 1e-5
+"""Largest difference to the model's outputs, as a fraction of the largest of them."""
+
+
+class OnnxModel:
+    """An ONNX file as onnxruntime runs it on the CPU, with as many threads as torch has.
+
+    Parameters
+    ----------
+    path:
+        Of the file.
+
+    Notes
+    -----
+    Called with what the model takes, in the order in which it was given when the file was made, it returns a list of
+    tensors.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        runtime = _required("onnxruntime")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3
+        try:
+            self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise WoodfisherError(f"onnxruntime can't read {path}: {error}") from error
+        self._names = [each.name for each in self._session.get_inputs()]
+
+    def __call__(self, example_inputs: Any) -> list[Tensor]:
+        _, named = arguments_of((example_inputs, ()))
+        values = [tensor.detach().cpu().numpy() for tensor in _tensors(example_inputs)]
+        if len(values) != len(self._names):
+            raise WoodfisherError(
+                f"the file takes {len(self._names)} tensors ({', '.join(self._names)}); {len(values)} came."
+            )
+        names = list(named) if named.keys() == set(self._names) else self._names
+        return [
+            torch.from_numpy(each) for each in self._session.run(None, dict(zip(names, values, strict=True)))
+        ]
+
+
+def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, tolerance: float = TOLERANCE) -> None:
+    """Write a model as an ONNX file that takes batches of any size.
+
+    The file is written only if onnxruntime gives the model's outputs on the example, up to `tolerance` times the
+    largest of them. Zeros are stored like any weight: the file is as large as a dense one, and onnxruntime computes
+    with all of it.
+
+    Parameters
+    ----------
+    model:
+        Any module that `torch.export` can trace, in evaluation mode on the CPU; it stays as it is.
+    example_inputs:
+        What the model takes, as in a batch `(inputs, targets)`, of at least two samples.
+    path:
+        Of the file.
+    tolerance:
+        As above.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        _required(name)
+    if any(tensor.ndim == 0 or len(tensor) < 2 for tensor in _tensors(example_inputs)):
+        raise WoodfisherError(
+            "an example of at least two samples is needed to see which dimension the samples are."
+        )
+    model = unwrapped(model)
+    arguments, named = arguments_of((example_inputs, ()))
+    wanted = outputs_of(model, example_inputs)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                arguments,
+                kwargs=named,
+                dynamo=True,
+                dynamic_shapes=_any_number(arguments, named),
+                verbose=False,
+            )
+    except Exception as error:  # whatever the exporter raises says that this model can't go
+        reason = str(error).strip().partition("\n")[0]
+        raise WoodfisherError(
+            f"torch can't export the model to ONNX with batches of any size: {type(error).__name__}: {reason}"
+        ) from error
+    assert program is not None
+
+    def write(draft: Path) -> None:
+        program.save(str(draft), external_data=False)
+        apart = difference(OnnxModel(draft)(example_inputs), wanted)
+        if not apart <= tolerance:
+            raise WoodfisherError(
+                f"onnxruntime's outputs are {apart:.1e} of the largest output away from the model's, and at most "
+                f"{tolerance:.1e} is allowed: no file was written."
+            )
+
+    write_whole(Path(path), write)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what the exporter says of its progress and of packages that it can do without."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _any_number(arguments: Sequence[Any], named: dict[str, Any]) -> Any:
+    """For every tensor, that its first dimension may have any length."""
+
+    def free(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return {0: torch.export.Dim.DYNAMIC}
+        if isinstance(part, dict):
+            return {key: free(value) for key, value in part.items()}
+        return type(part)(map(free, part))
+
+    return {name: free(value) for name, value in named.items()} if named else free(tuple(arguments))
+
+
+def _tensors(example_inputs: Any) -> list[Tensor]:
+    arguments, named = arguments_of((example_inputs, ()))
+    return tensors_of(map_tensors(torch.as_tensor, (*arguments, *named.values())))
+
+
+def _required(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise WoodfisherError(f"ONNX needs {name}: pip install 'woodfisher[onnx]'. ({error})") from error

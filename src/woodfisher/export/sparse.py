@@ -1,0 +1,293 @@
+"""Linear and convolution layers whose weights are sparse matrices, in CSR or in blocks (BSR), by `torch.sparse`."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import unfold
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.export.timing import Race, race
+from woodfisher.forward import outputs_of
+from woodfisher.parameters import unwrapped
+from woodfisher.structure import is_blocked
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_BLOCKS = (16, 8, 4)
+"""Sizes of the square blocks that are looked for."""
+
+
+class SparseLayer(nn.Module):
+    """A layer for inference whose weight is the matrix `(outputs, inputs)`.
+
+    The state dict has the matrix as `crow_indices`, `col_indices` (int32) and `values`, and the bias.
+
+    Parameters
+    ----------
+    matrix:
+        In CSR or BSR layout.
+    bias:
+        `(outputs,)`, or None.
+    """
+
+    crow_indices: Tensor
+    col_indices: Tensor
+    values: Tensor
+    bias: Tensor | None
+
+    def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.outputs, self.inputs = matrix.shape
+        self.register_buffer("crow_indices", matrix.crow_indices().int())
+        self.register_buffer("col_indices", matrix.col_indices().int())
+        self.register_buffer("values", matrix.values().detach())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_load_state_dict_post_hook(_check)  # type: ignore[no-untyped-call]
+
+    def matrix(self, *, check: bool = False) -> Tensor:
+        """The sparse matrix, which shares its memory with the buffers."""
+        layout = torch.sparse_csr if self.values.ndim == 1 else torch.sparse_bsr
+        return torch.sparse_compressed_tensor(
+            self.crow_indices,
+            self.col_indices,
+            self.values,
+            (self.outputs, self.inputs),
+            layout=layout,
+            check_invariants=check,
+        )
+
+    def extra_repr(self) -> str:
+        block = "x".join(map(str, self.values.shape[1:]))
+        return f"{self.inputs}, {self.outputs}, {self.values.numel()} values" + (
+            f" in blocks of {block}" if block else ""
+        )
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """What the dense layer gives."""
+
+
+class SparseLinear(SparseLayer):
+    """A Linear layer `(…, inputs)` → `(…, outputs)`."""
+
+    def __init__(self, matrix: Tensor, linear: nn.Linear) -> None:
+        super().__init__(matrix, linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, matrix = x.reshape(-1, self.inputs), self.matrix()
+        if len(rows) == 1 and self.values.ndim == 1:
+            # A product with one vector reads the matrix once, which takes half of the time or less.
+            vector = rows[0]
+            out = torch.mv(matrix, vector) if self.bias is None else torch.addmv(self.bias, matrix, vector)
+        else:
+            out = (matrix @ rows.T).T
+            out = out.contiguous() if self.bias is None else (out + self.bias).contiguous()
+        return out.reshape(*x.shape[:-1], self.outputs)
+
+
+class SparseConv2d(SparseLayer):
+    """A convolution as the product of the flat kernels `(outputs, inputs · height · width)` with unfolded images."""
+
+    def __init__(self, matrix: Tensor, conv: nn.Conv2d) -> None:
+        super().__init__(matrix, conv.bias)
+        assert not isinstance(conv.padding, str)
+        self.kernel_size, self.stride = conv.kernel_size, conv.stride
+        self.padding, self.dilation = conv.padding, conv.dilation
+
+    def forward(self, x: Tensor) -> Tensor:
+        batched = x if x.ndim == 4 else x[None]
+        height, width = (self._length(batched.shape[2 + i], i) for i in range(2))
+        if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
+            patches = batched.flatten(2)
+        else:
+            patches = unfold(batched, self.kernel_size, self.dilation, self.padding, self.stride)
+        out = self.matrix() @ patches.transpose(0, 1).reshape(self.inputs, -1)
+        if self.bias is not None:
+            out = out + self.bias[:, None]
+        out = out.reshape(self.outputs, len(batched), height, width).transpose(0, 1)
+        return out.contiguous() if x.ndim == 4 else out[0].contiguous()
+
+    def _length(self, length: int, i: int) -> int:
+        covered = self.dilation[i] * (self.kernel_size[i] - 1) + 1
+        return (length + 2 * int(self.padding[i]) - covered) // self.stride[i] + 1
+
+
+@dataclass(frozen=True)
+class LayerSpeed:
+    """How a layer does with a sparse weight, on the inputs that it got.
+
+    Attributes
+    ----------
+    name:
+        Of the layer.
+    shape:
+        Of its weight.
+    sparsity:
+        Fraction of its weights that are zero.
+    layout:
+        `csr`, or `bsr4` and the like where blocks of 4 × 4 were faster.
+    race:
+        Timings of the dense and the sparse layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    sparsity: float
+    layout: str
+    race: Race
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "sparsity": self.sparsity,
+            "layout": self.layout,
+            **self.race.to_dict(),
+        }
+
+
+def measure_layers(model: nn.Module, example_inputs: Any) -> list[LayerSpeed]:
+    """Time each layer that can be sparse, dense and sparse in turns, on the inputs that it gets for these.
+
+    Layers are plain Linear and Conv2d ones with zeros in their weights, without groups, that are called once.
+
+    Parameters
+    ----------
+    model:
+        Any module, in evaluation mode; it stays as it is.
+    example_inputs:
+        What the model takes, as in a batch `(inputs, targets)`, of the batch size that matters.
+    """
+    model = unwrapped(model)
+    layers = {name: module for name, module in model.named_modules() if _can_be_sparse(module)}
+    calls: dict[str, list[Tensor]] = {name: [] for name in layers}
+    handles = [
+        module.register_forward_pre_hook(partial(_record, calls[name])) for name, module in layers.items()
+    ]
+    try:
+        outputs_of(model, example_inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [
+        _fastest(name, layer, calls[name][0])
+        for name, layer in layers.items()
+        if len(calls[name]) == 1 and not layer.weight.all()
+    ]
+
+
+def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Module:
+    """A copy of a model, for inference, in which these layers have sparse weights.
+
+    Its outputs are those of the model up to rounding.
+
+    Parameters
+    ----------
+    model:
+        Any module; it stays as it is.
+    layers:
+        Names of Linear and Conv2d layers, in CSR, or name → layout as in `LayerSpeed`.
+
+    Examples
+    --------
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    >>> to_sparse(model, ["0"])[0]
+    SparseLinear(8, 4, 32 values)
+    """
+    layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
+    model = unwrapped(model)
+    replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
+    sparse = copy.deepcopy(model)
+    for name, layer in replaced.items():
+        sparse.set_submodule(name, layer)
+    return sparse
+
+
+def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
+    """The layer of that name, which can have a sparse weight."""
+    layer = dict(model.named_modules()).get(name)
+    if not name:
+        raise WoodfisherError(
+            "a model that is one layer can't have that layer replaced: put it into a torch.nn.Sequential."
+        )
+    if layer is None or not _can_be_sparse(layer):
+        found = "has none of that name" if layer is None else f"has a {type(layer).__name__} there"
+        raise WoodfisherError(
+            f"the layer {name!r} must be a plain Linear or Conv2d, without groups or hooks and padded with zeros by "
+            f"numbers; the model {found}."
+        )
+    assert isinstance(layer, (nn.Linear, nn.Conv2d))
+    return layer
+
+
+def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> SparseLayer:
+    """The sparse form of a layer with a matrix given by its state dict's three tensors, which are checked."""
+    shape = (len(layer.weight), layer.weight[0].numel())
+    values = parts["values"]
+    layout = torch.sparse_csr if values.ndim == 1 else torch.sparse_bsr
+    matrix = torch.sparse_compressed_tensor(
+        parts["crow_indices"], parts["col_indices"], values, shape, layout=layout, check_invariants=True
+    )
+    return _layer_with(layer, matrix)
+
+
+def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
+    weight = layer.weight.detach().flatten(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta")
+        if layout == "csr":
+            return _layer_with(layer, weight.to_sparse_csr())
+        size = int(layout.removeprefix("bsr")) if layout.removeprefix("bsr").isdigit() else 0
+        if not size or weight.shape[0] % size or weight.shape[1] % size:
+            raise WoodfisherError(
+                f"a layout is csr, or bsr4 and the like for blocks that divide the weight; {layout!r} came for one of "
+                f"shape {tuple(weight.shape)}."
+            )
+        return _layer_with(layer, weight.to_sparse_bsr((size, size)))
+
+
+def _layer_with(layer: nn.Linear | nn.Conv2d, matrix: Tensor) -> SparseLayer:
+    sparse: SparseLayer
+    sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
+    return sparse.train(layer.training)
+
+
+def _can_be_sparse(module: nn.Module) -> bool:
+    """Subclasses, parametrizations and masks by hooks do something else than the plain layer."""
+    if module._forward_pre_hooks or module._forward_hooks:
+        return False
+    if type(module) is nn.Conv2d:
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
+
+
+def _fastest(name: str, layer: Any, x: Tensor) -> LayerSpeed:
+    weight = layer.weight.detach().flatten(1)
+    layouts = ["csr", *(f"bsr{size}" for size in _BLOCKS if is_blocked(weight != 0, size, size))][:2]
+    races: dict[str, Race] = {}
+    for layout in layouts:
+        races[layout] = race(partial(layer, x), partial(_as_sparse(layer, layout), x))
+    best = max(races, key=lambda layout: races[layout].speedup)
+    sparsity = 1 - float((weight != 0).double().mean())
+    return LayerSpeed(name, tuple(layer.weight.shape), sparsity, best, races[best])
+
+
+def _record(calls: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    calls.append(inputs[0].detach())
+
+
+def _check(module: nn.Module, _keys: object) -> None:
+    """After new tensors were loaded: indexes that point outside would read memory that isn't theirs."""
+    assert isinstance(module, SparseLayer)
+    module.matrix(check=True)

@@ -1,0 +1,112 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+_MINUS = "−"
+
+
+def power_of_ten(exponent: int) -> str:
+    """10ⁿ.
+
+    >>> power_of_ten(-4), power_of_ten(0)
+    ('10⁻⁴', '1')
+    """
+    return "1" if exponent == 0 else f"10{str(exponent).translate(_RAISED)}"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number to that many digits, with a power of ten where it is very large or small.
+
+    >>> significant(0.00015), significant(0.25), significant(-1234.5), significant(0)
+    ('1.5 × 10⁻⁴', '0.25', '−1230', '0')
+    """
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    mantissa, _, exponent = f"{abs(value):.{digits - 1}e}".partition("e")
+    power = int(exponent)
+    if -3 <= power <= 4:
+        text = f"{float(f'{mantissa}e{power}'):.{max(digits - 1 - power, 0)}f}"
+        text = text.rstrip("0").rstrip(".") if "." in text else text
+    else:
+        text = f"{mantissa.rstrip('0').rstrip('.')} × {power_of_ten(power)}"
+    return (_MINUS if value < 0 else "") + text
+
+
+def change(value: float) -> str:
+    """A number with its sign, to three digits.
+
+    >>> change(0.004), change(-0.02), change(0)
+    ('+0.004', '−0.02', '0')
+    """
+    return ("+" if value > 0 else "") + significant(value)
+
+
+def points(value: float) -> str:
+    """A difference of metrics to two decimals, with its sign.
+
+    >>> points(-0.9), points(0.3), points(0)
+    ('−0.90', '+0.30', '±0.00')
+    """
+    text = f"{abs(value):.2f}"
+    return ("±" if float(text) == 0 else _MINUS if value < 0 else "+") + text
+
+
+def per_cent(share: float, decimals: int = 1) -> str:
+    """A share in per cent.
+
+    >>> per_cent(0.954), per_cent(0.95, 2)
+    ('95.4 %', '95.00 %')
+    """
+    return f"{100 * share:.{decimals}f} %"
+
+
+def count(number: int) -> str:
+    """A whole number, its thousands apart.
+
+    >>> count(21456)
+    '21,456'
+    """
+    return f"{number:,}"
+
+
+def amount(number: float) -> str:
+    """A large number in thousands, millions and so on.
+
+    >>> amount(589824), amount(40_813_184), amount(12)
+    ('590 k', '40.8 M', '12')
+    """
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= unit:
+            return f"{significant(number / unit)} {name}"
+    return significant(number)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(0.04), duration(32.04), duration(192), duration(4000)
+    ('0.04 s', '32.0 s', '3 min 12 s', '1 h 7 min')
+    """
+    if seconds < 1:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min"
+
+
+def fewer(kept: float, size: float) -> str:
+    """How many times fewer.
+
+    >>> fewer(1073, 21456), fewer(0, 5), fewer(5, 5)
+    ('20.0× fewer', 'none left', 'all of them')
+    """
+    if kept == size:
+        return "all of them"
+    return f"{size / kept:.1f}× fewer" if kept else "none left"

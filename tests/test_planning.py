@@ -1,0 +1,140 @@
+"""Plans: what is kept where, what it takes, and what is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import woodfisher as wf
+from models import mlp, samples
+from woodfisher import planning
+from woodfisher.memory import parse_bytes
+from woodfisher.planning import Machine, planned
+from woodfisher.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
+
+MIB = 2**20
+
+
+def wide():
+    """Rows of 400 samples take 400 · 100 · 100 · 4 bytes = 15.3 MiB dense, and 400 · 200 · 4 in factor form."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 100, bias=False))
+    return wf.Objective(model, [samples(400, (100,), classes=100)], cross_entropy)
+
+
+@pytest.fixture
+def _nothing_is_small(monkeypatch):
+    monkeypatch.setattr(planning, "SMALL", 0)
+    monkeypatch.setattr(planning, "resident_memory", lambda _: 100 * MIB)
+    monkeypatch.setattr(planning, "WORKSPACE", MIB)
+    monkeypatch.setattr(planning, "TILE", MIB)
+    monkeypatch.setattr(planning, "WINDOW", MIB)
+
+
+def kept(memory, machine=None, **options):
+    curvature = wf.WoodFisher(400, 500, 1e-3, memory=memory, **options)
+    return planned(wide().within(MIB), curvature, machine or Machine())
+
+
+@pytest.mark.usefixtures("_nothing_is_small")
+def test_the_cheapest_place_that_fits_is_taken(monkeypatch):
+    slow = Machine(memory=1e5, disk=1e4)
+    assert kept(1000 * MIB, slow).keep == "factors"
+    quick = Machine(flops=1e5, memory=1e12, disk=1e3)
+    assert kept(1000 * MIB, quick).keep == "memory"
+    monkeypatch.setattr(wf.Objective, "factors", lambda *_: {})
+    assert kept(115 * MIB, Machine(disk=1e12)).keep == "disk"
+    monkeypatch.setattr(planning, "disk_room", lambda: 0)
+    assert kept(115 * MIB).keep == "again"
+    assert kept(115 * MIB).peak <= 115 * MIB
+
+
+@pytest.mark.usefixtures("_nothing_is_small")
+def test_what_can_not_fit_is_refused_with_the_least_that_would():
+    with pytest.raises(
+        wf.WoodfisherError, match=r"memory=100 MiB is not enough: .* 100 MiB as it is.*Give"
+    ) as said:
+        kept(100 * MIB)
+    least = parse_bytes(str(said.value).split("Give ")[1].split(" or more")[0]) * 1.01
+    assert kept(int(least)).peak <= least
+
+
+def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
+    reads = []
+
+    class Batches:
+        dataset = range(400)
+
+        def __iter__(self):
+            for batch in [samples(20), samples(380)]:
+                reads.append(len(batch[0]))
+                yield batch
+
+    objective = wf.Objective(mlp(), Batches(), cross_entropy)
+    made = wf.plan(objective, wf.WoodFisher(400, 10, 1e-3, memory="1GiB"))
+    assert set(reads) == {20}
+    assert (made.rows, made.weights, made.blocks, made.block_size) == (400, 36, 5, 10)
+    assert made.flops == 3 * 10 * (2 * 400 * 10 + 200) + 4 * (2 * 400 * 4 + 2 * 16) + 2 * (
+        2 * 400 * 2 + 2 * 4
+    )
+    assert made.keep == "memory"
+    assert made.peak == made.base + sum(size for _, size in made.bill)
+    assert all(seconds >= 0 for seconds in made.seconds.values())
+    text = str(made)
+    for part in ("400 gradient rows of 36 weights", "in memory", "peak memory", "of 1 GiB", "expected"):
+        assert part in text
+
+
+def test_dual_blocks_count_three_operations_for_a_pair_of_rows_and_a_weight():
+    assert planned(wide(), wf.WoodFisher(40, 5000, 1e-3)).flops == 3 * 40**2 * 10_000
+
+
+@pytest.mark.parametrize(
+    ("keep", "kind"),
+    [
+        ("memory", HeldRows),
+        ("half", HeldRows),
+        ("factors", FactorRows),
+        ("disk", FileRows),
+        ("again", GatheredRows),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:gradient rows are kept in bfloat16")
+def test_rows_are_kept_where_the_plan_says(keep, kind):
+    objective = wf.Objective(mlp(), [samples(12)], cross_entropy)
+    curvature = wf.WoodFisher(12, 10, 1e-3, keep=keep)
+    assert isinstance(gathered(objective, curvature, planned(objective, curvature), None), kind)
+
+
+def test_pruning_under_a_budget_gives_the_same_network():
+    torch.manual_seed(0)
+    data, models = [samples(60)], [mlp(), mlp()]
+    curvature = wf.WoodFisher(50, 10, 1e-3)
+    wf.prune(models[0], data, cross_entropy, 0.5, curvature=curvature, stages=3)
+    tight = replace(curvature, keep="again", memory="64GiB")
+    wf.prune(models[1], data, cross_entropy, 0.5, curvature=tight, stages=3)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"memory": "much"}, "4GiB or 500MB; 'much' came"),
+        ({"memory": 0}, "4GiB or 500MB; 0 came"),
+        ({"keep": "cloud"}, "keep must be one of auto, memory"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.WoodFisher(**options)
+
+
+def test_rows_that_can_not_be_had_in_factor_form_are_refused():
+    objective = wf.Objective(mlp(), iter([samples(12)]), cross_entropy)
+    with pytest.raises(wf.WoodfisherError, match="factor form"):
+        wf.WoodFisher(12, 10, 1e-3, keep="factors")(objective)
+    with pytest.raises(wf.WoodfisherError, match="read only once"):
+        wf.WoodFisher(12, 10, 1e-3, keep="again")(objective)
