@@ -168,9 +168,14 @@ class Part(Objective):
         return self._own(self.whole.gradient(samples))
 
     def rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
+        self,
+        samples: int,
+        *,
+        group: int = 1,
+        labels: str = "data",
+        columns: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        out: Tensor | None = None
         filled = 0
         for rows in self.iter_rows(samples, group=group, labels=labels, columns=columns):
             if out is None:
