@@ -1,15 +1,26 @@
 """Several processes prune as one does."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -22,6 +33,8 @@ from woodfisher.distributed import Ranks, together
 from woodfisher.layout import Layout
 from woodfisher.method import METHODS
 from woodfisher.ranking import survivors
+
+SOURCE = Path(wf.__file__).parents[1]
 
 BLOCK = {"curvature": wf.WoodFisher(23, 5, 1e-2), "stages": 1}
 
@@ -314,3 +327,50 @@ def test_which_methods_are_dealt_out():
         assert not can_be_dealt(replace(block, **change))
     for change in ({"across_layers": True}, {"keep": "again"}, {"labels": "model"}, {"block_size": None}):
         assert not can_be_dealt(replace(block, curvature=replace(block.curvature, **change)))
+
+
+def sharded(rank):
+    model, plain = Net(), Net()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    with pytest.raises(wf.WoodfisherError, match="'first.weight' is sharded .*set_model_state_dict"):
+        wf.prune(model, batches(), cross_entropy, 0.7, **BLOCK)
+    whole = StateDictOptions(full_state_dict=True)
+    plain.load_state_dict(get_model_state_dict(model, options=whole))
+    report = wf.prune(plain, batches(), cross_entropy, 0.7, recalibrate=20, **BLOCK)
+    set_model_state_dict(model, plain.state_dict(), options=whole)
+    state = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
+    return plain.state_dict() | state, report.masks, report.to_dict()
+
+
+def test_a_sharded_model_is_pruned_by_way_of_a_plain_copy(tmp_path):
+    same(run(sharded, 2, tmp_path), pruned("net", BLOCK))
+
+
+def torchrun(*arguments, **environment):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "woodfisher",
+        "prune",
+    ]
+    source = os.pathsep.join(filter(None, [str(SOURCE), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, **environment}
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=240, env=environment, check=False
+    )
+
+
+def test_the_command_line_in_two_processes(tmp_path):
+    done = torchrun("--preset", "paper", "--sparsity", "0.9", "--out", str(tmp_path / "out"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert (
+        json.loads(done.stdout)["kept"] == json.loads((tmp_path / "out" / "report.json").read_text())["kept"]
+    )
+    assert done.stderr.count("loading digits") == done.stderr.count("dense: accuracy") == 1
+    failed = torchrun("--criterion", "magnitude", "--task", "nowhere", "--out", str(tmp_path / "none"))
+    assert failed.returncode != 0 and not (tmp_path / "none").exists()
+    assert "woodfisher: " in failed.stderr and "exitcode  : 2" in failed.stderr

@@ -43,6 +43,13 @@ def choose(
     match the name of a parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
     """
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    sharded = next((name for name, p in named.items() if hasattr(p, "full_tensor")), None)
+    if sharded is not None:
+        raise WoodfisherError(
+            f"{sharded!r} is sharded (a DTensor, as of fully_shard), and pruning takes whole weights: gather them "
+            "into a plain copy of the model with get_model_state_dict, prune that, and write it back with "
+            "set_model_state_dict, as docs/processes.md shows."
+        )
     if params is None:
         weights = {
             id(p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -38,6 +39,9 @@ def process_group(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
+    # Its functions' default is the group that there is when it is first imported, as by an optimizer: they would keep
+    # that beyond its end, and its threads then abort an interpreter that ends.
+    importlib.import_module("torch.distributed.nn.functional")
     on_cuda = device.startswith("cuda")
     try:
         if on_cuda:
