@@ -138,6 +138,16 @@ def test_wrong_arguments_of_an_operator(call, message):
         call(diagonal()[0])
 
 
+def test_a_joint_update_factors_the_kept_weights_alone():
+    """Products with F and restricted solves leave the factors of all weights unmade."""
+    finv = LowRankInverse(random(3, 20), 2, DAMPING, 3)
+    keep = torch.rand(20, generator=torch.Generator().manual_seed(1)) < 0.6
+    finv.restricted_solve(keep, finv.forward(random(20, seed=3)))
+    assert "_factor" not in vars(finv)
+    finv.diag()
+    assert "_factor" in vars(finv)
+
+
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 200])
 def test_triangular_inverse(n):
     L = torch.linalg.cholesky(torch.stack([spd(n, 1), spd(n, 2)]))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
 from models import mlp, samples
@@ -117,6 +118,27 @@ def test_pruning_under_a_budget_gives_the_same_network():
     wf.prune(models[1], data, cross_entropy, 0.5, curvature=tight, stages=3)
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("small", [0, 2**30])
+def test_planning_draws_no_random_numbers(small, monkeypatch):
+    monkeypatch.setattr(planning, "SMALL", small)
+    loader = DataLoader(TensorDataset(*samples(60)), batch_size=10, shuffle=True)
+    objective = wf.Objective(mlp(), loader, cross_entropy)
+    before = torch.get_rng_state()
+    planned(objective, wf.WoodFisher(50, 10, 1e-3))
+    wf.plan(objective, wf.WoodFisher(50, 10, 1e-3, keep="factors"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_small_rows_are_planned_without_reading_data():
+    class Unread:
+        dataset = range(60)
+
+        def __iter__(self):
+            raise AssertionError("data was read")
+
+    assert planned(wf.Objective(mlp(), Unread(), cross_entropy), wf.WoodFisher(50, 10, 1e-3)).keep == "memory"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from woodfisher.signals import Factors, LayerRows, has_factors, only_call, recor
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
@@ -256,7 +257,7 @@ class Objective:
 
         Those of matrix products and convolutions are counted; biases and norms take part in none.
         """
-        first = next(iter(self.data), None)
+        first = self._first_samples(1)
         if first is None:
             raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
         counts = self._flops_by_module(first)
@@ -286,16 +287,21 @@ class Objective:
     @property
     def reads_once(self) -> bool:
         """Whether the data can be read only once, so that nothing may be tried on it beforehand."""
-        return iter(self.data) is self.data
+        return isinstance(self.data, Iterator)
+
+    def _first_samples(self, most: int) -> Batch | None:
+        """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
+        with isolated(self.model):
+            return next(iter(take(self.data, most)), None)
 
     def row_bytes(self, group: int = 1) -> int:
         """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
-        first = next(iter(take(self.data, group)), None)
+        first = self._first_samples(group)
         return 0 if first is None else self._saved_bytes(self._to_device(first))
 
     def forward_flops(self) -> int:
         """Operations of a forward pass of one sample, as far as torch counts them."""
-        first = next(iter(self.data), None)
+        first = self._first_samples(1)
         return 0 if first is None else sum(self._flops_by_module(first).values())
 
     def known_samples(self) -> int | None:
@@ -405,7 +411,7 @@ class Objective:
         if self.reads_once:
             return {}
         with isolated(self.model), torch.enable_grad():
-            batch = next(iter(take(self.data, _TRIED_ROWS_OF_OWN_LOSS * group)), None)
+            batch = self._first_samples(_TRIED_ROWS_OF_OWN_LOSS * group)
             if batch is None or samples_in(batch) < group:
                 return {}
             return self._factors_of(self._to_device(batch), group)

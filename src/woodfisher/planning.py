@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from woodfisher.curvature.woodfisher import WoodFisher
     from woodfisher.layout import Run
     from woodfisher.objective import Objective
+    from woodfisher.signals import Factors
 
 Keep = Literal["memory", "half", "factors", "disk", "again"]
 
@@ -169,10 +171,11 @@ def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None
         work.check(curvature.keep)
         ways = [work.way(curvature.keep)]
     else:
-        held = work.way("memory")
-        if work.dense <= SMALL and work.fits(held):
+        small = work.dense <= SMALL
+        held = work.way("memory", look=machine is not None or not small)
+        if small and work.fits(held):
             return held
-        ways = [held, *map(work.way, work.alternatives())]
+        ways = [work.way(keep) for keep in ("memory", *work.alternatives())]
     fitting = [way for way in ways if work.fits(way)]
     if not fitting:
         raise WoodfisherError(work.refusal(min(ways, key=lambda way: way.peak)))
@@ -227,20 +230,27 @@ class _Work:
             others.append("disk")
         return others
 
+    @cached_property
+    def _factors(self) -> dict[str, Factors]:
+        return self.objective.factors(self.curvature.group)
+
+    @cached_property
+    def _row_bytes(self) -> int:
+        return self.objective.row_bytes(self.curvature.group)
+
     @property
     def _all_factors(self) -> bool:
-        able = self.objective.factors(self.curvature.group)
-        return able.keys() == self.objective.layout.shapes.keys()
+        return self._factors.keys() == self.objective.layout.shapes.keys()
 
     def fits(self, way: Plan) -> bool:
         """Whether there is memory for that."""
         return self.room is None or way.peak - self.base <= self.room
 
-    def way(self, keep: Keep) -> Plan:
-        """The plan with the rows kept so."""
+    def way(self, keep: Keep, *, look: bool = True) -> Plan:
+        """The plan with the rows kept so; unless it may `look` at samples, it knows less of them than it could."""
         N, d = self.rows, self.weights
         kept = self._kept(keep)
-        chunk = self._chunk()
+        chunk = self._chunk(look)
         vectors = VECTORS * 8 * self.objective.layout.size
         largest = max((run.size for run in self.runs), default=0)
         scratch = min(TILE, 8 * N * d) + 8 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
@@ -277,7 +287,7 @@ class _Work:
             flops=float(flops),
             traffic=float(traffic),
             seconds={
-                "gradients": self._passes(keep, window) * self._gathering(),
+                "gradients": self._passes(keep, window) * self._gathering if look else 0.0,
                 "rows": self._reading(keep, traffic),
                 "factor and score": flops / (0.5 * self.machine.flops),
             },
@@ -285,18 +295,17 @@ class _Work:
 
     def _kept(self, keep: Keep) -> int:
         if keep == "factors":
-            factors = self.objective.factors(self.curvature.group)
-            return self.rows * self.item * sum(each.floats for each in factors.values())
+            return self.rows * self.item * sum(each.floats for each in self._factors.values())
         return {"memory": self.dense, "half": self.dense * 2 // self.item}.get(keep, 0)
 
-    def _chunk(self) -> int:
+    def _chunk(self, look: bool) -> int:
         """Bytes for a chunk of samples: a share of what there is, and a row at least."""
         most = self.objective.workspace
         if self.room is not None:
             most = min(most, max(self.room // 6, 0))
-        if self.objective.reads_once:
+        if self.objective.reads_once or not look:
             return most
-        each = 2 * self.objective.row_bytes(self.curvature.group)
+        each = 2 * self._row_bytes
         whole = (each + 2 * self.weights * self.item) * self.rows
         return max(min(most, whole), each)
 
@@ -311,6 +320,7 @@ class _Work:
     def _passes(self, keep: Keep, window: int) -> int:
         return READS * -(-self.weights // window) if keep == "again" and window else 1
 
+    @cached_property
     def _gathering(self) -> float:
         """Seconds of taking all gradients once: three times the operations of a forward pass."""
         if self.objective.reads_once:
@@ -322,8 +332,7 @@ class _Work:
             return traffic / self.machine.disk
         seconds = traffic / self.machine.memory
         if keep == "factors":
-            factors = self.objective.factors(self.curvature.group)
-            flops = READS * self.rows * sum(each.flops for each in factors.values())
+            flops = READS * self.rows * sum(each.flops for each in self._factors.values())
             seconds = seconds / 4 + flops / self.machine.flops
         return seconds
 
@@ -346,7 +355,7 @@ class _Work:
 def calibrated(objective: Objective) -> Machine:
     """Measure the machine's rates where the objective computes: about a second."""
     device = objective.device
-    A = torch.randn(1500, 1500, device=device)
+    A = torch.ones(1500, 1500, device=device)
     data = torch.empty(2**26, dtype=torch.uint8, device=device)
     product = _fastest(lambda: A @ A, device)
     copy = _fastest(lambda: data.clone(), device)

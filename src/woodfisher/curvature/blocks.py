@@ -54,7 +54,7 @@ class FisherBlocks(InverseOperator):
 
     @property
     def _exact(self) -> InverseOperator:
-        """The operator with its float64 factors."""
+        """The operator in float64."""
         if self._held is not None:
             return self._held
         made = self._of(slice(0, self._count))
@@ -71,18 +71,7 @@ class FisherBlocks(InverseOperator):
         return self._exact._inverse_product(V)
 
     def _forward_product(self, V: Tensor) -> Tensor:
-        """Fv a block: it needs no factor, (GᵀGv)/n + λv."""
-        B = V.reshape(self._count, self._block, -1)
-        N = self._rows.count
-        Y = torch.zeros(self._count, N, B.shape[2], dtype=torch.float64, device=self.device)
-        out = B * self.damping
-        for blocks in spans(self._count, 8 * N * self._block):
-            inside = list(pieces(blocks.stop - blocks.start, N, self._block))
-            for _, columns in inside:
-                Y[blocks] += self._read(blocks, columns).double() @ B[blocks, columns]
-            for _, columns in inside:
-                out[blocks, columns] += self._read(blocks, columns).double().mT @ Y[blocks] / self.divisor
-        return out.reshape(V.shape)
+        return self._exact._forward_product(V)
 
     def _submatrices(self, index: Tensor) -> Tensor:
         return self._exact._submatrices(index)

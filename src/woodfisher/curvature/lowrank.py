@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,13 @@ class LowRankInverse(InverseOperator):
         self.damping, self.divisor = damping, divisor
         self._products = self._rows.dtype if single else torch.float64
         self._shape = (count, self._rows.count, self.size // count)
-        self._factor = self._factored(None) if gram is None else self._inverted(gram.clone())
+        if gram is not None:
+            self._factor = self._inverted(gram.clone())
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        """L⁻¹, which products with the curvature itself and solves on kept weights alone don't need."""
+        return self._factored(None)
 
     @property
     def _pieces(self) -> list[tuple[slice, slice]]:
