@@ -16,7 +16,7 @@ from models import mlp, samples
 from woodfisher import rows as module
 from woodfisher.curvature import base
 from woodfisher.planning import planned
-from woodfisher.rows import FileRows, HeldRows, WindowRows, gathered
+from woodfisher.rows import FactorRows, FileRows, HeldRows, WindowRows, gathered
 
 EXACT = ["factors", "disk", "again"]
 
@@ -138,6 +138,15 @@ def test_any_span_and_selection_of_a_file(data):
     index = torch.tensor(data.draw(st.lists(st.integers(0, d - 1), min_size=1)))
     assert torch.equal(rows.select(index), G[:, index])
     assert torch.equal(HeldRows(G).select(index), G[:, index])
+
+
+def test_every_span_of_rows_in_factor_form():
+    at = objective()
+    G, (layers,) = at.rows(12), list(at.iter_layer_rows(12))
+    for start in range(at.layout.size):
+        for stop in range(start + 1, at.layout.size + 1):
+            rows = FactorRows(layers, at.layout, None, at.dtype, at.device, 1)
+            torch.testing.assert_close(rows.columns(slice(start, stop)), G[:, start:stop])
 
 
 def test_no_room_on_disk_is_said_before_any_gradient(monkeypatch):
