@@ -140,6 +140,13 @@ def test_any_span_and_selection_of_a_file(data):
     assert torch.equal(HeldRows(G).select(index), G[:, index])
 
 
+def test_rows_of_convolutions_with_patches_for_inputs_are_the_same():
+    (layers,) = objective("conv").iter_layer_rows(12)
+    for layer in layers.values():
+        torch.testing.assert_close(layer.unfolded().dense(), layer.dense())
+    assert any(layer.unfolded() is not layer for layer in layers.values())
+
+
 def test_every_span_of_rows_in_factor_form():
     at = objective()
     G, (layers,) = at.rows(12), list(at.iter_layer_rows(12))

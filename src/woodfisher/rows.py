@@ -280,35 +280,19 @@ class FactorRows(WindowRows):
         out = torch.empty(self.count, span.stop - span.start, dtype=self.dtype, device=self.device)
         for name, (place, index) in self._layout.places(_indexes(span, self._index, self.device)).items():
             assert index is not None
-            if self._index is None:
-                self._write(out[:, place], self._layers[name], int(index[0]))
-            else:
-                self._pick(out[:, place], self._layers[name], index)
+            layer, part = self._layers[name].unfolded(), out[:, place]
+            channels = index // layer.width
+            step = max(SPAN // (self.count * layer.width * self.dtype.itemsize), 1)
+            for first in range(int(channels[0]), int(channels[-1]) + 1, step):
+                some = slice(first, min(first + step, layer.channels))
+                ends = torch.tensor([some.start, some.stop], device=channels.device)
+                start, stop = torch.searchsorted(channels, ends).tolist()
+                here = index[start:stop] - first * layer.width
+                if len(here) == (some.stop - some.start) * layer.width:
+                    layer.dense(some, out=part[:, start:stop])
+                elif len(here):
+                    torch.index_select(layer.dense(some), 1, here, out=part[:, start:stop])
         return out
-
-    def _write(self, out: Tensor, layer: LayerRows, first: int) -> None:
-        """Write the rows for a layer's weights from `first` on: whole channels to their place, parts of some by a copy."""
-        width, stop = layer.width, first + out.shape[1]
-        low, high = -(-first // width), stop // width
-        ends = [(low - 1, first, min(low * width, stop)), (high, max(high * width, first), stop)]
-        if low < high:
-            layer.dense(slice(low, high), out=out[:, low * width - first : high * width - first])
-        elif low > high:
-            ends.pop()
-        for channel, start, end in ends:
-            if start < end:
-                part = layer.dense(slice(channel, channel + 1))
-                out[:, start - first : end - first] = part[:, start - channel * width : end - channel * width]
-
-    def _pick(self, out: Tensor, layer: LayerRows, index: Tensor) -> None:
-        """Write the rows for some of a layer's weights, a few channels at a time."""
-        channels = index // layer.width
-        step = max(SPAN // (self.count * layer.width * self.dtype.itemsize), 1)
-        for first in range(int(channels[0]), int(channels[-1]) + 1, step):
-            some = slice(first, min(first + step, layer.channels))
-            ends = torch.tensor([some.start, some.stop], device=channels.device)
-            start, stop = torch.searchsorted(channels, ends).tolist()
-            out[:, start:stop] = layer.dense(some)[:, index[start:stop] - first * layer.width]
 
     def gram(self) -> Tensor:
         if self._index is not None:

@@ -157,6 +157,13 @@ class LayerRows:
         s = self.outputs.unflatten(2, (self.groups, -1))[:, :, groups]
         return s.flatten(4).movedim(1, 3).flatten(3), self._patches(groups)
 
+    def unfolded(self) -> LayerRows:
+        """The same rows with patches for inputs, where dense ones are made of these: for several parts of them."""
+        if self.convolution is None or self.groups > 1 or self._faster_by_groups:
+            return self
+        S, A = self.terms()
+        return LayerRows(None, A[:, 0].mT, S[:, 0].mT)
+
     def dense(self, channels: slice | None = None, out: Tensor | None = None) -> Tensor:
         """The rows for these output channels (default: all) in the weight's own order, `(N, channels · width)`.
 
