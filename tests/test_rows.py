@@ -16,7 +16,7 @@ from models import mlp, samples
 from woodfisher import rows as module
 from woodfisher.curvature import base
 from woodfisher.planning import planned
-from woodfisher.rows import FactorRows, FileRows, HeldRows, WindowRows, gathered
+from woodfisher.rows import FactorRows, FileRows, HeldRows, HostRows, WindowRows, gathered
 
 EXACT = ["factors", "disk", "again"]
 
@@ -117,6 +117,7 @@ def test_a_window_is_loaded_once_when_columns_come_in_order():
 
     class Counted(WindowRows):
         def _load(self, span):
+            span = self._whole(span)
             loads.append((span.start, span.stop))
             return torch.zeros(2, span.stop - span.start)
 
@@ -154,6 +155,57 @@ def test_every_span_of_rows_in_factor_form():
         for stop in range(start + 1, at.layout.size + 1):
             rows = FactorRows(layers, at.layout, None, at.dtype, at.device, 1)
             torch.testing.assert_close(rows.columns(slice(start, stop)), G[:, start:stop])
+
+
+def host_rows(window, count=4, size=50, chunks=(3, 1), device="cpu"):
+    made = torch.arange(float(count * size)).reshape(count, size)
+    device = torch.device(device)
+    return made, HostRows(iter(made.to(device).split(chunks)), count + 2, size, made.dtype, device, window)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_span_and_selection_of_rows_in_main_memory(data):
+    made, rows = host_rows(data.draw(st.integers(1, 60)))
+    assert rows.count == 4
+    for _ in range(6):
+        first = data.draw(st.integers(0, 48))
+        span = slice(first, data.draw(st.integers(first + 1, 50)))
+        assert torch.equal(rows.columns(span), made[:, span])
+        some = torch.tensor(data.draw(st.lists(st.integers(0, 49), min_size=1, unique=True)))
+        assert torch.equal(rows.select(some), made[:, some])
+
+
+def test_the_next_window_is_sent_before_it_is_asked_for(monkeypatch):
+    made, rows = host_rows(20)
+    sent, send = [], rows._send
+
+    def noted(span):
+        sent.append((span.start, span.stop))
+        return send(span)
+
+    monkeypatch.setattr(rows, "_send", noted)
+    for first in range(0, 48, 6):
+        span = slice(first, first + 6)
+        assert torch.equal(rows.columns(span), made[:, span])
+    assert sent == [(0, 20), (14, 34), (28, 48), (42, 50)]
+    assert torch.equal(rows.columns(slice(0, 6)), made[:, :6])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_rows_in_main_memory_on_cuda():
+    made, rows = host_rows(2**16, count=64, size=2**20, chunks=(40, 24), device="cuda")
+    for first in range(0, 2**20, 2**13):
+        span = slice(first, first + 2**13)
+        assert torch.equal((rows.columns(span) * 2).cpu(), made[:, span] * 2)
+
+
+def test_rows_are_brought_from_main_memory_to_a_gpu_only():
+    with pytest.raises(
+        wf.WoodfisherError, match="brings rows from main memory to a GPU, and the model is on cpu"
+    ):
+        wf.plan(objective(), wf.WoodFisher(12, 7, 1e-2, keep="host"))
 
 
 def test_no_room_on_disk_is_said_before_any_gradient(monkeypatch):

@@ -115,6 +115,7 @@ def test_factor_form_gives_what_dense_rows_do(kind, group, monkeypatch):
     for workspace in (1, 10**9):
         monkeypatch.setattr("woodfisher.signals._WORKSPACE", workspace)
         torch.testing.assert_close(rows.gram(), expected @ expected.T, **TIGHT)
+        torch.testing.assert_close(rows.squares(), expected.square().sum(0), **TIGHT)
         for k in (1, 3):
             V = torch.randn(rows.size, k, generator=generator, dtype=torch.float64)
             Y = torch.randn(5, k, generator=generator, dtype=torch.float64)

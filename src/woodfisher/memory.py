@@ -6,12 +6,15 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from torch import Tensor
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
@@ -37,6 +40,17 @@ def resident_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     return _status("VmRSS") if device.type == "cpu" else 0
+
+
+def new_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A matrix not yet written to, on huge pages where the system has them.
+
+    The first write to a page of 4 KiB costs as much as computing what is written: NumPy asks for pages of 2 MiB.
+    """
+    if device.type != "cpu" or dtype not in (torch.float32, torch.float64):
+        return torch.empty(rows, columns, dtype=dtype, device=device)
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    return torch.from_numpy(np.empty((rows, columns), kind))
 
 
 def peak_memory() -> int:

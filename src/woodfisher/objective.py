@@ -21,6 +21,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.forward import Forward, evenly_labelled, explained
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
+from woodfisher.memory import new_matrix
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
 from woodfisher.signals import Factors, LayerRows, has_factors, only_call, recorded_calls
 from woodfisher.watch import phase, report_progress, warn
@@ -355,7 +356,7 @@ class Objective:
         for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 if out is None:
-                    out = torch.empty(most, width, dtype=self.dtype, device=self.device)
+                    out = new_matrix(most, width, self.dtype, self.device)
                 self._fill(out[filled : filled + count], chunk, group, columns, filled)
             filled += count
             report_progress("gradients", filled, samples // group)
@@ -370,7 +371,7 @@ class Objective:
         done = 0
         for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
-                out = torch.empty(count, width, dtype=self.dtype, device=self.device)
+                out = new_matrix(count, width, self.dtype, self.device)
                 self._fill(out, chunk, group, columns, done)
             yield out
             done += count
@@ -459,12 +460,7 @@ class Objective:
                 f"gradients of samples taken together are not those of each alone, as for {first!r}: the model mixes "
                 "the samples of a batch, or uses the weight outside of its layer too. They are taken in a slower way."
             )
-        return {
-            name: Factors(
-                (each.inputs.numel() + each.outputs.numel()) // rows, 2 * each.positions * each.size
-            )
-            for name, each in found.items()
-        }
+        return {name: each.factors for name, each in found.items()}
 
     def _same_as_alone(
         self, batch: Batch, rows: int, names: Sequence[str], dtype: torch.dtype | None

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from woodfisher.objective import Objective
     from woodfisher.signals import Factors
 
-Keep = Literal["memory", "half", "factors", "disk", "again"]
+Keep = Literal["memory", "half", "factors", "host", "disk", "again"]
 
 KEEPS: dict[Keep, str] = {
     "memory": "in memory",
     "half": "in memory, in bfloat16",
     "factors": "in memory, as inputs and output gradients of their layers",
+    "host": "in main memory, from where windows of them come to the device while it works",
     "disk": "in a temporary file",
     "again": "nowhere: gradients are taken again for each window of weights",
 }
@@ -57,12 +58,13 @@ class Machine:
     ----------
     flops:
         Operations of a float32 matrix product.
-    memory, disk:
-        Bytes copied, and bytes written to and read from the temporary folder.
+    memory, host, disk:
+        Bytes copied, brought from main memory to the device, and written to and read from the temporary folder.
     """
 
     flops: float = 1e11
     memory: float = 5e9
+    host: float = 1e10
     disk: float = 5e8
 
 
@@ -212,6 +214,11 @@ class _Work:
                 "keep='again' takes gradients several times, and the data can be read only once: give a list of "
                 "batches or a DataLoader."
             )
+        if keep == "host" and not self._can_stream:
+            raise WoodfisherError(
+                "keep='host' brings rows from main memory to a GPU, and the model is on "
+                f"{self.objective.device}: keep them in memory."
+            )
         if keep == "factors" and not self._all_factors:
             raise WoodfisherError(
                 "keep='factors' needs weights whose rows can be had in factor form: those of Linear and convolution "
@@ -226,9 +233,15 @@ class _Work:
             others.append("again")  # for each window all ranks would have to gather together
         if self._all_factors:
             others.append("factors")
+        if self._can_stream and self.dense <= (available_memory(torch.device("cpu")) or 0):
+            others.append("host")
         if self.dense <= disk_room():
             others.append("disk")
         return others
+
+    @property
+    def _can_stream(self) -> bool:
+        return self.objective.device.type == "cuda"
 
     @cached_property
     def _factors(self) -> dict[str, Factors]:
@@ -254,9 +267,12 @@ class _Work:
         vectors = VECTORS * 8 * self.objective.layout.size
         largest = max((run.size for run in self.runs), default=0)
         scratch = min(TILE, 8 * N * d) + 8 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
+        if keep == "factors":
+            scratch += N * self.item * max((each.unfolded for each in self._factors.values()), default=0)
         left = (2**62 if self.room is None else self.room) - kept - scratch
         window = self._window(keep, left - max(chunk, vectors), largest)
         at_hand = window * N * self.item if window < d or keep not in ("memory", "half") else 0
+        at_hand *= 2 if keep == "host" else 1
         factors = sum(8 * run.count * min(N, run.size) ** 2 for run in self.runs)
         hold = factors <= left - at_hand - vectors
         gathering = [("a chunk of samples with its gradients", chunk)]
@@ -312,7 +328,7 @@ class _Work:
     def _window(self, keep: Keep, left: int, largest: int) -> int:
         if keep in ("memory", "half"):
             return self.weights
-        most = left if keep == "again" else min(WINDOW, left // 2)
+        most = left if keep == "again" else min(WINDOW, left // (4 if keep == "host" else 2))
         column = max(self.rows * self.item, 1)
         least = max(min(largest, WORKSPACE // column), 1)
         return min(max(most // column, least), self.weights)
@@ -328,8 +344,8 @@ class _Work:
         return 3 * self.objective.forward_flops() * self.curvature.samples / (0.3 * self.machine.flops)
 
     def _reading(self, keep: Keep, traffic: float) -> float:
-        if keep == "disk":
-            return traffic / self.machine.disk
+        if keep in ("disk", "host"):
+            return traffic / (self.machine.disk if keep == "disk" else self.machine.host)
         seconds = traffic / self.machine.memory
         if keep == "factors":
             flops = READS * self.rows * sum(each.flops for each in self._factors.values())

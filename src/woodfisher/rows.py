@@ -13,7 +13,7 @@ import torch
 from woodfisher.batches import take
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
-from woodfisher.memory import format_bytes
+from woodfisher.memory import format_bytes, new_matrix
 from woodfisher.signals import LayerRows
 from woodfisher.watch import warn
 
@@ -139,17 +139,21 @@ class WindowRows(Rows):
 
     @abstractmethod
     def _load(self, span: slice) -> Tensor:
-        """The rows for these columns, `(N, k)`."""
+        """The rows for these columns and as many after them as make a window, `(N, k)`."""
+
+    def _whole(self, span: slice) -> slice:
+        """The window that begins with these columns."""
+        return slice(span.start, min(max(span.start + self.window, span.stop), self.size))
 
     def columns(self, span: slice) -> Tensor:
         if self._loaded is None or not self._span.start <= span.start <= span.stop <= self._span.stop:
             self._loaded = None
-            self._span = slice(span.start, min(max(span.start + self.window, span.stop), self.size))
-            self._loaded = self._load(self._span)
+            self._loaded = self._load(span)
+            self._span = slice(span.start, span.start + self._loaded.shape[1])
         return self._loaded[:, span.start - self._span.start : span.stop - self._span.start]
 
     def select(self, index: Tensor) -> Tensor:
-        out = torch.empty(self.count, len(index), dtype=self.dtype, device=self.device)
+        out = new_matrix(self.count, len(index), self.dtype, self.device)
         order = index.argsort()
         ahead = index[order]
         while len(ahead):
@@ -215,7 +219,67 @@ class FileRows(WindowRows):
         # copied on writing, which nobody does, since torch knows no read-only tensors.
         kind = np.float64 if self.dtype == torch.float64 else np.float32
         mapped = np.memmap(self._file, kind, "c", shape=(self.count, self.size))
-        return torch.from_numpy(mapped[:, span]).to(self.device)
+        return torch.from_numpy(mapped[:, self._whole(span)]).to(self.device)
+
+
+class HostRows(WindowRows):
+    """Rows in main memory, of which windows come to the device while it works on the ones before.
+
+    While columns are asked for in order, the next window is already on its way, on a stream of its own. It begins with
+    the end of this one, as much of it as was asked for at a time: a block may lie across.
+
+    Parameters
+    ----------
+    chunks:
+        The rows in order, `(c, d)` each, `count` in all at most.
+    count, size, dtype, device:
+        As of `Rows`; from pinned memory to a CUDA device.
+    window:
+        Columns of a window; two of them are on the device.
+    """
+
+    def __init__(
+        self,
+        chunks: Iterable[Tensor],
+        count: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        window: int,
+    ) -> None:
+        super().__init__(count, size, dtype, device, window)
+        cuda = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if cuda else None
+        self._held = torch.empty(count, size, dtype=dtype, pin_memory=cuda)
+        self._coming: tuple[slice, Tensor] | None = None
+        filled = 0
+        for chunk in chunks:
+            self._held[filled : filled + len(chunk)] = chunk
+            filled += len(chunk)
+        self._held, self.count = self._held[:filled], filled
+
+    def _load(self, span: slice) -> Tensor:
+        coming, self._coming = self._coming, None
+        if coming is None or not coming[0].start <= span.start <= span.stop <= coming[0].stop:
+            coming = self._send(self._whole(span))
+        here, rows = coming
+        if self._copies is not None:
+            compute = torch.cuda.current_stream(self.device)
+            compute.wait_stream(self._copies)
+            rows.record_stream(compute)
+        if here.stop < self.size:
+            first = max(here.stop - (span.stop - span.start), span.start + 1)
+            self._coming = self._send(slice(first, min(first + self.window, self.size)))
+        return rows[:, span.start - here.start :]
+
+    def _send(self, span: slice) -> tuple[slice, Tensor]:
+        """Start to copy a window, row by row: memory in one piece is what a copy beside other work needs."""
+        if self._copies is None:
+            return span, self._held[:, span].clone()
+        with torch.cuda.stream(self._copies):
+            rows = torch.empty(self.count, span.stop - span.start, dtype=self.dtype, device=self.device)
+            torch._foreach_copy_(list(rows), list(self._held[:, span]), non_blocking=True)
+        return span, rows
 
 
 class GatheredRows(WindowRows):
@@ -245,7 +309,7 @@ class GatheredRows(WindowRows):
         self.count = len(self.columns(slice(0, self.window)))
 
     def _load(self, span: slice) -> Tensor:
-        return self._gather(span)
+        return self._gather(self._whole(span))
 
 
 class FactorRows(WindowRows):
@@ -277,7 +341,8 @@ class FactorRows(WindowRows):
         self._layers, self._layout, self._index = dict(layers), layout, index
 
     def _load(self, span: slice) -> Tensor:
-        out = torch.empty(self.count, span.stop - span.start, dtype=self.dtype, device=self.device)
+        span = self._whole(span)
+        out = new_matrix(self.count, span.stop - span.start, self.dtype, self.device)
         for name, (place, index) in self._layout.places(_indexes(span, self._index, self.device)).items():
             assert index is not None
             layer, part = self._layers[name].unfolded(), out[:, place]
@@ -336,7 +401,9 @@ def gathered(objective: Objective, curvature: WoodFisher, plan: Plan, index: Ten
     if plan.keep == "again":
         return _gathered_again(objective, curvature, plan, index, where)
     chunks = objective.iter_rows(samples, group=group, labels=labels, columns=index)
-    return FileRows(chunks, *where, plan.window) if plan.keep == "disk" else _halved(chunks, *where)
+    if plan.keep == "half":
+        return _halved(chunks, *where)
+    return (FileRows if plan.keep == "disk" else HostRows)(chunks, *where, plan.window)
 
 
 def _stacked(chunks: Iterable[dict[str, LayerRows]], count: int) -> dict[str, LayerRows]:

@@ -32,10 +32,13 @@ class Factors:
         Numbers to keep.
     flops:
         Operations to make a dense row of them.
+    unfolded:
+        Numbers that exist besides while dense rows are made.
     """
 
     floats: int
     flops: int
+    unfolded: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,14 @@ class LayerRows:
         """Terms that a row is the sum of, T: samples, and places in a sequence or an image."""
         return self.outputs[0].numel() // self.channels
 
+    @property
+    def factors(self) -> Factors:
+        """What a row of these takes."""
+        inputs, outputs = (t[0].numel() for t in (self.inputs, self.outputs))
+        patches = self.positions * self.width
+        unfolded = inputs + patches + outputs if self._has_patches else 0
+        return Factors(inputs + outputs, 2 * self.positions * self.size, unfolded)
+
     def part(self, rows: slice) -> LayerRows:
         """Some of the rows."""
         return replace(self, inputs=self.inputs[rows], outputs=self.outputs[rows])
@@ -159,7 +170,7 @@ class LayerRows:
 
     def unfolded(self) -> LayerRows:
         """The same rows with patches for inputs, where dense ones are made of these: for several parts of them."""
-        if self.convolution is None or self.groups > 1 or self._faster_by_groups:
+        if not self._has_patches:
             return self
         S, A = self.terms()
         return LayerRows(None, A[:, 0].mT, S[:, 0].mT)
@@ -211,6 +222,16 @@ class LayerRows:
             K[first : first + rows] = products.unflatten(2, (N, T)).unflatten(1, (-1, T)).sum((0, 2, 4))
         return K
 
+    def squares(self) -> Tensor:
+        """Squares of the rows, summed over them: float64 `(size,)`, in the weight's own order."""
+        if self.positions == 1:
+            S, A = (t[..., 0].double().square() for t in self.terms())
+            return torch.einsum("ngc,ngw->gcw", S, A).flatten()
+        total = self.outputs.new_empty(self.size, dtype=torch.float64)
+        for channels in self._tiles(self.dtype.itemsize):
+            total[self._columns(channels)] = self.dense(channels).double().square().sum(0)
+        return total
+
     def times(self, V: Tensor) -> Tensor:
         """GV for V `(size, k)`, in its dtype: `(N, k)`."""
         if self._cheaper_by_terms(V.shape[1]):
@@ -256,6 +277,10 @@ class LayerRows:
         step = max(_WORKSPACE // (itemsize * self.count * self.width), 1)
         for first in range(0, self.channels, step):
             yield slice(first, min(first + step, self.channels))
+
+    @property
+    def _has_patches(self) -> bool:
+        return self.convolution is not None and self.groups == 1 and not self._faster_by_groups
 
     @property
     def _faster_by_groups(self) -> bool:

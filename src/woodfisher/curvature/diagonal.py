@@ -53,10 +53,18 @@ class DiagonalFisher(Estimator):
         check_choice("labels", self.labels, ("data", "model"))
 
     def __call__(self, objective: Objective) -> DiagonalInverse:
-        """Gather the rows of `objective` and sum their squares."""
-        total = torch.zeros(objective.layout.size, dtype=torch.float64, device=objective.device)
+        """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
+        layout, samples, group, labels = objective.layout, self.samples, self.group, self.labels
+        total = torch.zeros(layout.size, dtype=torch.float64, device=objective.device)
         rows = 0
-        for chunk in objective.iter_rows(self.samples, group=self.group, labels=self.labels):
-            total += chunk.double().square().sum(0)
-            rows += len(chunk)
-        return DiagonalInverse(total * self.group / rows + self.damping)
+        if objective.factors(group).keys() == layout.shapes.keys():
+            for layers in objective.iter_layer_rows(samples, group=group, labels=labels):
+                for name, layer in layers.items():
+                    total[layout.slices[name]] += layer.squares()
+                rows += layer.count
+            total *= objective.kept
+        else:
+            for chunk in objective.iter_rows(samples, group=group, labels=labels):
+                total += chunk.double().square().sum(0)
+                rows += len(chunk)
+        return DiagonalInverse(total * group / rows + self.damping)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.curvature.lowrank import LowRankInverse
+from woodfisher.memory import new_matrix
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +35,7 @@ class RunningFisher:
         self, size: int, window: int, group: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.group = group
-        self._store = torch.empty(window, size, dtype=dtype, device=device)
+        self._store = new_matrix(window, size, dtype, device)
         self._gram = torch.zeros(window, window, dtype=torch.float64, device=device)
         self._filled = self._next = 0
 

@@ -56,9 +56,10 @@ class WoodFisher(Estimator):
     across_layers:
         Cut blocks across the whole vector instead of inside each layer.
     keep:
-        Where the rows are kept: `memory`, `factors` (as inputs and output gradients of their layers), `disk` (a
-        temporary file), `again` (nowhere: gradients are taken again for each window of weights), or `half` (in
-        memory, in bfloat16, which rounds them by 0.2 %); `auto` for the cheapest of all but the last that fits.
+        Where the rows are kept: `memory` (of the model's device), `factors` (as inputs and output gradients of their
+        layers), `host` (main memory, for a model on a GPU), `disk` (a temporary file), `again` (nowhere: gradients are
+        taken again for each window of weights), or `half` (in memory, in bfloat16, which rounds them by 0.2 %);
+        `auto` for the cheapest of all but the last that fits.
     memory:
         Bytes that the process may have at its peak, as a number or as in `4GiB`; None for what is free.
 
