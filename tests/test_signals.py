@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy, mse_loss, relu_
 import woodfisher as wf
 from models import ConvNet, DictModel, Output, Tied, mlp, samples
 from reference import loop_rows
-from woodfisher.signals import LayerRows
+from woodfisher.layer_rows import LayerRows
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -113,7 +113,7 @@ def test_factor_form_gives_what_dense_rows_do(kind, group, monkeypatch):
     torch.testing.assert_close((S @ A.mT).flatten(1), expected, **TIGHT)
     generator = torch.Generator().manual_seed(0)
     for workspace in (1, 10**9):
-        monkeypatch.setattr("woodfisher.signals._WORKSPACE", workspace)
+        monkeypatch.setattr("woodfisher.layer_rows._WORKSPACE", workspace)
         torch.testing.assert_close(rows.gram(), expected @ expected.T, **TIGHT)
         torch.testing.assert_close(rows.squares(), expected.square().sum(0), **TIGHT)
         for k in (1, 3):

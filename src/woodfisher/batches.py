@@ -135,6 +135,12 @@ def rechunk(batches: Iterable[Batch], size: int, group: int) -> Iterator[Batch]:
         yield map_tensors(lambda t: t[: count - count % group], _join(pending))
 
 
+def row_batches(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A batch cut into `rows` of the same number of samples."""
+    group = samples_in(batch) // rows
+    return (map_tensors(lambda t, i=i: t[i * group : (i + 1) * group], batch) for i in range(rows))
+
+
 def _join(pending: list[Batch]) -> Batch:
     return map_tensors(lambda *parts: torch.cat(parts), *pending) if len(pending) > 1 else pending[0]
 

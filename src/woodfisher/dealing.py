@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
+    from woodfisher.layer_rows import Factors, LayerRows
     from woodfisher.layout import Layout
     from woodfisher.method import Method
-    from woodfisher.signals import Factors, LayerRows
 
 
 def can_be_dealt(method: Method) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -18,12 +17,12 @@ from woodfisher.batches import check_data, describe, map_tensors, rechunk, sampl
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import Forward, evenly_labelled, explained
+from woodfisher.forward import Forward, explained
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
-from woodfisher.signals import Factors, LayerRows, has_factors, only_call, recorded_calls
+from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals, leaves
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
+    from woodfisher.layer_rows import Factors, LayerRows
 
 FORWARD_BATCH = 250
 
@@ -39,12 +39,6 @@ Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
-
-_TRIED_ROWS = 2
-"""Rows that are also taken alone, to see whether gradients taken together are the same."""
-
-_TRIED_ROWS_OF_OWN_LOSS = 8
-"""The same where the model weighs samples in a loss of its own."""
 
 
 class Objective:
@@ -122,10 +116,10 @@ class Objective:
         )
         self._read(None)
         self._forward = Forward(model, loss, sampler)
+        self._flow = Signals(self._forward, self._modules, self.parameters)
         self.workspace = GRADIENT_WORKSPACE
         self._bytes: dict[str, int] = {}
         self._means_checked: set[str] = set()
-        self._tried: dict[str, tuple[int, dict[str, Factors]]] = {}
         self.ranks: Ranks = ALONE
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
@@ -386,7 +380,7 @@ class Objective:
         """
         names = list(self.layout.shapes) if names is None else names
         for name in names:
-            if not has_factors(self._modules[name], self.parameters[name]):
+            if not self._flow.possible(name):
                 raise WoodfisherError(
                     f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
                     "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
@@ -412,81 +406,14 @@ class Objective:
         if self.reads_once:
             return {}
         with isolated(self.model), torch.enable_grad():
-            batch = self._first_samples(_TRIED_ROWS_OF_OWN_LOSS * group)
+            batch = self._first_samples(TRIED_ROWS_OF_OWN_LOSS * group)
             if batch is None or samples_in(batch) < group:
                 return {}
             return self._factors_of(self._to_device(batch), group)
 
     def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
         """`factors` tried on the first rows of a batch, for the first one of its form."""
-        wanted = _TRIED_ROWS if self.loss is not None else _TRIED_ROWS_OF_OWN_LOSS
-        rows = min(samples_in(batch) // group, wanted)
-        form = f"{group} {describe(map_tensors(lambda t: t[:1], batch))}"
-        tried, found = self._tried.get(form, (0, {}))
-        if tried < rows:
-            found = self._try_factors(map_tensors(lambda t: t[: rows * group], batch), rows)
-            self._tried[form] = rows, found
-        return found
-
-    def _try_factors(self, batch: Batch, rows: int) -> dict[str, Factors]:
-        shared = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
-        able = {
-            name: module
-            for name, module in self._modules.items()
-            if has_factors(module, self.parameters[name]) and shared[id(self.parameters[name])] == 1
-        }
-        samples = samples_in(batch)
-        with recorded_calls(able) as calls, explained(batch):
-            self._forward.mean_loss(self._leaves(able), self.buffers, batch)
-        once = [
-            name
-            for name, made in calls.items()
-            if len(made) == 1 and len(made[0].inputs) == made[0].shape[0] and made[0].shape[0] % samples == 0
-        ]
-        if not once:
-            return {}
-        found = None
-        for dtype in (torch.float64, None):
-            try:
-                found = self._same_as_alone(batch, rows, once, dtype)
-                break
-            except Exception:  # noqa: S112  a model may have anything against float64
-                continue
-        if found is None:
-            return {}
-        if len(found) < len(once):
-            first = next(name for name in once if name not in found)
-            warn(
-                f"gradients of samples taken together are not those of each alone, as for {first!r}: the model mixes "
-                "the samples of a batch, or uses the weight outside of its layer too. They are taken in a slower way."
-            )
-        return {name: each.factors for name, each in found.items()}
-
-    def _same_as_alone(
-        self, batch: Batch, rows: int, names: Sequence[str], dtype: torch.dtype | None
-    ) -> dict[str, LayerRows]:
-        """What flows through those layers from which the same gradients follow as rows have alone.
-
-        In `dtype`, if memory allows: where a network fits well, gradients cancel to a few digits of float32.
-        """
-        weights, buffers = self._cast(self.weights), self.buffers
-        if dtype is not None and 2 * dtype.itemsize * self.layout.size <= self.workspace:
-            batch, weights, buffers = (
-                map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, part)
-                for part in (batch, {**dict(self.model.named_parameters()), **weights}, buffers)
-            )
-        signals = self._signals(batch, rows, names, weights, buffers)
-        apart, norms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for i, row in enumerate(_split(batch, rows)):
-            alone = self._forward.gradient(weights, buffers, row)
-            for name, each in signals.items():
-                true = alone[name].flatten()
-                # NaN changes neither of both: it is found, and explained, in the rows themselves.
-                norms[name] = max(norms[name], float(true.norm()))
-                together = each.part(slice(i, i + 1)).dense()[0]
-                apart[name] = max(apart[name], float((together - true).norm()))
-        tolerance = torch.finfo(next(iter(signals.values())).outputs.dtype).eps ** 0.5
-        return {name: signals[name] for name in names if apart[name] <= tolerance * norms[name]}
+        return self._flow.factors(self._cast(self.weights), self.buffers, batch, group, self.workspace)
 
     def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
         """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
@@ -538,40 +465,9 @@ class Objective:
                 index = torch.arange(where.start, where.stop, device=self.device)
                 self._check_finite(each.dense(), done, chunk, group, index)
 
-    def _signals(
-        self,
-        chunk: Batch,
-        count: int,
-        names: Sequence[str],
-        weights: Mapping[str, Tensor] | None = None,
-        buffers: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, LayerRows]:
+    def _signals(self, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """What flows through the layers of these weights as `count` rows."""
-        if self.loss is None and not evenly_labelled(chunk, count):
-            each = [self._signals(row, 1, names, weights, buffers) for row in _split(chunk, count)]
-            return {name: LayerRows.joined([part[name] for part in each]) for name in names}
-        leaves = self._leaves(names, weights)
-        group = samples_in(chunk) // count
-        with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
-            total = self._forward.sum_of_losses(
-                leaves, dict(self.buffers if buffers is None else buffers), chunk, group
-            )
-        made = {name: only_call(name, calls[name]) for name in names}
-        gradients = torch.autograd.grad(total, [call.output for call in made.values()], allow_unused=True)
-        rows = {}
-        for (name, call), gradient in zip(made.items(), gradients, strict=True):
-            s = call.inputs.new_zeros(call.shape) if gradient is None else gradient
-            a, s = (t.unflatten(0, (count, -1)) for t in (call.inputs, s))
-            rows[name] = LayerRows.of(self._modules[name], self.parameters[name], a, s)
-        return rows
-
-    def _leaves(self, names: Iterable[str], weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Weights (default: all, as the model takes them), those in `names` to take gradients by."""
-        weights = self._cast(self.weights) if weights is None else weights
-        leaves = {name: weight.detach() for name, weight in weights.items()}
-        for name in names:
-            leaves[name].requires_grad_()
-        return leaves
+        return self._flow.rows(self._cast(self.weights), self.buffers, chunk, count, names)
 
     def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
         """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
@@ -727,7 +623,7 @@ class Objective:
         return self._bytes[form]
 
     def _count_saved(self, row: Batch) -> int:
-        weights = self._leaves(self.layout.shapes)
+        weights = leaves(self._cast(self.weights), self.layout.shapes)
         own = {tensor.data_ptr() for tensor in [*weights.values(), *self.model.parameters()]}
         saved: dict[int, int] = {}
 
@@ -795,8 +691,3 @@ class Objective:
 
     def _to_device(self, batch: Batch) -> Batch:
         return map_tensors(lambda t: t.to(self.device), batch)
-
-
-def _split(batch: Batch, rows: int) -> Iterator[Batch]:
-    group = samples_in(batch) // rows
-    return (map_tensors(lambda t, i=i: t[i * group : (i + 1) * group], batch) for i in range(rows))

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from woodfisher.curvature.woodfisher import WoodFisher
+    from woodfisher.layer_rows import Factors
     from woodfisher.layout import Run
     from woodfisher.objective import Objective
-    from woodfisher.signals import Factors
 
 Keep = Literal["memory", "half", "factors", "host", "disk", "again"]
 

@@ -13,8 +13,8 @@ import torch
 from woodfisher.batches import take
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
+from woodfisher.layer_rows import LayerRows
 from woodfisher.memory import format_bytes, new_matrix
-from woodfisher.signals import LayerRows
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:

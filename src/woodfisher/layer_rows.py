@@ -1,0 +1,358 @@
+"""Gradient rows of a layer in factor form: what flows into it, and the gradient of what flows out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.parameters import inputs_first
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+_WORKSPACE = 64 * 2**20
+"""Bytes of rows, or of products between their terms, that exist at a time in sums over all of them."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a row of one weight's gradient takes in factor form.
+
+    Attributes
+    ----------
+    floats:
+        Numbers to keep.
+    flops:
+        Operations to make a dense row of them.
+    unfolded:
+        Numbers that exist besides while dense rows are made.
+    """
+
+    floats: int
+    flops: int
+    unfolded: int
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """Rows of the gradient of one weight, each a sum over its samples and positions: gₙ = Σₜ sₙₜ aₙₜᵀ.
+
+    A weight has `groups` groups of output channels (its first dimension), with `width` weights each. Products with
+    the rows take whichever is cheaper, the terms of the sum or dense rows, a few channels at a time.
+
+    Attributes
+    ----------
+    convolution:
+        The convolution, of whose `inputs` the a are patches; None where they are the inputs themselves.
+    inputs:
+        What flowed in, `(N, m, …, width)` where a row has m samples; for a convolution `(N, m, in, …)`.
+    outputs:
+        Gradients of the rows' losses by what flowed out, `(N, m, …, channels)`, or `(N, m, channels, …)`.
+    """
+
+    convolution: _ConvNd | None
+    inputs: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def of(cls, module: nn.Module, weight: Tensor, inputs: Tensor, outputs: Tensor) -> LayerRows:
+        """Rows for a weight of a layer into which flow `inputs` `(N, m, …)`, and back `outputs` `(N, m, …)`."""
+        convolution = module if isinstance(module, _ConvNd) else None
+        if weight.ndim == 1:
+            s = outputs if convolution is None else outputs.movedim(2, -1)
+            return cls(None, s.new_ones(1).expand(*s.shape[:-1], 1), s)
+        if inputs_first(module):
+            return cls(convolution, outputs, inputs)
+        return cls(convolution, inputs, outputs)
+
+    @classmethod
+    def joined(cls, parts: Sequence[LayerRows]) -> LayerRows:
+        """The rows of several chunks as one; sequences of other lengths are filled up with zeros."""
+        inputs, outputs = [part.inputs for part in parts], [part.outputs for part in parts]
+        if parts[0].convolution is None and len({part.positions for part in parts}) > 1:
+            most = max(part.positions for part in parts)
+            inputs, outputs = (
+                [F.pad(flat := t.flatten(1, -2), (0, 0, 0, most - flat.shape[1]))[:, None] for t in tensors]
+                for tensors in (inputs, outputs)
+            )
+        shapes = {(a.shape[1:], s.shape[1:]) for a, s in zip(inputs, outputs, strict=True)}
+        if len(shapes) > 1:
+            raise WoodfisherError(
+                "the inputs of a convolution have several sizes, whose rows can't be kept together in factor form: "
+                "keep them in memory or on disk."
+            )
+        return replace(parts[0], inputs=torch.cat(inputs), outputs=torch.cat(outputs))
+
+    @property
+    def count(self) -> int:
+        """Rows, N."""
+        return len(self.outputs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of dense rows: float32, or float64 for a float64 model."""
+        return torch.promote_types(self.outputs.dtype, torch.float32)
+
+    @property
+    def nbytes(self) -> int:
+        """What both factors take."""
+        return self.inputs.nbytes + self.outputs.nbytes
+
+    @property
+    def groups(self) -> int:
+        """Groups of output channels that see inputs of their own."""
+        return 1 if self.convolution is None else self.convolution.groups
+
+    @property
+    def channels(self) -> int:
+        """Output channels: the first dimension of the weight."""
+        return self.outputs.shape[-1 if self.convolution is None else 2]
+
+    def with_room(self, count: int) -> LayerRows:
+        """Room for `count` rows of the same form, with anything in them."""
+        inputs = self.inputs.new_empty(count, *self.inputs.shape[1:])
+        return replace(self, inputs=inputs, outputs=self.outputs.new_empty(count, *self.outputs.shape[1:]))
+
+    def takes(self, rows: LayerRows) -> bool:
+        """Whether rows have the form of these."""
+        same = self.inputs.shape[1:] == rows.inputs.shape[1:]
+        return same and self.outputs.shape[1:] == rows.outputs.shape[1:]
+
+    def put(self, first: int, rows: LayerRows) -> None:
+        """Write rows of the same form to the places from `first` on."""
+        here = slice(first, first + len(rows.outputs))
+        self.inputs[here], self.outputs[here] = rows.inputs, rows.outputs
+
+    @property
+    def width(self) -> int:
+        """Weights of an output channel."""
+        if self.convolution is None:
+            return self.inputs.shape[-1]
+        return self.inputs.shape[2] // self.groups * torch.Size(self.convolution.kernel_size).numel()
+
+    @property
+    def size(self) -> int:
+        """Weights of the layer, channels · width."""
+        return self.channels * self.width
+
+    @property
+    def positions(self) -> int:
+        """Terms that a row is the sum of, T: samples, and places in a sequence or an image."""
+        return self.outputs[0].numel() // self.channels
+
+    @property
+    def factors(self) -> Factors:
+        """What a row of these takes."""
+        inputs, outputs = (t[0].numel() for t in (self.inputs, self.outputs))
+        patches = self.positions * self.width
+        unfolded = inputs + patches + outputs if self._has_patches else 0
+        return Factors(inputs + outputs, 2 * self.positions * self.size, unfolded)
+
+    def part(self, rows: slice) -> LayerRows:
+        """Some of the rows."""
+        return replace(self, inputs=self.inputs[rows], outputs=self.outputs[rows])
+
+    def terms(self, groups: slice | None = None) -> tuple[Tensor, Tensor]:
+        """S `(N, groups, channels, T)` and A `(N, groups, width, T)` with SAᵀ the rows, for some groups."""
+        groups = slice(0, self.groups) if groups is None else groups
+        if self.convolution is None:
+            return self.outputs.flatten(1, -2).mT[:, None], self.inputs.flatten(1, -2).mT[:, None]
+        s = self.outputs.unflatten(2, (self.groups, -1))[:, :, groups]
+        return s.flatten(4).movedim(1, 3).flatten(3), self._patches(groups)
+
+    def unfolded(self) -> LayerRows:
+        """The same rows with patches for inputs, where dense ones are made of these: for several parts of them."""
+        if not self._has_patches:
+            return self
+        S, A = self.terms()
+        return LayerRows(None, A[:, 0].mT, S[:, 0].mT)
+
+    def dense(self, channels: slice | None = None, out: Tensor | None = None) -> Tensor:
+        """The rows for these output channels (default: all) in the weight's own order, `(N, channels · width)`.
+
+        Parameters
+        ----------
+        out:
+            Where to write them to.
+        """
+        channels = slice(0, self.channels) if channels is None else channels
+        each = self.channels // self.groups
+        groups = slice(channels.start // each, -(-channels.stop // each))
+        inside = slice(channels.start - groups.start * each, channels.stop - groups.start * each)
+        if self._faster_by_groups:
+            rows = self._by_groups(groups, inside)
+        else:
+            S, A = (t.to(self.dtype) for t in self.terms(groups))
+            if self.groups == 1:
+                S, A = S[:, 0, inside], A[:, 0].mT
+                if out is not None and out.dtype == S.dtype:
+                    torch.bmm(S, A, out=out.unflatten(1, (S.shape[1], A.shape[2])))
+                    return out
+                rows = S @ A
+            else:
+                rows = (S @ A.mT).flatten(1, 2)[:, inside]
+        return rows.flatten(1).to(self.dtype) if out is None else out.copy_(rows.flatten(1))
+
+    def gram(self) -> Tensor:
+        """Inner products of the rows, float64 `(N, N)`.
+
+        From (a aᵀ)(s sᵀ) of all pairs of positions, or from dense rows, whose products are added up in float64.
+        """
+        N, T = self.count, self.positions
+        K = torch.zeros(N, N, dtype=torch.float64, device=self.outputs.device)
+        by_terms = N * T * T * (self.channels + self.groups * self.width)
+        if by_terms > (N + T) * self.size:
+            for channels in self._tiles(self.dtype.itemsize):
+                G = self.dense(channels)
+                K += G @ G.mT
+            return K
+        S, A = (t.double().movedim(0, 1).mT.flatten(1, 2) for t in self.terms())
+        rows = max(_WORKSPACE // (16 * self.groups * T * T * N), 1)
+        for first in range(0, N, rows):
+            here = slice(first * T, (first + rows) * T)
+            products = (S[:, here] @ S.mT) * (A[:, here] @ A.mT)
+            K[first : first + rows] = products.unflatten(2, (N, T)).unflatten(1, (-1, T)).sum((0, 2, 4))
+        return K
+
+    def squares(self) -> Tensor:
+        """Squares of the rows, summed over them: float64 `(size,)`, in the weight's own order."""
+        if self.positions == 1:
+            S, A = (t[..., 0].double().square() for t in self.terms())
+            return torch.einsum("ngc,ngw->gcw", S, A).flatten()
+        total = self.outputs.new_empty(self.size, dtype=torch.float64)
+        for channels in self._tiles(self.dtype.itemsize):
+            total[self._columns(channels)] = self.dense(channels).double().square().sum(0)
+        return total
+
+    def times(self, V: Tensor) -> Tensor:
+        """GV for V `(size, k)`, in its dtype: `(N, k)`."""
+        if self._cheaper_by_terms(V.shape[1]):
+            Y = V.new_empty(self.count, V.shape[1])
+            for here, S, A in self._pieces(V.dtype):
+                for column, W in enumerate(V.mT.unflatten(1, (self.groups, -1, self.width))):
+                    Y[here, column] = ((W.mT @ S) * A).sum((1, 2, 3))
+            return Y
+        Y = V.new_zeros(self.count, V.shape[1])
+        for channels in self._tiles(V.element_size()):
+            Y += self.dense(channels).to(V.dtype) @ V[self._columns(channels)]
+        return Y
+
+    def back(self, Y: Tensor) -> Tensor:
+        """GᵀY for Y `(N, k)`, in its dtype: `(size, k)`."""
+        if self._cheaper_by_terms(Y.shape[1]):
+            V = Y.new_zeros(self.size, Y.shape[1])
+            for here, S, A in self._pieces(Y.dtype):
+                A = A.movedim(0, 2).flatten(2)
+                for column, y in enumerate(Y[here].mT):
+                    V[:, column] += ((S * y[:, None, None, None]).movedim(0, 2).flatten(2) @ A.mT).flatten()
+            return V
+        V = Y.new_empty(self.size, Y.shape[1])
+        for channels in self._tiles(Y.element_size()):
+            V[self._columns(channels)] = self.dense(channels).to(Y.dtype).mT @ Y
+        return V
+
+    def _cheaper_by_terms(self, vectors: int) -> bool:
+        return vectors == 1 or self.positions == 1
+
+    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """The terms of some rows at a time."""
+        step = max(_WORKSPACE // (dtype.itemsize * self.positions * self.groups * self.width), 1)
+        for first in range(0, self.count, step):
+            here = slice(first, first + step)
+            S, A = self.part(here).terms()
+            yield here, S.to(dtype), A.to(dtype)
+
+    def _columns(self, channels: slice) -> slice:
+        return slice(channels.start * self.width, channels.stop * self.width)
+
+    def _tiles(self, itemsize: int) -> Iterator[slice]:
+        step = max(_WORKSPACE // (itemsize * self.count * self.width), 1)
+        for first in range(0, self.channels, step):
+            yield slice(first, min(first + step, self.channels))
+
+    @property
+    def _has_patches(self) -> bool:
+        return self.convolution is not None and self.groups == 1 and not self._faster_by_groups
+
+    @property
+    def _faster_by_groups(self) -> bool:
+        """Whether a convolution of as many groups as there are rows is faster than products of patches.
+
+        Patches repeat each input as often as the kernel covers it, which costs more than it saves where there are
+        many positions for few channels; torch's convolutions are slow for few inputs, as those of a first layer.
+        """
+        if self.convolution is None or self.width == self.inputs.shape[2] // self.groups:
+            return False
+        few_inputs = self.groups == 1 and self.inputs.shape[2] < 8
+        return not few_inputs and self.positions * self.groups > self.channels * self.inputs.shape[1]
+
+    def _patches(self, groups: slice) -> Tensor:
+        """The a of a convolution, `(N, groups, width, T)`."""
+        assert self.convolution is not None
+        x = self._padded().unflatten(1, (self.groups, -1))[:, groups]
+        kernel, out = self.convolution.kernel_size, self.outputs.shape[3:]
+        steps = x.stride()[3:]
+        windows = x.as_strided(
+            (*x.shape[:3], *kernel, *out),
+            (
+                *x.stride()[:3],
+                *(step * gap for step, gap in zip(steps, self.convolution.dilation, strict=True)),
+                *(step * stride for step, stride in zip(steps, self.convolution.stride, strict=True)),
+            ),
+            x.storage_offset(),
+        )
+        n = len(kernel)
+        return windows.unflatten(0, self.inputs.shape[:2]).movedim(1, 3 + n).flatten(3 + n).flatten(2, 2 + n)
+
+    def _padded(self) -> Tensor:
+        """Inputs of a convolution as it pads them, samples in one dimension."""
+        assert self.convolution is not None
+        x = self.inputs.flatten(0, 1)
+        padding = self.convolution._reversed_padding_repeated_twice
+        mode = self.convolution.padding_mode
+        return F.pad(x, padding, "constant" if mode == "zeros" else mode) if any(padding) else x
+
+    def _by_groups(self, groups: slice, channels: slice) -> Tensor:
+        """Rows for some groups, and of these for some channels, by one backward pass of a convolution."""
+        conv = self.convolution
+        assert conv is not None
+        N, m = self.inputs.shape[:2]
+        padding: Sequence[int] = conv.padding  # type: ignore[assignment]
+        if conv.padding_mode == "zeros" and not isinstance(conv, _ConvTransposeNd) and conv.padding != "same":
+            x = self.inputs
+            padding = [0] * len(conv.kernel_size) if conv.padding == "valid" else padding
+        else:
+            reach: list[Any] = [
+                slice(0, (out - 1) * stride + (kernel - 1) * gap + 1)
+                for out, stride, kernel, gap in zip(
+                    self.outputs.shape[3:], conv.stride, conv.kernel_size, conv.dilation, strict=True
+                )
+            ]
+            x = self._padded()[(..., *reach)].unflatten(0, (N, m))
+            padding = [0] * len(reach)
+        s = self.outputs
+        if self.groups > 1:
+            x, s = (t.unflatten(2, (self.groups, -1))[:, :, groups].flatten(2, 3) for t in (x, s))
+        else:
+            s = s[:, :, channels]
+        kernel_shape = (N * s.shape[2], self.width // torch.Size(conv.kernel_size).numel(), *conv.kernel_size)
+        gradient = torch.ops.aten.convolution_backward(
+            s.transpose(0, 1).flatten(1, 2),
+            x.transpose(0, 1).flatten(1, 2),
+            s.new_empty(1).expand(kernel_shape),
+            None,
+            conv.stride,
+            padding,
+            conv.dilation,
+            False,
+            [0] * len(padding),
+            N * (groups.stop - groups.start),
+            [False, True, False],
+        )[1].unflatten(0, (N, -1))
+        return gradient[:, channels] if self.groups > 1 else gradient
