@@ -46,9 +46,10 @@ MOST_PASSES = 8
 MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
-_RANGE = {True: 9.0, False: 81.0}
-"""How far the damping may go from what was best at the first stage, where the rows are freshest: with the gradient
-a smaller step is almost always better for the next stage alone, and too small for those that follow."""
+_MOST_DAMPING = {True: 9.0, False: 81.0}
+"""How many times what was best at the first stage the damping may grow to: with the gradient a smaller step is almost
+always better for the next stage alone, and too small for those that follow. It may fall as far as held-out samples
+like it to: what is removed leads away from the optimum, where a step was mostly noise."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -350,8 +351,7 @@ class AdaptiveRun:
         if first:
             return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
         step = _FACTOR if self._taken % 2 else 1 / _FACTOR
-        least, most = (self._first_damping * _RANGE[self.first_order] ** side for side in (-1, 1))
-        return [damping, min(max(damping * step, least), most)]
+        return [damping, min(damping * step, self._first_damping * _MOST_DAMPING[self.first_order])]
 
     def _likely_damping(self) -> float:
         """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""
