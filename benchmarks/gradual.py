@@ -16,7 +16,7 @@ import sys
 COMMON = "--task resnet20-cifar10 --epochs 5 --warm-up 0.1 --distil 0.5"
 TRAINING = {
     "0.9": "--rate 0.02 --initial 0.5 --begin 0.1 --end 4 --every 0.39",
-    "0.95": "--rate 0.02 --initial 0.5 --begin 0.1 --end 4 --every 0.39",
+    "0.95": "--rate 0.1 --no-augment --initial 0.5 --begin 0.1 --end 2.5 --every 0.3",
     "0.98": "--rate 0.1 --no-augment --initial 0.5 --begin 0.1 --end 3.5 --every 0.5 --power 2",
 }
 """A network with 5,400 weights can't fit even the training images as they are."""

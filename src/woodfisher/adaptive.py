@@ -46,7 +46,7 @@ MOST_PASSES = 8
 MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
-_MOST_DAMPING = {True: 9.0, False: 81.0}
+_MOST_DAMPING = {True: 3.0, False: 81.0}
 """How many times what was best at the first stage the damping may grow to: with the gradient a smaller step is almost
 always better for the next stage alone, and too small for those that follow. It may fall as far as held-out samples
 like it to: what is removed leads away from the optimum, where a step was mostly noise."""
@@ -81,9 +81,9 @@ class Adaptive:
         smaller share of what is left.
     """
 
-    stages: int = 90
-    window: int = 1000
-    held_out: int = 1000
+    stages: int = 200
+    window: int = 800
+    held_out: int = 500
     momentum: float = 0.7
     pace: float = 1.5
 
@@ -345,13 +345,13 @@ class AdaptiveRun:
             damping *= _FACTOR
 
     def _dampings(self, damping: float, first: bool) -> list[float]:
-        """What to try: many at the first stage, then the last one and its neighbours in turn."""
+        """What to try: many at the first stage, then the last one and its neighbours."""
         if self._absolute() is not None:
             return [damping]
         if first:
             return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
-        step = _FACTOR if self._taken % 2 else 1 / _FACTOR
-        return [damping, min(damping * step, self._first_damping * _MOST_DAMPING[self.first_order])]
+        most = self._first_damping * _MOST_DAMPING[self.first_order]
+        return [damping, damping / _FACTOR, min(damping * _FACTOR, most)]
 
     def _likely_damping(self) -> float:
         """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""
