@@ -81,7 +81,7 @@ class Adaptive:
         smaller share of what is left.
     """
 
-    stages: int = 200
+    stages: int = 120
     window: int = 800
     held_out: int = 500
     momentum: float = 0.7
@@ -131,7 +131,7 @@ def adaptive_run(
 
     With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
-    reads the data more than `MOST_PASSES` times the run is made with and without, in an eighth of the stages, as
+    reads the data more than `MOST_PASSES` times the run is made with and without, in a fifth of the stages, as
     there is less that is new to each; at each target the one with the lower loss on the held-out samples
     counts. Removing by magnitude alone competes with both, so that what comes is never worse than that on these
     samples.
@@ -150,7 +150,7 @@ def adaptive_run(
     held_out = stream.hold_out(min(options.held_out, max(known // 5, 1)))
     repeats = method.curvature.samples > MOST_PASSES * known and stream.rereadable
     if repeats:
-        options = replace(options, stages=-(-options.stages // 8))
+        options = replace(options, stages=-(-options.stages // 5))
     orders = [True, False] if repeats else [True]
     if method.first_order != "auto":
         orders = [bool(method.first_order)]

@@ -143,7 +143,7 @@ FIXED_STAGES = 16
 
 _FULL = WoodFisher(samples=400, block_size=None, damping="auto")
 _BLOCKS = WoodFisher(samples=400, block_size=2000, damping="auto")
-_CARRIED = WoodFisher(samples=200_000, group=16, block_size=None, damping="auto")
+_CARRIED = WoodFisher(samples=240_000, group=16, block_size=None, damping="auto")
 
 # The gradient of a few hundred samples is mostly noise, and a Newton step fits it: average more of them.
 _MANY: dict[str, Any] = {"samples": 4000, "group": 10, "damping": 1e-2}
