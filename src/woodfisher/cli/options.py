@@ -91,8 +91,9 @@ class MethodOptions:
     """Memory that the process may have at its peak, as in 4GiB (default: what is free)."""
 
     keep: Annotated[Keep | None, arg(metavar="WHERE", help_behavior_hint="")] = None
-    """Where gradient rows are kept: memory, factors (inputs and output gradients of layers), disk, again (nowhere:
-    taken again for each window of weights) or half (bfloat16); default: the cheapest of all but the last that fits."""
+    """Where gradient rows are kept: memory, factors (inputs and output gradients of layers), host (main memory, for a
+    GPU), disk, again (nowhere: taken again for each window of weights) or half (bfloat16); default: the cheapest of all
+    but the last that fits."""
 
     labels: Annotated[Labels | None, arg(metavar="data|model", help_behavior_hint="")] = None
     """data: the empirical Fisher; model: targets drawn from the model's own predictions."""
