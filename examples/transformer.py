@@ -136,7 +136,9 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str], tuple[floa
         model = copy.deepcopy(dense)
         # --8<-- [start:prune]
         batches = DataLoader(train, batch_size=32, shuffle=True)  # dicts, as the model takes them
-        report = wf.prune(model, batches, sparsity=chosen.sparsity, exclude="classifier", criterion=criterion)
+        report = wf.prune(
+            model, batches, sparsity=chosen.sparsity, floor=0.05, exclude="classifier", criterion=criterion
+        )
         # --8<-- [end:prune]
         rows["at once", criterion] = (report.sparsity, accuracy(model, test))
         model = copy.deepcopy(dense)
