@@ -19,7 +19,7 @@ TRAINING = {
     "0.95": "--rate 0.1 --no-augment --initial 0.5 --begin 0.1 --end 2.5 --every 0.3",
     "0.98": "--rate 0.1 --no-augment --initial 0.5 --begin 0.1 --end 3.5 --every 0.5 --power 2",
 }
-"""A network with 5,400 weights can't fit even the training images as they are."""
+"""Without augmentation where few weights are left: 5,400 of them can't fit even the training images as they are."""
 
 
 def main() -> None:

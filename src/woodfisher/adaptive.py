@@ -351,7 +351,7 @@ class AdaptiveRun:
         if first:
             return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
         most = self._first_damping * _MOST_DAMPING[self.first_order]
-        return [damping, damping / _FACTOR, min(damping * _FACTOR, most)]
+        return list(dict.fromkeys([damping, damping / _FACTOR, min(damping * _FACTOR, most)]))
 
     def _likely_damping(self) -> float:
         """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""

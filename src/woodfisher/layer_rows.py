@@ -208,8 +208,7 @@ class LayerRows:
         K = torch.zeros(N, N, dtype=torch.float64, device=self.outputs.device)
         by_terms = N * T * T * (self.channels + self.groups * self.width)
         if by_terms > (N + T) * self.size:
-            for channels in self._tiles(self.dtype.itemsize):
-                G = self.dense(channels)
+            for _, G in self._tiles(self.dtype.itemsize):
                 K += G @ G.mT
             return K
         S, A = (t.double().movedim(0, 1).mT.flatten(1, 2) for t in self.terms())
@@ -226,8 +225,8 @@ class LayerRows:
             S, A = (t[..., 0].double().square() for t in self.terms())
             return torch.einsum("ngc,ngw->gcw", S, A).flatten()
         total = self.outputs.new_empty(self.size, dtype=torch.float64)
-        for channels in self._tiles(self.dtype.itemsize):
-            total[self._columns(channels)] = self.dense(channels).double().square().sum(0)
+        for columns, G in self._tiles(self.dtype.itemsize):
+            total[columns] = G.double().square().sum(0)
         return total
 
     def times(self, V: Tensor) -> Tensor:
@@ -239,8 +238,8 @@ class LayerRows:
                     Y[here, column] = ((W.mT @ S) * A).sum((1, 2, 3))
             return Y
         Y = V.new_zeros(self.count, V.shape[1])
-        for channels in self._tiles(V.element_size()):
-            Y += self.dense(channels).to(V.dtype) @ V[self._columns(channels)]
+        for columns, G in self._tiles(V.element_size()):
+            Y += G.to(V.dtype) @ V[columns]
         return Y
 
     def back(self, Y: Tensor) -> Tensor:
@@ -253,8 +252,8 @@ class LayerRows:
                     V[:, column] += ((S * y[:, None, None, None]).movedim(0, 2).flatten(2) @ A.mT).flatten()
             return V
         V = Y.new_empty(self.size, Y.shape[1])
-        for channels in self._tiles(Y.element_size()):
-            V[self._columns(channels)] = self.dense(channels).to(Y.dtype).mT @ Y
+        for columns, G in self._tiles(Y.element_size()):
+            V[columns] = G.to(Y.dtype).mT @ Y
         return V
 
     def _cheaper_by_terms(self, vectors: int) -> bool:
@@ -268,13 +267,13 @@ class LayerRows:
             S, A = self.part(here).terms()
             yield here, S.to(dtype), A.to(dtype)
 
-    def _columns(self, channels: slice) -> slice:
-        return slice(channels.start * self.width, channels.stop * self.width)
-
-    def _tiles(self, itemsize: int) -> Iterator[slice]:
+    def _tiles(self, itemsize: int) -> Iterator[tuple[slice, Tensor]]:
+        """Columns of dense rows and the rows there, some channels at a time; patches are taken once for all."""
+        rows = self.unfolded()
         step = max(_WORKSPACE // (itemsize * self.count * self.width), 1)
         for first in range(0, self.channels, step):
-            yield slice(first, min(first + step, self.channels))
+            last = min(first + step, self.channels)
+            yield slice(first * self.width, last * self.width), rows.dense(slice(first, last))
 
     @property
     def _has_patches(self) -> bool:
