@@ -33,8 +33,9 @@ VOCABULARY = 1000
 
 
 def resnet20() -> tuple[nn.Module, Tensor, int]:
-    """ResNet-20 (270,896 weights) and images of CIFAR-10's shape."""
-    return ResNet20(), torch.randn(SAMPLES, 3, 32, 32), 10
+    """ResNet-20 (270,896 weights) and images of CIFAR-10's shape, channels last as those of the task are."""
+    images = torch.randn(SAMPLES, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    return ResNet20(), images, 10
 
 
 class Sentences(nn.Module):

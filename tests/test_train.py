@@ -218,6 +218,32 @@ def test_rows_and_validation_see_no_augmentation():
     assert seen == [10] * 12
 
 
+def test_passes_in_bfloat16_give_losses_and_weights_in_float32(monkeypatch):
+    inside, outside = set(), set()
+    record = torch.nn.Conv2d.forward
+
+    def forward(module, inputs):
+        output = record(module, inputs)
+        if module.training:
+            inside.add(output.dtype)
+        return output
+
+    def loss(outputs, targets):
+        outside.add(outputs.dtype)
+        return cross_entropy(outputs, targets)
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    task = replace(small_task(), loss=loss)
+    training = Training(epochs=2, distil=0.5, precision="bfloat16")
+    trained = train(task, 0.5, training, curvature=CURVATURE)
+    assert inside == {torch.bfloat16}
+    assert torch.bfloat16 not in outside
+    assert {tensor.dtype for tensor in task.model.parameters()} == {torch.float32}
+    assert trained.sparsity == pytest.approx(0.5, abs=1 / 116)
+    with pytest.raises(WoodfisherError, match="precision must be one of float32, bfloat16; 'half' came"):
+        train(task, 0.5, replace(training, precision="half"))
+
+
 def test_images_are_flipped_and_shifted():
     image = torch.arange(16.0).reshape(1, 1, 4, 4)
     shifted = torch.nn.functional.pad(image, (2, 2, 2, 2), value=-1.0)

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 LOGS = ("csv", "tensorboard")
 """Where `train` can log to."""
 
+PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
+"""What Lightning calls them."""
+
 
 @dataclass(frozen=True)
 class Training:
@@ -64,6 +67,9 @@ class Training:
     augment: bool = True
     """Augment training inputs as the task does; a network that keeps few weights may do better without."""
 
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward and backward passes; weights, what the optimizer keeps, and curvature stay as they are."""
+
     compile: bool = False
     """Run the network through torch.compile, which takes a minute to begin with and needs a C++ compiler on a CPU."""
 
@@ -78,6 +84,7 @@ class Training:
         if self.distil > 1:
             raise WoodfisherError(f"distil is a share of the loss, in [0, 1]; {self.distil!r} came.")
         check_positive("temperature", self.temperature, "which logits are divided by")
+        check_choice("precision", self.precision, PRECISIONS)
 
 
 def gradually(sparsity: float, epochs: int) -> Polynomial:
@@ -310,6 +317,7 @@ def train(
         with quiet():
             trainer = Trainer(
                 **_device_options(model),
+                precision=PRECISIONS[training.precision],
                 max_epochs=training.epochs,
                 callbacks=[PruningCallback(pruner, module.note_removal)],
                 plugins=[WholeFiles()],

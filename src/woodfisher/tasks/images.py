@@ -115,7 +115,7 @@ class EncodedImages:
 def flipped_and_shifted(images: Tensor, pixels: int, fill: float) -> Tensor:
     """Each image mirrored or not, and moved by up to `pixels` either way, with `fill` where nothing was.
 
-    `N × channels × height × width`; random numbers come from torch's global generator.
+    `N × channels × height × width`, channels last; random numbers come from torch's global generator.
     """
     count, channels, height, width = images.shape
     down, right = torch.randint(2 * pixels + 1, (2, count, 1))
@@ -127,4 +127,5 @@ def flipped_and_shifted(images: Tensor, pixels: int, fill: float) -> Tensor:
         part.to(images.device)
         for part in (sample, channel, rows[:, None, :, None], columns[:, None, None, :])
     )
-    return pad(images, (pixels,) * 4, value=fill)[tuple(index)]
+    moved = pad(images, (pixels,) * 4, value=fill)[tuple(index)]
+    return moved.contiguous(memory_format=torch.channels_last)

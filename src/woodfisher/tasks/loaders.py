@@ -54,7 +54,7 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
     """Some rows of labelled images; a list of indexes gives one batch at once.
 
     A batch is `(inputs, targets)`: float32 `n × channels × height × width`, each pixel as
-    `(x/255 − mean)/std`, and int64 `n`.
+    `(x/255 − mean)/std`, and int64 `n`. The inputs lie channels last, as convolutions on a CPU are fastest.
     """
 
     def __init__(self, data: LabelledImages, rows: NDArray[np.int64], mean: float, std: float) -> None:
@@ -65,7 +65,8 @@ class ImageBatches(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: list[int]) -> tuple[Tensor, Tensor]:
         rows = self.rows[index]
-        pixels = torch.from_numpy(self.data.images[rows]).to(torch.float32)
+        pixels = torch.from_numpy(self.data.images[rows])
+        pixels = pixels.to(torch.float32, memory_format=torch.channels_last)
         return (pixels / 255 - self.mean) / self.std, torch.from_numpy(self.data.labels[rows])
 
 
