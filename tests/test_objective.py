@@ -29,6 +29,33 @@ def test_rows_equal_a_plain_loop(build, shape, group):
     torch.testing.assert_close(objective.gradient(20), expected.mean(0))
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize(("build", "shape"), CASES)
+def test_rows_in_bfloat16_are_those_of_float32_but_for_rounding(build, shape, group):
+    model, (x, y) = build().eval(), samples(20, shape)
+    seen = set()
+
+    def loss(outputs, targets):
+        seen.add(outputs.dtype)
+        return cross_entropy(outputs, targets)
+
+    expected = wf.Objective(model, [(x, y)], cross_entropy).rows(20, group=group)
+    objective = wf.Objective(model, [(x, y)], loss, precision="bfloat16")
+    rows = objective.rows(20, group=group)
+    assert rows.dtype == torch.float32
+    assert torch.bfloat16 not in seen
+    assert 1e-5 < float((rows - expected).norm() / expected.norm()) < 0.05
+    gradient = objective.gradient(20)
+    assert float((gradient - expected.mean(0)).norm() / expected.mean(0).norm()) < 0.05
+
+
+def test_bfloat16_is_for_models_in_float32():
+    with pytest.raises(wf.WoodfisherError, match="autocast leaves a float64 model as it is"):
+        wf.Objective(mlp().double(), [], cross_entropy, precision="bfloat16")
+    with pytest.raises(wf.WoodfisherError, match="precision must be one of float32, bfloat16; 'half' came"):
+        wf.Objective(mlp(), [], cross_entropy, precision="half")
+
+
 def test_rows_of_a_transformer_equal_a_plain_loop():
     model = Transformer().eval()
     tokens, y = torch.randint(11, (6, 5), generator=torch.Generator().manual_seed(0)), samples(6)[1]

@@ -234,14 +234,14 @@ def test_passes_in_bfloat16_give_losses_and_weights_in_float32(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
     task = replace(small_task(), loss=loss)
-    training = Training(epochs=2, distil=0.5, precision="bfloat16")
-    trained = train(task, 0.5, training, curvature=CURVATURE)
+    training = Training(epochs=2, distil=0.5)
+    trained = train(task, 0.5, training, precision="bfloat16", curvature=CURVATURE)
     assert inside == {torch.bfloat16}
     assert torch.bfloat16 not in outside
     assert {tensor.dtype for tensor in task.model.parameters()} == {torch.float32}
     assert trained.sparsity == pytest.approx(0.5, abs=1 / 116)
     with pytest.raises(WoodfisherError, match="precision must be one of float32, bfloat16; 'half' came"):
-        train(task, 0.5, replace(training, precision="half"))
+        train(task, 0.5, training, precision="half")
 
 
 def test_images_are_flipped_and_shifted():

@@ -23,7 +23,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, write_whole
-from woodfisher.forward import arguments_of, check_form, explained, mean_loss
+from woodfisher.forward import arguments_of, check_form, explained, full_precision, mean_loss
 from woodfisher.isolation import reseed
 from woodfisher.train import Epoch, Removal
 
@@ -128,12 +128,12 @@ class Finetuning(LightningModule):
             batch = self._augmented(batch)
         arguments, named = arguments_of(batch)
         with explained(batch):
-            outputs = _full_precision(student(*arguments, **named))
+            outputs = full_precision(student(*arguments, **named))
             loss = mean_loss(self.task.loss, outputs, batch)
         share = self.training_options.distil
         if share:
             with torch.no_grad():
-                wanted = _full_precision(teacher(*arguments, **named))
+                wanted = full_precision(teacher(*arguments, **named))
             loss = (1 - share) * loss + share * distance(outputs, wanted, self.training_options.temperature)
         self._loss = self._loss + loss.detach()
         return loss
@@ -243,11 +243,6 @@ def distance(outputs: Any, wanted: Any, temperature: float) -> Tensor:
         )
     student, teacher = (log_softmax(logits / temperature, dim=-1) for logits in (outputs, wanted))
     return kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean() * temperature**2
-
-
-def _full_precision(outputs: Any) -> Any:
-    """For losses, which are sums of many small terms."""
-    return outputs.float() if isinstance(outputs, Tensor) and outputs.dtype == torch.bfloat16 else outputs
 
 
 class WholeFiles(CheckpointIO):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from woodfisher.batches import Batch
 
     Tensors = dict[str, Tensor]
+
+Precision = Literal["float32", "bfloat16"]
+
+PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
+"""Of forward and backward passes: as the weights are, or in bfloat16 where torch's autocast takes it."""
 
 _WIDE_ROW = 8
 
@@ -46,7 +51,7 @@ class Forward:
 
     Parameters
     ----------
-    model, loss, sampler:
+    model, loss, sampler, precision:
         As for `Objective`.
     """
 
@@ -55,8 +60,9 @@ class Forward:
         model: nn.Module,
         loss: Callable[[Any, Any], Tensor] | None,
         sampler: Callable[[Any], Tensor] | None,
+        precision: Precision,
     ) -> None:
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.precision = model, loss, precision
         self._sampler = sampler or target_sampler(loss)
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
@@ -71,7 +77,12 @@ class Forward:
             if name in tensors
             for other in others
         }
-        return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
+        if self.precision == "float32":
+            return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
+        device = tensors_of(batch)[0].device.type
+        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+            outputs = functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
+        return full_precision(outputs)
 
     def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
         """Mean loss of the samples of a batch, on copies of `buffers`."""
@@ -195,6 +206,11 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+
+
+def full_precision(outputs: Any) -> Any:
+    """Outputs in bfloat16 as float32, since losses are sums of many small terms; others as they are."""
+    return outputs.float() if isinstance(outputs, Tensor) and outputs.dtype == torch.bfloat16 else outputs
 
 
 def evenly_labelled(batch: Batch, rows: int) -> bool:

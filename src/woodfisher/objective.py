@@ -17,7 +17,7 @@ from woodfisher.batches import check_data, describe, map_tensors, rechunk, sampl
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import Forward, explained
+from woodfisher.forward import PRECISIONS, Forward, explained
 from woodfisher.isolation import isolated
 from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
+    from woodfisher.forward import Precision
     from woodfisher.layer_rows import Factors, LayerRows
 
 FORWARD_BATCH = 250
@@ -70,6 +71,9 @@ class Objective:
     sampler:
         `sampler(outputs) -> targets`, draws targets from the model's own distribution for
         `labels="model"`; known for the usual losses of torch.
+    precision:
+        Of forward and backward passes: `float32` for that of the weights, or `bfloat16` for what torch's autocast
+        makes of it, which is about twice as fast where the processor has it, and rounds rows by about 1 %.
 
     Attributes
     ----------
@@ -97,9 +101,11 @@ class Objective:
         params: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] = (),
         sampler: Callable[[Any], Tensor] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        check_choice("precision", precision, PRECISIONS)
         model = unwrapped(model)
         self.model, self.loss = model, loss
         self.data: Iterable[Batch] = [] if data is None else data
@@ -115,7 +121,11 @@ class Objective:
             ),
         )
         self._read(None)
-        self._forward = Forward(model, loss, sampler)
+        if precision == "bfloat16" and self.dtype == torch.float64:
+            raise WoodfisherError(
+                "autocast leaves a float64 model as it is: convert it, or leave out precision=."
+            )
+        self._forward = Forward(model, loss, sampler, precision)
         self._flow = Signals(self._forward, self._modules, self.parameters)
         self.workspace = GRADIENT_WORKSPACE
         self._bytes: dict[str, int] = {}
@@ -177,6 +187,12 @@ class Objective:
             kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
         self.layout.check(kept, "kept")
         self.weights, self.kept = torch.where(kept, weights, 0), kept
+
+    @property
+    def flow_itemsize(self) -> int:
+        """Bytes of each number that flows through the model."""
+        own = next(iter(self.parameters.values())).dtype.itemsize
+        return own if self._forward.precision == "float32" else 2
 
     def within(self, workspace: int) -> Objective:
         """The same objective, chunks of whose samples take at most `workspace` bytes with their gradients."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from woodfisher.batches import Batch
+    from woodfisher.forward import Precision
     from woodfisher.method import Method, MethodParts
     from woodfisher.objective import Changes
     from woodfisher.report import Report, Stage
@@ -55,6 +56,7 @@ def prune(
     preset: str | None = None,
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    precision: Precision = "float32",
     progress: Progress | None = None,
     **parts: Unpack[MethodParts],
 ) -> Report:
@@ -65,7 +67,7 @@ def prune(
 
     Parameters
     ----------
-    model, data, loss, params, exclude:
+    model, data, loss, params, exclude, precision:
         As for `Objective`. Training samples are drawn from the beginning of `data`, so shuffle it. Every stage
         draws new ones while there are any; a few hundred in all are enough to begin with.
     sparsity:
@@ -96,7 +98,7 @@ def prune(
         if max_drop is not None and sparsity is not None:
             raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
         method = _method(criterion, preset, parts)
-        objective = Objective(model, data, loss, params=params, exclude=exclude)
+        objective = Objective(model, data, loss, params=params, exclude=exclude, precision=precision)
     if max_drop is None:
         usual = method.pattern.sparsity or 0.9
         return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
@@ -118,6 +120,7 @@ def sweep(
     preset: str | None = None,
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    precision: Precision = "float32",
     progress: Progress | None = None,
     **parts: Unpack[MethodParts],
 ) -> list[Pruned]:
@@ -132,7 +135,7 @@ def sweep(
     """
     with together():
         method = _method(criterion, preset, parts)
-        objective = Objective(model, data, loss, params=params, exclude=exclude)
+        objective = Objective(model, data, loss, params=params, exclude=exclude, precision=precision)
     return sweep_objective(objective, sparsities, method, progress)
 
 

@@ -311,7 +311,8 @@ class _Work:
 
     def _kept(self, keep: Keep) -> int:
         if keep == "factors":
-            return self.rows * self.item * sum(each.floats for each in self._factors.values())
+            floats = sum(each.floats for each in self._factors.values())
+            return self.rows * self.objective.flow_itemsize * floats
         return {"memory": self.dense, "half": self.dense * 2 // self.item}.get(keep, 0)
 
     def _chunk(self, look: bool) -> int:

@@ -73,7 +73,7 @@ class Signals:
         rows = {}
         for (name, call), gradient in zip(made.items(), gradients, strict=True):
             s = call.inputs.new_zeros(call.shape) if gradient is None else gradient
-            a, s = (t.unflatten(0, (count, -1)) for t in (call.inputs, s))
+            a, s = (t.unflatten(0, (count, -1)) for t in (call.inputs.to(s.dtype), s))
             rows[name] = LayerRows.of(self._modules[name], self._parameters[name], a, s)
         return rows
 

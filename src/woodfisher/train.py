@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
+    from woodfisher.forward import Precision
     from woodfisher.method import MethodParts
     from woodfisher.report import Layer
     from woodfisher.tasks import Task
@@ -35,8 +36,10 @@ if TYPE_CHECKING:
 LOGS = ("csv", "tensorboard")
 """Where `train` can log to."""
 
-PRECISIONS: dict[str, Literal["32-true", "bf16-mixed"]] = {"float32": "32-true", "bfloat16": "bf16-mixed"}
-"""What Lightning calls them."""
+_OF_LIGHTNING: dict[Precision, Literal["32-true", "bf16-mixed"]] = {
+    "float32": "32-true",
+    "bfloat16": "bf16-mixed",
+}
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,6 @@ class Training:
     augment: bool = True
     """Augment training inputs as the task does; a network that keeps few weights may do better without."""
 
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward and backward passes; weights, what the optimizer keeps, and curvature stay as they are."""
-
     compile: bool = False
     """Run the network through torch.compile, which takes a minute to begin with and needs a C++ compiler on a CPU."""
 
@@ -84,7 +84,6 @@ class Training:
         if self.distil > 1:
             raise WoodfisherError(f"distil is a share of the loss, in [0, 1]; {self.distil!r} came.")
         check_positive("temperature", self.temperature, "which logits are divided by")
-        check_choice("precision", self.precision, PRECISIONS)
 
 
 def gradually(sparsity: float, epochs: int) -> Polynomial:
@@ -213,6 +212,7 @@ def train(
     criterion: str = "woodfisher",
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    precision: Precision = "float32",
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
@@ -239,6 +239,8 @@ def train(
         As for `Pruner`.
     params, exclude:
         As for `Objective`.
+    precision:
+        The same, for training too; weights and what the optimizer keeps stay in float32.
     seed:
         Of the order of the batches, their augmentation, and the samples that rows are taken from.
     out:
@@ -280,7 +282,9 @@ def train(
     model = copy.deepcopy(task.model).train()
     with isolated(task.model), reseeded(task.train, seed):
         dense = task.validate(task.model)
-        objective = Objective(model, task.train, task.loss, params=params, exclude=exclude)
+        objective = Objective(
+            model, task.train, task.loss, params=params, exclude=exclude, precision=precision
+        )
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
         )
@@ -290,6 +294,7 @@ def train(
             "chosen": list(objective.layout.shapes),
             "schedule": str(schedule),
             "training": asdict(training),
+            "precision": precision,
             "method": repr(pruner.method),
             "seed": seed,
         }
@@ -317,7 +322,7 @@ def train(
         with quiet():
             trainer = Trainer(
                 **_device_options(model),
-                precision=PRECISIONS[training.precision],
+                precision=_OF_LIGHTNING[precision],
                 max_epochs=training.epochs,
                 callbacks=[PruningCallback(pruner, module.note_removal)],
                 plugins=[WholeFiles()],

@@ -13,6 +13,7 @@ from woodfisher.batches import Few
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
 from woodfisher.errors import WoodfisherError
+from woodfisher.forward import Precision  # noqa: TC001  tyro reads the annotations
 from woodfisher.method import METHODS, Method, Scope, Update, Use, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.patterns import parse_pattern
@@ -54,6 +55,9 @@ class TaskOptions:
     exclude: Patterns = ()
     """Patterns of what to leave dense."""
 
+    precision: Precision = "float32"
+    """Of forward and backward passes: bfloat16 is about twice as fast on processors that have it."""
+
     def load(self) -> Task:
         """Load the task onto the device."""
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
@@ -64,7 +68,14 @@ class TaskOptions:
 
     def objective(self, task: Task, model: torch.nn.Module) -> Objective:
         """Objective of `model` on the task's training data."""
-        return Objective(model, task.train, task.loss, params=self.params or None, exclude=self.exclude)
+        return Objective(
+            model,
+            task.train,
+            task.loss,
+            params=self.params or None,
+            exclude=self.exclude,
+            precision=self.precision,
+        )
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,7 @@ class Train:
                     criterion=self.criterion,
                     params=self.model.params or None,
                     exclude=self.model.exclude,
+                    precision=self.model.precision,
                     seed=self.model.seed,
                     out=folder,
                     resume=self.resume,
