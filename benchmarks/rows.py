@@ -4,8 +4,8 @@
 
 Times are CPU seconds of one thread, the least of several runs that take turns. Weights and data are random: the cost
 does not depend on them. Rows are taken into new memory, as large as they are, and into memory that is in use already:
-the difference is what the system takes to hand it out. Beside them stand rows by torch.func and by one backward pass a
-sample, and what the first rows of a case cost, with what is tried and imported for them.
+the difference is what the system takes to hand it out. Beside them stand rows from passes in bfloat16, by torch.func
+and by one backward pass a sample, and what the first rows of a case cost, with what is tried and imported for them.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     model.eval()
     y = torch.randint(classes, (SAMPLES,))
     objective = wf.Objective(model, [(x, y)], cross_entropy)
+    rounded = wf.Objective(model, [(x, y)], cross_entropy, precision="bfloat16")
 
     def batched() -> None:
         model.zero_grad()
@@ -108,6 +109,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         "batched": batched,
         "rows": lambda: objective.rows(SAMPLES),
         "rows_to_buffer": lambda: objective.rows(SAMPLES, out=buffer),
+        "rows_in_bfloat16": lambda: rounded.rows(SAMPLES),
         "loop": loop,
         "torch.func": vectorised,
     }
@@ -124,6 +126,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     batched()
     mean = torch.cat([p.grad.flatten() for p in objective.parameters.values() if p.grad is not None])
     error = float((rows.mean(0) - mean).norm() / mean.norm())
+    rounding = float((rounded.rows(SAMPLES) - rows).norm() / rows.norm())
     return {
         "case": name,
         "weights": objective.layout.size,
@@ -132,6 +135,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         **{f"{way}_ratio": times[way] / times["batched"] for way in ways if way != "batched"},
         "first_rows_seconds": first,
         "error_of_mean": error,
+        "error_of_bfloat16": rounding,
     }
 
 
