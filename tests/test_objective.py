@@ -47,6 +47,7 @@ def test_rows_in_bfloat16_are_those_of_float32_but_for_rounding(build, shape, gr
     assert 1e-5 < float((rows - expected).norm() / expected.norm()) < 0.05
     gradient = objective.gradient(20)
     assert float((gradient - expected.mean(0)).norm() / expected.mean(0).norm()) < 0.05
+    assert objective.mean_loss() == wf.Objective(model, [(x, y)], cross_entropy).mean_loss()
 
 
 def test_bfloat16_is_for_models_in_float32():

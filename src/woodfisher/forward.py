@@ -52,7 +52,7 @@ class Forward:
     Parameters
     ----------
     model, loss, sampler, precision:
-        As for `Objective`.
+        As for `Objective`; the precision is that of gradients, and losses alone are in that of the weights.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Forward:
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
 
-    def outputs(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Any:
+    def outputs(
+        self, weights: Tensors, buffers: Tensors, batch: Batch, precision: Precision = "float32"
+    ) -> Any:
         """What the model returns for a batch; it may change `buffers`."""
         arguments, named = arguments_of(batch)
         tensors = {**buffers, **weights}
@@ -77,17 +79,19 @@ class Forward:
             if name in tensors
             for other in others
         }
-        if self.precision == "float32":
+        if precision == "float32":
             return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
         device = tensors_of(batch)[0].device.type
         with torch.autocast(device, torch.bfloat16, cache_enabled=False):
             outputs = functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
         return full_precision(outputs)
 
-    def mean_loss(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+    def mean_loss(
+        self, weights: Tensors, buffers: Tensors, batch: Batch, precision: Precision = "float32"
+    ) -> Tensor:
         """Mean loss of the samples of a batch, on copies of `buffers`."""
         check_form(self.loss, batch)
-        return mean_loss(self.loss, self.outputs(weights, _copies(buffers), batch), batch)
+        return mean_loss(self.loss, self.outputs(weights, _copies(buffers), batch, precision), batch)
 
     def sum_of_losses(self, weights: Tensors, buffers: Tensors, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
@@ -96,9 +100,9 @@ class Forward:
         """
         rows = samples_in(batch) // group
         if self.loss is None:
-            return self.mean_loss(weights, buffers, batch) * rows
+            return self.mean_loss(weights, buffers, batch, self.precision) * rows
         check_form(self.loss, batch)
-        outputs, targets = self.outputs(weights, _copies(buffers), batch), batch[1]
+        outputs, targets = self.outputs(weights, _copies(buffers), batch, self.precision), batch[1]
         if self._has_terms(outputs, targets):
             return self.loss(outputs, targets, reduction="none").reshape(rows, -1).mean(1).sum()  # type: ignore[call-arg]
         grouped = map_tensors(lambda t: t.unflatten(0, (rows, group)), (outputs, targets))
@@ -174,7 +178,7 @@ class Forward:
         """Gradient of the mean loss of a batch, by name; zero for weights that it doesn't depend on."""
         leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
         with explained(batch):
-            value = self.mean_loss(leaves, buffers, batch)
+            value = self.mean_loss(leaves, buffers, batch, self.precision)
         gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
         return {
             name: torch.zeros_like(leaf) if g is None else g
@@ -182,7 +186,7 @@ class Forward:
         }
 
     def _loss_at(self, buffers: Tensors, weights: Tensors, batch: Batch) -> Tensor:
-        return self.mean_loss(weights, buffers, batch)
+        return self.mean_loss(weights, buffers, batch, self.precision)
 
     def _give_up_vectorising(self, error: Exception) -> None:
         self._vectorised = False

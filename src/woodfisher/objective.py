@@ -72,8 +72,9 @@ class Objective:
         `sampler(outputs) -> targets`, draws targets from the model's own distribution for
         `labels="model"`; known for the usual losses of torch.
     precision:
-        Of forward and backward passes: `float32` for that of the weights, or `bfloat16` for what torch's autocast
-        makes of it, which is about twice as fast where the processor has it, and rounds rows by about 1 %.
+        Of the forward and backward passes for gradients: `float32` for that of the weights, or `bfloat16` for what
+        torch's autocast makes of it, which is about twice as fast where the processor has it, and rounds rows by
+        about 1 %. Losses, which stages are checked on, are never rounded so.
 
     Attributes
     ----------

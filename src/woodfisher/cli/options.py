@@ -56,7 +56,7 @@ class TaskOptions:
     """Patterns of what to leave dense."""
 
     precision: Precision = "float32"
-    """Of forward and backward passes: bfloat16 is about twice as fast on processors that have it."""
+    """Of the passes for gradients: bfloat16 is about twice as fast on processors that have it."""
 
     def load(self) -> Task:
         """Load the task onto the device."""
