@@ -192,8 +192,9 @@ class Objective:
     @property
     def flow_itemsize(self) -> int:
         """Bytes of each number that flows through the model."""
-        own = next(iter(self.parameters.values())).dtype.itemsize
-        return own if self._forward.precision == "float32" else 2
+        if self._forward.precision == "bfloat16":
+            return 2
+        return max((p.dtype.itemsize for p in self.parameters.values()), default=self.dtype.itemsize)
 
     def within(self, workspace: int) -> Objective:
         """The same objective, chunks of whose samples take at most `workspace` bytes with their gradients."""
