@@ -226,6 +226,21 @@ def test_runs_keep_exactly_the_asked_number(first_order, damping):
     assert all(stage.measured is not None for stage in report.stages)
 
 
+def test_data_that_does_not_tell_its_length_gives_the_same_run():
+    class Untold:
+        def __iter__(self):
+            return iter(batches())
+
+    few = replace(QUICK, held_out=3, window=12)
+    pruned = []
+    for data in (batches(), Untold(), iter(batches())):
+        model = trained()
+        wf.prune(model, data, cross_entropy, 0.6, curvature=wf.WoodFisher(80, None, "auto", group=3), stages=few)
+        pruned.append(weights_of(model))
+    assert torch.equal(pruned[1], pruned[0])
+    assert torch.equal(pruned[2], pruned[0])
+
+
 def test_stages_measure_what_they_did_on_the_held_out_samples():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)

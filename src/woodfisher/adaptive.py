@@ -138,8 +138,9 @@ def adaptive_run(
     """
     options = method.plan
     assert isinstance(options, Adaptive)
+    curvature = cast("WoodFisher", method.curvature)
     stream = Stream(objective.data)
-    known = objective.known_samples() or stream.count(5 * options.held_out)
+    known = objective.known_samples() or stream.count(_enough(options, curvature, stream))
     if not known:
         raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
     if known < 2:
@@ -148,7 +149,7 @@ def adaptive_run(
             "a number of stages."
         )
     held_out = stream.hold_out(min(options.held_out, max(known // 5, 1)))
-    repeats = method.curvature.samples > MOST_PASSES * known and stream.rereadable
+    repeats = curvature.samples > MOST_PASSES * known and stream.rereadable
     if repeats:
         options = replace(options, stages=-(-options.stages // 5))
     orders = [True, False] if repeats else [True]
@@ -426,6 +427,13 @@ class AdaptiveRun:
             self.objective.device,
             "Take a smaller window, or a fixed number of stages with fewer samples.",
         )
+
+
+def _enough(options: Adaptive, curvature: WoodFisher, stream: Stream) -> int:
+    """Samples above which it makes no difference how many the data has."""
+    first = options.held_out + options.window * curvature.group
+    passes = -(-curvature.samples // MOST_PASSES) if stream.rereadable else 0
+    return max(5 * options.held_out, first, passes)
 
 
 def _by_magnitude(

@@ -271,9 +271,11 @@ class Stream:
         return drawn
 
     def count(self, most: int) -> int:
-        """Samples that are still to come, reading ahead as far as `most` of them."""
+        """Samples that the data has, as far as `most`: data that can be read only once is read ahead and kept."""
+        if self.rereadable:
+            return sum(map(samples_in, take(self._data, most)))
         ahead = self._next(most)
-        if not self.rereadable and sum(map(samples_in, ahead)) < most:
+        if sum(map(samples_in, ahead)) < most:
             self._data = ahead
         self._current = chain(ahead, self._rest, self._current)
         self._rest = []
