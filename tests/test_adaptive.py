@@ -235,7 +235,9 @@ def test_data_that_does_not_tell_its_length_gives_the_same_run():
     pruned = []
     for data in (batches(), Untold(), iter(batches())):
         model = trained()
-        wf.prune(model, data, cross_entropy, 0.6, curvature=wf.WoodFisher(80, None, "auto", group=3), stages=few)
+        wf.prune(
+            model, data, cross_entropy, 0.6, curvature=wf.WoodFisher(80, None, "auto", group=3), stages=few
+        )
         pruned.append(weights_of(model))
     assert torch.equal(pruned[1], pruned[0])
     assert torch.equal(pruned[2], pruned[0])
