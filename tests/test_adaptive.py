@@ -393,7 +393,8 @@ def test_a_drop_that_nothing_meets_leaves_the_model():
         ({"max_drop": 1.5, "metric": lambda _: 1.0}, r"max_drop must be a number in \[0, 1\); 1.5 came"),
         ({"max_drop": 0.1, "metric": lambda _: float("nan")}, "finite number; nan came"),
         ({"stages": "many"}, "stages must be a whole number"),
-        ({"first_order": "maybe"}, "first_order must be one of True, False, auto"),
+        ({"first_order": "maybe"}, "first_order must be True, False or 'auto'; 'maybe' came"),
+        ({"first_order": "False"}, "first_order must be True, False or 'auto'; 'False' came"),
         ({"refine": 2, "stages": QUICK}, "refine swaps"),
     ],
 )

@@ -96,11 +96,11 @@ def test_factor_form_gives_what_dense_rows_do(kind, group, monkeypatch):
     objective, expected = case(kind, group)
     name = "layer.weight"
     expected = expected[:, objective.layout.slices[name]]
-    parts = list(objective.within(1).iter_layer_rows(5 * group, group=group, names=[name]))
-    assert [list(part) for part in parts] == [[name]] * 5
+    parts = list(objective.within(1).iter_layer_rows(5 * group, group=group))
+    assert [list(part) for part in parts] == [list(objective.layout.shapes)] * 5
     rows = LayerRows.joined([part[name] for part in parts])
     assert (rows.count, rows.size, rows.channels) == (*expected.shape, objective.layout.shapes[name][0])
-    assert rows.nbytes == 8 * 5 * objective.factors(group)[name].floats
+    assert rows.inputs.numel() + rows.outputs.numel() == 5 * objective.factors(group)[name].floats
     torch.testing.assert_close(rows.dense(), expected, **TIGHT)
     some = slice(1, rows.channels - 1)
     columns = slice(some.start * rows.width, some.stop * rows.width)
@@ -111,16 +111,10 @@ def test_factor_form_gives_what_dense_rows_do(kind, group, monkeypatch):
     S, A = rows.terms()
     assert S.shape == (5, rows.groups, rows.channels // rows.groups, rows.positions)
     torch.testing.assert_close((S @ A.mT).flatten(1), expected, **TIGHT)
-    generator = torch.Generator().manual_seed(0)
     for workspace in (1, 10**9):
         monkeypatch.setattr("woodfisher.layer_rows._WORKSPACE", workspace)
         torch.testing.assert_close(rows.gram(), expected @ expected.T, **TIGHT)
         torch.testing.assert_close(rows.squares(), expected.square().sum(0), **TIGHT)
-        for k in (1, 3):
-            V = torch.randn(rows.size, k, generator=generator, dtype=torch.float64)
-            Y = torch.randn(5, k, generator=generator, dtype=torch.float64)
-            torch.testing.assert_close(rows.times(V), expected @ V, **TIGHT)
-            torch.testing.assert_close(rows.back(Y), expected.T @ Y, **TIGHT)
 
 
 @given(data=st.data())
@@ -336,7 +330,7 @@ def test_removed_weights_have_no_gradient_in_rows_from_signals():
 def test_only_the_layers_of_the_wanted_columns_take_part(monkeypatch):
     model, (x, y) = mlp(), samples(6)
     objective = wf.Objective(model, [(x, y)], cross_entropy)
-    whole, made = objective.rows(6), []
+    whole, made = [objective.rows(6) for _ in range(2)][-1], []
     original = LayerRows.dense
     monkeypatch.setattr(
         LayerRows, "dense", lambda self, *a, **k: (made.append(self.size), original(self, *a, **k))[1]

@@ -417,7 +417,7 @@ class AdaptiveRun:
         return rows
 
     def _check_memory(self, window: int) -> None:
-        size = 4 * window * len(self.weights)
+        size = self.objective.dtype.itemsize * window * len(self.weights)
         check_memory(
             [
                 (f"{window} gradient rows of {len(self.weights)} weights", size),

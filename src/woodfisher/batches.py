@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,28 @@ def describe(batch: Batch) -> str:
     return ", ".join(f"{tuple(t.shape)} {str(t.dtype).removeprefix('torch.')}" for t in tensors_of(batch))
 
 
+def length(data: Iterable[Batch]) -> int | None:
+    """How many samples data has, where it tells without being read."""
+    if isinstance(data, (list, tuple)):
+        return sum(map(samples_in, data))
+    if isinstance(data, (Replay, Few)):
+        return data.length
+    if isinstance(data, DataLoader):
+        batches, samples = _samplers(data)
+        return len(samples) if isinstance(batches, BatchSampler) and isinstance(samples, Sized) else None
+    dataset = getattr(data, "dataset", None)
+    return len(dataset) if isinstance(dataset, Sized) else None
+
+
+def _samplers(loader: DataLoader[Any]) -> tuple[object, object]:
+    """What draws a loader's batches, and what draws the samples in them where that is told."""
+    batches: object = loader.sampler if loader.batch_sampler is None else loader.batch_sampler
+    samples = batches
+    while isinstance(samples, BatchSampler):
+        samples = samples.sampler
+    return batches, samples
+
+
 def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """The first `samples` samples (fewer where the data ends), in the batches that they came in."""
     left = samples
@@ -160,7 +182,7 @@ class Replay:
     def __init__(self, data: Iterable[Batch]) -> None:
         self._source = iter(data)
         self._drawn: list[Batch] = []
-        self.dataset = getattr(data, "dataset", None)
+        self.length = length(data)
 
     def __iter__(self) -> Iterator[Batch]:
         position = 0
@@ -191,7 +213,7 @@ class Few:
         taken = list(take(data, samples))
         self._size = samples_in(taken[0]) if taken else 1
         self._parts = list(rechunk(taken, samples, 1))
-        self.dataset = range(sum(map(samples_in, taken)))
+        self.length = sum(map(samples_in, taken))
         self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
@@ -224,12 +246,12 @@ class Stream:
         missing = samples - sum(map(samples_in, drawn))
         if missing:
             self._current = self._without_held_out(self._data)
-            more = self._next(missing)
-            if sum(map(samples_in, more)) < missing:
-                self._current = self._without_held_out(self._data)
-                drawn = self._next(samples) or drawn or self._last
+            again = self._next(samples)
+            if sum(map(samples_in, again)) < samples:
+                drawn = again or drawn or self._last
             else:
-                drawn += more
+                self._put_back(again)
+                drawn += self._next(missing)
         self._last = drawn
         return drawn
 
@@ -238,10 +260,7 @@ class Stream:
 
         A `DataLoader` that shuffles has random numbers to come in new order, and none are passed over.
         """
-        sampler = getattr(self._data, "sampler", None)
-        while isinstance(sampler, BatchSampler):
-            sampler = sampler.sampler
-        if isinstance(self._data, DataLoader) and isinstance(sampler, _SHUFFLING):
+        if isinstance(self._data, DataLoader) and isinstance(_samplers(self._data)[1], _SHUFFLING):
             return
         passed = self._pass(samples)
         if 0 < passed < samples:
@@ -277,9 +296,12 @@ class Stream:
         ahead = self._next(most)
         if sum(map(samples_in, ahead)) < most:
             self._data = ahead
-        self._current = chain(ahead, self._rest, self._current)
-        self._rest = []
+        self._put_back(ahead)
         return sum(map(samples_in, ahead))
+
+    def _put_back(self, drawn: list[Batch]) -> None:
+        self._current = chain(drawn, self._rest, self._current)
+        self._rest = []
 
     def fork(self) -> Stream:
         """The same data from its start again, without what is held out."""
@@ -296,6 +318,7 @@ class Stream:
     def hold_out(self, samples: int) -> list[Batch]:
         """Draw samples that come in no later draw, in whatever order the data is read again."""
         drawn = self.draw(samples)
+        self._last = []
         self._held_out.update(key for batch in drawn for key in fingerprints(batch))
         return drawn
 

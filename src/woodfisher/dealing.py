@@ -193,9 +193,8 @@ class Part(Objective):
             yield rows if columns is None else rows[:, columns]
 
     def iter_layer_rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
+        self, samples: int, *, group: int = 1, labels: str = "data"
     ) -> Iterator[dict[str, LayerRows]]:
-        assert names is None
         for tensors, forms in self._received(samples, group, labels, factored=True):
             each = (t.to(self.device) for t in tensors)
             yield {

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
             f"{path} could not be written: {error}. Make room or choose another folder."
         ) from error
     finally:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):
+            draft.unlink()
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

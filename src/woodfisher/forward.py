@@ -79,12 +79,11 @@ class Forward:
             if name in tensors
             for other in others
         }
-        if precision == "float32":
-            return functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
+        lower = precision == "bfloat16"
         device = tensors_of(batch)[0].device.type
-        with torch.autocast(device, torch.bfloat16, cache_enabled=False):
+        with torch.autocast(device, torch.bfloat16, enabled=lower, cache_enabled=False):
             outputs = functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
-        return full_precision(outputs)
+        return full_precision(outputs) if lower else outputs
 
     def mean_loss(
         self, weights: Tensors, buffers: Tensors, batch: Batch, precision: Precision = "float32"
@@ -214,7 +213,13 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def full_precision(outputs: Any) -> Any:
     """Outputs in bfloat16 as float32, since losses are sums of many small terms; others as they are."""
-    return outputs.float() if isinstance(outputs, Tensor) and outputs.dtype == torch.bfloat16 else outputs
+    if isinstance(outputs, Tensor):
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+    if type(outputs) in (tuple, list):
+        return type(outputs)(full_precision(part) for part in outputs)
+    if type(outputs) is dict:
+        return {key: full_precision(part) for key, part in outputs.items()}
+    return outputs
 
 
 def evenly_labelled(batch: Batch, rows: int) -> bool:

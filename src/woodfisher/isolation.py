@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,27 +16,56 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_entered: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
+
+
 @contextmanager
 def isolated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards the model's state and all random generators are as before.
+    """Evaluation mode inside, and autocast off; afterwards the model's state and all random generators are as before.
 
     Training flags and whatever a module keeps on itself (caches, counters) come back by restoring each
     module's attributes; buffers are safe because callers run the model on copies of them. The generators
     are those of Python, of NumPy, and of torch on the CPU and on every CUDA device in use.
+
+    An error may leave a generator suspended in here that ends after what it was called in: it has nothing to
+    bring back any more.
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is what users seed
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices):
-        try:
+    parameters = list(model.parameters())
+    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
+    on_cpu = torch.get_rng_state()
+    on_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+    entered, own = _entered.setdefault(model, []), object()
+    entered.append(own)
+    try:
+        with ExitStack() as off:
+            for kind in {p.device.type for p in parameters}:
+                off.enter_context(torch.autocast(kind, enabled=False))
             model.eval()
             yield
-        finally:
+    finally:
+        if own in entered:
+            del entered[entered.index(own) :]
             for module, before in attributes.items():
                 vars(module).clear()
                 vars(module).update(before)
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
+            torch.set_rng_state(on_cpu)
+            for device, state in on_devices.items():
+                torch.cuda.set_rng_state(state, device)
+
+
+@contextmanager
+def unmoved(data: Iterable[Any]) -> Iterator[None]:
+    """Bring back what generators a `DataLoader` and its samplers have of their own."""
+    before = [(generator, generator.get_state()) for generator in generators(data)]
+    try:
+        yield
+    finally:
+        for generator, state in before:
+            generator.set_state(state)
 
 
 @contextmanager
@@ -44,13 +74,9 @@ def reseeded(data: Iterable[Any], seed: int) -> Iterator[None]:
 
     A `DataLoader` and its samplers may have generators of their own; they are set too, and are as before afterwards.
     """
-    before = [(generator, generator.get_state()) for generator in generators(data)]
-    try:
+    with unmoved(data):
         reseed(data, seed)
         yield
-    finally:
-        for generator, state in before:
-            generator.set_state(state)
 
 
 def reseed(data: Iterable[Any], seed: int) -> None:

@@ -43,8 +43,7 @@ class Factors:
 class LayerRows:
     """Rows of the gradient of one weight, each a sum over its samples and positions: gₙ = Σₜ sₙₜ aₙₜᵀ.
 
-    A weight has `groups` groups of output channels (its first dimension), with `width` weights each. Products with
-    the rows take whichever is cheaper, the terms of the sum or dense rows, a few channels at a time.
+    A weight has `groups` groups of output channels (its first dimension), with `width` weights each.
 
     Attributes
     ----------
@@ -98,11 +97,6 @@ class LayerRows:
     def dtype(self) -> torch.dtype:
         """Of dense rows: float32, or float64 for a float64 model."""
         return torch.promote_types(self.outputs.dtype, torch.float32)
-
-    @property
-    def nbytes(self) -> int:
-        """What both factors take."""
-        return self.inputs.nbytes + self.outputs.nbytes
 
     @property
     def groups(self) -> int:
@@ -228,44 +222,6 @@ class LayerRows:
         for columns, G in self._tiles(self.dtype.itemsize):
             total[columns] = G.double().square().sum(0)
         return total
-
-    def times(self, V: Tensor) -> Tensor:
-        """GV for V `(size, k)`, in its dtype: `(N, k)`."""
-        if self._cheaper_by_terms(V.shape[1]):
-            Y = V.new_empty(self.count, V.shape[1])
-            for here, S, A in self._pieces(V.dtype):
-                for column, W in enumerate(V.mT.unflatten(1, (self.groups, -1, self.width))):
-                    Y[here, column] = ((W.mT @ S) * A).sum((1, 2, 3))
-            return Y
-        Y = V.new_zeros(self.count, V.shape[1])
-        for columns, G in self._tiles(V.element_size()):
-            Y += G.to(V.dtype) @ V[columns]
-        return Y
-
-    def back(self, Y: Tensor) -> Tensor:
-        """GᵀY for Y `(N, k)`, in its dtype: `(size, k)`."""
-        if self._cheaper_by_terms(Y.shape[1]):
-            V = Y.new_zeros(self.size, Y.shape[1])
-            for here, S, A in self._pieces(Y.dtype):
-                A = A.movedim(0, 2).flatten(2)
-                for column, y in enumerate(Y[here].mT):
-                    V[:, column] += ((S * y[:, None, None, None]).movedim(0, 2).flatten(2) @ A.mT).flatten()
-            return V
-        V = Y.new_empty(self.size, Y.shape[1])
-        for columns, G in self._tiles(Y.element_size()):
-            V[columns] = G.to(Y.dtype).mT @ Y
-        return V
-
-    def _cheaper_by_terms(self, vectors: int) -> bool:
-        return vectors == 1 or self.positions == 1
-
-    def _pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The terms of some rows at a time."""
-        step = max(_WORKSPACE // (dtype.itemsize * self.positions * self.groups * self.width), 1)
-        for first in range(0, self.count, step):
-            here = slice(first, first + step)
-            S, A = self.part(here).terms()
-            yield here, S.to(dtype), A.to(dtype)
 
     def _tiles(self, itemsize: int) -> Iterator[tuple[slice, Tensor]]:
         """Columns of dense rows and the rows there, some channels at a time; patches are taken once for all."""

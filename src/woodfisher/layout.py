@@ -7,13 +7,12 @@ from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
-
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,19 @@ class Layout:
             if last > first:
                 found[name] = slice(first, last), columns[first:last] - where.start
         return found
+
+    def check_columns(self, columns: Tensor | None) -> None:
+        """Raise unless `columns` are None, or flat indexes as `places` takes them."""
+        if columns is None:
+            return
+        if isinstance(columns, Tensor) and columns.ndim == 1 and columns.dtype == torch.int64:
+            ends = columns.new_tensor([-1, self.size])
+            if bool((torch.cat([ends[:1], columns, ends[1:]]).diff() > 0).all()):
+                return
+        came = f"{tuple(columns.shape)} {columns.dtype}" if isinstance(columns, Tensor) else repr(columns)
+        raise WoodfisherError(
+            f"columns must be flat indexes below {self.size}, an int64 tensor (k,) in ascending order; {came} came."
+        )
 
     def name_at(self, index: int) -> str:
         """Name of the tensor that holds flat index `index`."""

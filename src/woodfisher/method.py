@@ -93,7 +93,8 @@ class Method:
             raise WoodfisherError(
                 f"pattern must be a value such as wf.NM(2, 4), wf.Block(4) or wf.Channels(); {self.pattern!r} came."
             )
-        check_choice("first_order", str(self.first_order), ("True", "False", "auto"))
+        if not isinstance(self.first_order, bool) and self.first_order != "auto":
+            raise WoodfisherError(f"first_order must be True, False or 'auto'; {self.first_order!r} came.")
         if isinstance(self.stages, Adaptive):
             if not self._carries_rows:
                 raise WoodfisherError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import chain
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,16 +14,25 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from woodfisher.batches import check_data, describe, map_tensors, rechunk, samples_in, take, tensors_of
+from woodfisher.batches import (
+    check_data,
+    describe,
+    length,
+    map_tensors,
+    rechunk,
+    samples_in,
+    take,
+    tensors_of,
+)
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import PRECISIONS, Forward, explained
-from woodfisher.isolation import isolated
+from woodfisher.isolation import isolated, unmoved
 from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
-from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals, leaves
+from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, NoFactorsError, Signals, leaves
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -42,19 +52,26 @@ GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
 
 
+def _even_size(samples: int) -> int:
+    """Size of chunks that leave no small rest: statistics of each count the same, and need two samples."""
+    sizes = range(max(min(samples, FORWARD_BATCH), 1), samples + 1)
+    return next((size for size in sizes if not 0 < samples % size < size // 2), FORWARD_BATCH)
+
+
 class Objective:
     """The loss of a model on data, as a function of the weights chosen for pruning.
 
     Nothing that an objective computes leaves a trace: it runs in evaluation mode on copies of the buffers,
-    and training flags, gradients and random generators are as before when it returns. It sees the weights
+    and training flags, gradients and random generators are as before when it returns (but for one that is a
+    loader's own, which goes on as samples are drawn). It sees the weights
     in `weights`, which start as the model's own; `at` gives the same objective elsewhere, and only `write`
     changes the model.
 
     Parameters
     ----------
     model:
-        Any module; its chosen parameters may have any floating dtype (rows are float32, or float64 for a
-        float64 model).
+        Any module; its chosen parameters may have any floating dtype (rows are float32, or float64 where one
+        of them is).
     data:
         Iterable of batches: `(inputs, targets)`, or dicts for a model that returns `.loss`. Where `inputs`
         is itself a tuple or a dict, the model is called with its parts. None for methods that use no data.
@@ -176,9 +193,9 @@ class Objective:
 
     def _read(self, kept: Tensor | None) -> None:
         """Take everything that training changes from the model."""
-        first = next(iter(self.parameters.values()))
-        self.device = first.device
-        self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        own = self.parameters.values()
+        self.device = next(iter(own)).device
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in own) else torch.float32
         self.buffers = dict(self.model.named_buffers())
         weights = self._flat(self.parameters)
         if not torch.isfinite(weights).all():
@@ -238,7 +255,10 @@ class Objective:
                 module.train()
                 module.momentum = None
                 buffers[f"{name}.num_batches_tracked"].zero_()
-            for chunk in rechunk(take(self.data, samples), FORWARD_BATCH, 1):
+                if isinstance(module, nn.SyncBatchNorm):  # other processes are not at this
+                    module.forward = MethodType(_BatchNorm.forward, module)  # type: ignore[method-assign]
+            drawn = list(take(self.data, samples))
+            for chunk in rechunk(drawn, _even_size(sum(map(samples_in, drawn))), 1):
                 with explained(chunk):
                     self._forward.outputs(weights, buffers, self._to_device(chunk))
                 done += samples_in(chunk)
@@ -268,8 +288,14 @@ class Objective:
     def flops(self) -> Tensor:
         """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used.
 
-        Those of matrix products and convolutions are counted; biases and norms take part in none.
+        Those of matrix products and convolutions are counted; biases and norms take part in none. Data that can be
+        read only once is refused, since counting would take its first samples.
         """
+        if self.reads_once:
+            raise WoodfisherError(
+                "FLOPs are counted on a sample, and data that can be read only once would lose its first batch: give "
+                "a list or a DataLoader."
+            )
         first = self._first_samples(1)
         if first is None:
             raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
@@ -304,7 +330,7 @@ class Objective:
 
     def _first_samples(self, most: int) -> Batch | None:
         """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
-        with isolated(self.model):
+        with isolated(self.model), unmoved(self.data):
             return next(iter(take(self.data, most)), None)
 
     def row_bytes(self, group: int = 1) -> int:
@@ -319,12 +345,7 @@ class Objective:
 
     def known_samples(self) -> int | None:
         """How many samples the data has, where it tells without being read."""
-        dataset = getattr(self.data, "dataset", None)
-        if dataset is not None and hasattr(dataset, "__len__"):
-            return len(dataset)
-        if isinstance(self.data, (list, tuple)):
-            return sum(samples_in(batch) for batch in self.data)
-        return None
+        return length(self.data)
 
     def most_rows(self, samples: int, group: int) -> int:
         """Rows that `samples` samples can make at most, given what the data tells of its length unread."""
@@ -350,7 +371,7 @@ class Objective:
         labels:
             `data`, or `model` to draw targets from the model's own distribution.
         columns:
-            Flat indexes of the weights wanted, int64 `(k,)`; default all.
+            Flat indexes of the weights wanted, int64 `(k,)`, ascending; default all.
         out:
             Where to write them to, `(n, k)` with n ≥ N: memory that is in use already is written to much faster.
 
@@ -358,6 +379,7 @@ class Objective:
         -------
         `(N, k)` with N = samples // group, or fewer (with a warning) where the data ends early.
         """
+        self.layout.check_columns(columns)
         width = self.layout.size if columns is None else len(columns)
         most = self.most_rows(samples, group)
         if out is not None and (len(out) < most or out.shape[1:] != (width,)):
@@ -379,6 +401,7 @@ class Objective:
         self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
     ) -> Iterator[Tensor]:
         """The rows of `rows`, in chunks `(c, k)` of bounded memory."""
+        self.layout.check_columns(columns)
         width = self.layout.size if columns is None else len(columns)
         done = 0
         for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
@@ -390,13 +413,13 @@ class Objective:
             report_progress("gradients", done, samples // group)
 
     def iter_layer_rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
+        self, samples: int, *, group: int = 1, labels: str = "data"
     ) -> Iterator[dict[str, LayerRows]]:
-        """Rows in factor form, of the weights in `names` (default: all), which `factors` must have.
+        """Rows in factor form, of all weights, which `factors` must have.
 
         The gradients of removed weights are in them.
         """
-        names = list(self.layout.shapes) if names is None else names
+        names = list(self.layout.shapes)
         for name in names:
             if not self._flow.possible(name):
                 raise WoodfisherError(
@@ -408,7 +431,12 @@ class Objective:
         done = 0
         for chunk, count in self._row_chunks(samples, group, labels, floats):
             with phase("gradients"):
-                rows = self._signals(chunk, count, names)
+                try:
+                    rows = self._signals(chunk, count, names)
+                except NoFactorsError as error:
+                    raise NoFactorsError(
+                        f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
+                    ) from error
                 self._check_signals(rows, chunk, group, done)
             yield rows
             done += count
@@ -454,9 +482,8 @@ class Objective:
     def _fill(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
         """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
         places = self.layout.places(columns)
-        able = self._factors_of(chunk, group)
-        if all(name in able for name in places):
-            signals = self._signals(chunk, len(out), list(places))
+        signals = self._signals_if_possible(chunk, group, len(out), list(places))
+        if signals is not None:
             self._check_signals(signals, chunk, group, done)
             for name, (place, index) in places.items():
                 if index is None:
@@ -474,6 +501,19 @@ class Objective:
         kept = self.kept if columns is None else self.kept[columns]
         if not kept.all():
             out *= kept
+
+    def _signals_if_possible(
+        self, chunk: Batch, group: int, count: int, names: Sequence[str]
+    ) -> dict[str, LayerRows] | None:
+        """What flows through the layers of these weights as `count` rows; None where one has no factor form."""
+        able = self._factors_of(chunk, group)
+        if any(name not in able for name in names):
+            return None
+        try:
+            return self._signals(chunk, count, names)
+        except NoFactorsError as error:
+            warn(f"{error} Rows are taken in a slower way from here on.")
+            return None
 
     def _check_signals(self, signals: Mapping[str, LayerRows], chunk: Batch, group: int, done: int) -> None:
         """Raise where a row is not finite, looking into the rows only if what flows through a layer is not."""
@@ -565,6 +605,13 @@ class Objective:
                 f"this model has no parameter {different[0]!r} of shape {self.layout.shapes[different[0]]}: "
                 "write to one of the architecture that was pruned."
             )
+        buffers = dict(model.named_buffers())
+        for name, buffer in buffers.items():
+            if name not in self.buffers or self.buffers[name].shape != buffer.shape:
+                raise WoodfisherError(
+                    f"the model that was pruned has no buffer {name!r} of shape {tuple(buffer.shape)}: write to one of "
+                    "the same architecture."
+                )
         if any(parameters[name].is_inference() for name in self.layout.shapes):
             raise WoodfisherError(
                 "the model was made in torch.inference_mode, so its weights can't be changed: make or load it "
@@ -585,7 +632,7 @@ class Objective:
         with torch.no_grad():
             for name, value in values.items():
                 parameters[name].copy_(value)
-            for name, buffer in model.named_buffers():
+            for name, buffer in buffers.items():
                 if self.buffers[name] is not buffer:
                     buffer.copy_(self.buffers[name])
 

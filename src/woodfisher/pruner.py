@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.utils.data import DataLoader
 
 from woodfisher.batches import Stream
@@ -203,13 +202,7 @@ class Pruner:
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):
             return None
-        device = objective.device
-        with (
-            watching(self.progress) as watch,
-            phase("total"),
-            isolated(objective.model),
-            torch.autocast(device.type, enabled=False),
-        ):
+        with watching(self.progress) as watch, phase("total"), isolated(objective.model):
             if self._masks.trained_elsewhere:
                 warn(
                     "weights are removed from a model that no optimizer has trained since the pruner was made, while "

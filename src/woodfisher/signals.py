@@ -32,6 +32,10 @@ TRIED_ROWS_OF_OWN_LOSS = 8
 """The same where the model weighs samples in a loss of its own."""
 
 
+class NoFactorsError(WoodfisherError):
+    """Rows of a layer have no factor form."""
+
+
 class Signals:
     """What flows through the layers of chosen weights.
 
@@ -48,6 +52,7 @@ class Signals:
     ) -> None:
         self._forward, self._modules, self._parameters = forward, modules, parameters
         self._tried: dict[str, tuple[int, dict[str, Factors]]] = {}
+        self._chunks, self._given_up = 0, False
 
     def possible(self, name: str) -> bool:
         """Whether a weight belongs to a layer whose rows can have factor form."""
@@ -61,14 +66,44 @@ class Signals:
         count: int,
         names: Sequence[str],
     ) -> dict[str, LayerRows]:
-        """A chunk of samples as `count` rows of the gradients of the weights in `names`."""
+        """A chunk of samples as `count` rows of the gradients of the weights in `names`.
+
+        Raises `NoFactorsError` where a layer does not see as much of each sample as of those that were tried, and
+        from then on no weights have factors. It need not show in the number of positions, so that one row is also
+        taken alone, of chunks number 1, 2, 4, 8 and so on.
+        """
+        try:
+            made = self._rows(weights, buffers, chunk, count, names)
+            _, tried = self._tried.get(_form(chunk, samples_in(chunk) // count), (0, {}))
+            for name, rows in made.items():
+                if rows.factors != tried.get(name, rows.factors):
+                    raise _uneven(name)
+            self._chunks += 1
+            if self._chunks & (self._chunks - 1) == 0:
+                self._check_a_row(weights, buffers, chunk, made)
+        except NoFactorsError:
+            self._given_up = True
+            raise
+        return made
+
+    def _rows(
+        self,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        chunk: Batch,
+        count: int,
+        names: Sequence[str],
+    ) -> dict[str, LayerRows]:
         if self._forward.loss is None and not evenly_labelled(chunk, count):
-            each = [self.rows(weights, buffers, row, 1, names) for row in row_batches(chunk, count)]
+            each = [self._rows(weights, buffers, row, 1, names) for row in row_batches(chunk, count)]
             return {name: LayerRows.joined([part[name] for part in each]) for name in names}
         group = samples_in(chunk) // count
         with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
             total = self._forward.sum_of_losses(leaves(weights, names), dict(buffers), chunk, group)
         made = {name: only_call(name, calls[name]) for name in names}
+        for name, call in made.items():
+            if len(call.inputs) != call.shape[0] or call.shape[0] % count:
+                raise _uneven(name)
         gradients = torch.autograd.grad(total, [call.output for call in made.values()], allow_unused=True)
         rows = {}
         for (name, call), gradient in zip(made.items(), gradients, strict=True):
@@ -76,6 +111,33 @@ class Signals:
             a, s = (t.unflatten(0, (count, -1)) for t in (call.inputs.to(s.dtype), s))
             rows[name] = LayerRows.of(self._modules[name], self._parameters[name], a, s)
         return rows
+
+    def _check_a_row(
+        self,
+        weights: Mapping[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        chunk: Batch,
+        made: Mapping[str, LayerRows],
+    ) -> None:
+        """Raise `NoFactorsError` where a row is not as it is alone.
+
+        It is the largest of the latter half: what of the others is more than noise, nobody knows.
+        """
+        count = next(iter(made.values())).count
+        half = count // 2
+        size = torch.zeros(count - half)
+        for rows in made.values():
+            inputs, outputs = (t[half:].float().flatten(1).norm(dim=1) for t in (rows.inputs, rows.outputs))
+            size += (inputs * outputs).cpu()
+        row = half + int(size.argmax())
+        group = samples_in(chunk) // count
+        sample = map_tensors(lambda t: t[row * group : (row + 1) * group], chunk)
+        alone = self._forward.gradient(dict(weights), dict(buffers), sample)
+        for name, rows in made.items():
+            together, true = rows.part(slice(row, row + 1)).dense()[0], alone[name].flatten()
+            tolerance = torch.finfo(rows.outputs.dtype).eps ** 0.25
+            if (together - true).norm() > tolerance * torch.maximum(together.norm(), true.norm()):
+                raise _uneven(name)
 
     def factors(
         self,
@@ -91,7 +153,9 @@ class Signals:
         """
         wanted = _TRIED_ROWS if self._forward.loss is not None else TRIED_ROWS_OF_OWN_LOSS
         rows = min(samples_in(batch) // group, wanted)
-        form = f"{group} {describe(map_tensors(lambda t: t[:1], batch))}"
+        if self._given_up:
+            return {}
+        form = _form(batch, group)
         tried, found = self._tried.get(form, (0, {}))
         if tried < rows:
             some = map_tensors(lambda t: t[: rows * group], batch)
@@ -159,7 +223,7 @@ class Signals:
                 map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, part)
                 for part in (batch, {**own, **weights}, buffers)
             )
-        signals = self.rows(weights, buffers, batch, rows, names)
+        signals = self._rows(weights, buffers, batch, rows, names)
         apart, norms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for i, row in enumerate(row_batches(batch, rows)):
             alone = self._forward.gradient(dict(weights), dict(buffers), row)
@@ -171,6 +235,11 @@ class Signals:
                 apart[name] = max(apart[name], float((together - true).norm()))
         tolerance = torch.finfo(next(iter(signals.values())).outputs.dtype).eps ** 0.5
         return {name: signals[name] for name in names if apart[name] <= tolerance * norms[name]}
+
+
+def _form(batch: Batch, group: int) -> str:
+    """What a sample of a batch looks like, in rows of `group`."""
+    return f"{group} {describe(map_tensors(lambda t: t[:1], batch))}"
 
 
 def leaves(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
@@ -238,7 +307,13 @@ def only_call(name: str, calls: Sequence[Call]) -> Call:
     if len(calls) == 1:
         return calls[0]
     how = "is called more than once in" if calls else "is not called as a module by"
-    raise WoodfisherError(
-        f"what flows through the layer of {name!r} does not give its gradients, since it {how} the forward pass: "
-        "leave it out with exclude=, or use WoodFisher."
+    raise NoFactorsError(
+        f"what flows through the layer of {name!r} does not give its gradients, since it {how} the forward pass."
+    )
+
+
+def _uneven(name: str) -> NoFactorsError:
+    return NoFactorsError(
+        f"the layer of {name!r} does not see as much of each sample as of others (where padding is left out, say, "
+        "or samples take different ways), so that its rows have no factor form."
     )

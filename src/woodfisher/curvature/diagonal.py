@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -9,8 +10,11 @@ import torch
 
 from woodfisher.checks import check_choice, check_count, check_positive
 from woodfisher.curvature.base import DiagonalInverse, Estimator
+from woodfisher.signals import NoFactorsError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from woodfisher.objective import Objective
 
 
@@ -54,17 +58,26 @@ class DiagonalFisher(Estimator):
 
     def __call__(self, objective: Objective) -> DiagonalInverse:
         """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
-        layout, samples, group, labels = objective.layout, self.samples, self.group, self.labels
-        total = torch.zeros(layout.size, dtype=torch.float64, device=objective.device)
-        rows = 0
-        if objective.factors(group).keys() == layout.shapes.keys():
-            for layers in objective.iter_layer_rows(samples, group=group, labels=labels):
-                for name, layer in layers.items():
-                    total[layout.slices[name]] += layer.squares()
-                rows += layer.count
-            total *= objective.kept
-        else:
-            for chunk in objective.iter_rows(samples, group=group, labels=labels):
-                total += chunk.double().square().sum(0)
-                rows += len(chunk)
-        return DiagonalInverse(total * group / rows + self.damping)
+        rows = None
+        if objective.factors(self.group).keys() == objective.layout.shapes.keys() != set():
+            with suppress(NoFactorsError):
+                total, rows = self._of_layers(objective)
+        if rows is None:
+            total, rows = self._of_rows(objective)
+        return DiagonalInverse(total * self.group / rows + self.damping)
+
+    def _of_layers(self, objective: Objective) -> tuple[Tensor, int]:
+        """Squares of the rows, summed, and how many they are."""
+        total, rows = torch.zeros(objective.layout.size, dtype=torch.float64, device=objective.device), 0
+        for layers in objective.iter_layer_rows(self.samples, group=self.group, labels=self.labels):
+            for name, layer in layers.items():
+                total[objective.layout.slices[name]] += layer.squares()
+            rows += layer.count
+        return total * objective.kept, rows
+
+    def _of_rows(self, objective: Objective) -> tuple[Tensor, int]:
+        total, rows = torch.zeros(objective.layout.size, dtype=torch.float64, device=objective.device), 0
+        for chunk in objective.iter_rows(self.samples, group=self.group, labels=self.labels):
+            total += chunk.double().square().sum(0)
+            rows += len(chunk)
+        return total, rows
