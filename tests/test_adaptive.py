@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 import woodfisher as wf
 from models import ConvNet, mlp, samples
 from woodfisher.adaptive import AdaptiveRun, adaptive_run
-from woodfisher.batches import Stream, samples_in
+from woodfisher.batches import Replay, Stream, length, samples_in
 from woodfisher.curvature.damping import _GRID, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.method import METHODS
@@ -186,6 +186,32 @@ def test_counting_ahead_loses_nothing():
     stream = Stream(iter(data))
     assert stream.count(6) == 6
     assert torch.cat([x for x, _ in stream.draw(20)]).tolist() == list(range(20))
+
+
+def test_less_data_than_asked_for_comes_once():
+    inputs = torch.arange(30.0)[:, None]
+    stream = Stream([(part, part) for part in inputs.split(4)])
+    for _ in range(2):
+        assert sorted(float(x) for part, _ in stream.draw(45) for x in part) == list(range(30))
+    assert len({float(x) for part, _ in stream.draw(20) for x in part}) == 20
+    assert sum(map(samples_in, stream.draw(25))) == 25
+
+
+@pytest.mark.parametrize("wrap", [lambda data: data, Replay])
+def test_loaders_over_a_part_of_their_data_tell_its_length(wrap):
+    data = TensorDataset(*learnable(90))
+    part = SubsetRandomSampler(range(40))
+    assert length(wrap(DataLoader(data, 7, sampler=part))) == 40
+    assert length(wrap(DataLoader(data, batch_sampler=BatchSampler(part, 7, drop_last=False)))) == 40
+    assert (
+        length(wrap(DataLoader(data, batch_size=None, sampler=BatchSampler(part, 7, drop_last=False)))) == 40
+    )
+    assert length(wrap(DataLoader(data, batch_sampler=[[0, 1], [2]]))) is None
+    assert length(wrap(DataLoader(batches(), batch_size=None))) is None
+    assert length(wrap(DataLoader(data, 7))) == 90
+    held_out = Stream(DataLoader(data, 7, sampler=part))
+    held_out.hold_out(40)
+    assert held_out.draw(5) == []
 
 
 @given(

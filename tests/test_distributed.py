@@ -182,6 +182,7 @@ FEW = {
     "auto": CASES["auto"],
     "factors": CASES["rows in factors"],
     "1x2": CASES["1x2"],
+    "obd": CASES["obd"],
     "magnitude": CASES["magnitude"],
 }
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import woodfisher as wf
-from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.files import check_folder, save_json, write_folder, write_whole
 from woodfisher.memory import available_memory, check_memory
 from woodfisher.plots import plot_accuracy, plot_layers
 from woodfisher.report import Layer
@@ -20,6 +20,13 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         write_folder(folder, {"a.json": lambda path: save_json({"a": 2}, path), "b": fail})
     assert [p.name for p in folder.parent.iterdir()] == ["results"]
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("a.json", '{\n  "a": 1\n}\n')]
+
+
+def test_a_file_that_cannot_be_written_is_explained(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file" / "model", tmp_path / ("long" * 100)):
+        with pytest.raises(wf.WoodfisherError, match="could not be written"):
+            write_whole(path, lambda draft: draft.write_text("whole"))
 
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path):

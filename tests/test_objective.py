@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
 from torch.nn.utils import prune
+from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
 from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
 from reference import loop_rows
+from woodfisher.isolation import isolated
+from woodfisher.objective import _even_size
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -341,6 +344,7 @@ def test_rows_of_batches_of_other_shapes():
     [
         ("decoder.*", "'decoder.\\*' matches no parameter. The model has 0.weight"),
         ([], "no weights are left"),
+        (torch.ones(2), "names of parameters or modules.*a Tensor came"),
     ],
 )
 def test_patterns_that_match_nothing(params, message):
@@ -355,6 +359,116 @@ def test_write_refuses_values_that_overflow_the_models_dtype():
     with pytest.raises(wf.WoodfisherError, match="not finite in torch.float16; the model is unchanged"):
         objective.at(objective.weights * 1e9, objective.kept).write()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_write_refuses_a_model_with_other_buffers_before_the_first_change():
+    objective = wf.Objective(mlp(), [], cross_entropy)
+    other = mlp()
+    other.append(nn.BatchNorm1d(3))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(wf.WoodfisherError, match=r"no buffer '3.running_mean' of shape \(3,\)"):
+        objective.at(objective.weights * 2, objective.kept).write(other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_float64_weights_beside_others_keep_their_digits():
+    model = mlp()
+    model[2].double()
+    objective = wf.Objective(model, [], cross_entropy)
+    assert objective.dtype == torch.float64
+    before = model[2].weight.clone()
+    objective.write()
+    assert torch.equal(model[2].weight, before)
+
+
+def test_looking_at_data_leaves_a_loaders_own_generator_alone():
+    generator = torch.Generator().manual_seed(3)
+    loader = DataLoader(TensorDataset(*samples(30)), batch_size=5, shuffle=True, generator=generator)
+    objective, before = wf.Objective(mlp(), loader, cross_entropy), generator.get_state()
+    objective.factors()
+    objective.flops()
+    wf.plan(objective, wf.WoodFisher(20))
+    assert torch.equal(generator.get_state(), before)
+
+
+def test_flops_do_not_take_from_data_that_can_be_read_once():
+    data = iter([samples(8)])
+    with pytest.raises(wf.WoodfisherError, match="would lose its first batch"):
+        wf.Objective(mlp(), data, cross_entropy).flops()
+    assert len(list(data)) == 1
+
+
+@pytest.mark.parametrize("columns", [[0, 3], torch.tensor([5, 3]), torch.tensor([36]), torch.tensor([0.5])])
+def test_columns_that_are_none_are_explained(columns):
+    with pytest.raises(wf.WoodfisherError, match="flat indexes below 36, an int64 tensor"):
+        wf.Objective(mlp(), [samples(8)], cross_entropy).rows(8, columns=columns)
+
+
+def test_an_autocast_around_it_changes_nothing():
+    model, (x, y) = ConvNet().eval(), samples(8, (2, 6, 6))
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+    expected = objective.rows(8), objective.mean_loss()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(objective.rows(8), expected[0])
+        assert objective.mean_loss() == expected[1]
+
+
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_losses_of_several_outputs_are_in_full_precision_too(kind):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            y = self.layer(x)
+            return {"a": y, "b": (y, 3)} if kind is dict else kind([y, y])
+
+    def loss(outputs, targets):
+        first = outputs["b"][0] if kind is dict else outputs[1]
+        assert first.dtype == torch.float32
+        return cross_entropy(first, targets)
+
+    assert wf.Objective(Two(), [samples(8)], loss, precision="bfloat16").rows(8).isfinite().all()
+
+
+def test_a_generator_that_ends_late_brings_nothing_back():
+    model = mlp().train()
+
+    def chunks():
+        with isolated(model):
+            torch.rand(1)
+            yield 1
+
+    late = chunks()
+    before = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError), isolated(model):
+        next(late)
+        raise ZeroDivisionError
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    model.eval()
+    after = torch.get_rng_state()
+    late.close()
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@given(samples=st.integers(1, 3000))
+def test_chunks_for_statistics_leave_no_small_rest(samples):
+    size = _even_size(samples)
+    assert min(samples, 250) <= size <= max(500, min(samples, 250))
+    assert samples % size == 0 or samples % size >= size // 2
+
+
+@pytest.mark.parametrize("count", [2, 250, 251, 501])
+def test_recalibration_takes_any_number_of_samples(count):
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))
+    x, y = samples(count)
+    fresh = wf.Objective(model, [(x, y)], cross_entropy).recalibrated(count)
+    expected = model[0](x).mean(0)
+    torch.testing.assert_close(fresh.buffers["1.running_mean"], expected, rtol=2e-2, atol=2e-2)
 
 
 def test_tied_weights_answer_to_all_their_names():

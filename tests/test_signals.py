@@ -304,6 +304,46 @@ def test_factor_form_of_a_layer_that_is_called_twice_is_refused():
         next(objective.iter_layer_rows(6))
 
 
+class Unpadded(nn.Module):
+    """Tokens that are there go through a layer; a sample without any goes another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x, there):
+        hidden = x.new_zeros(*there.shape, 6)
+        if there.any():
+            hidden[there] = self.layer(x[there]).tanh()
+        return self.head(hidden.sum(1))
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 2, 4], [3, 3, 2, 3], [1, 1, 0, 2], [3, 3, 3, 3]])
+def test_layers_that_see_more_of_some_samples_than_of_others(lengths):
+    there = torch.arange(4)[None] < torch.tensor(lengths)[:, None]
+    (x, y), model = samples(4, (4, 5)), Unpadded()
+    objective = wf.Objective(model, [((x, there), y)], cross_entropy)
+    expected = torch.zeros(4, objective.layout.size)
+    for i in range(4):
+        model.zero_grad()
+        cross_entropy(model(x[i : i + 1], there[i : i + 1]), y[i : i + 1]).backward()
+        for name, part in objective.layout.split(expected[i]).items():
+            if (gradient := model.get_parameter(name).grad) is not None:
+                part.copy_(gradient)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.testing.assert_close(objective.rows(4), expected)
+        again = wf.Objective(model, [((x, there), y)], cross_entropy)
+        diagonal = wf.DiagonalFisher(4, 1e-3)(again).diag()
+    torch.testing.assert_close(1 / diagonal - 1e-3, expected.double().square().mean(0))
+    uneven = len(set(lengths)) > 1
+    assert any("'layer.weight' does not see as much" in str(each.message) for each in caught) == uneven
+    assert bool(objective.factors()) != uneven
+    if uneven:
+        with pytest.raises(wf.WoodfisherError, match='keep="memory"'):
+            list(wf.Objective(model, [((x, there), y)], cross_entropy).iter_layer_rows(4))
+
+
 def test_layers_without_factors_are_named():
     for model, params, message in (
         (ConvNet(), "norm", "'norm.weight' belongs to a BatchNorm2d"),

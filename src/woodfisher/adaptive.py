@@ -136,7 +136,7 @@ def adaptive_run(
     counts. Removing by magnitude alone competes with both, so that what comes is never worse than that on these
     samples.
     """
-    options = method.plan
+    options = method.staging
     assert isinstance(options, Adaptive)
     curvature = cast("WoodFisher", method.curvature)
     stream = Stream(objective.data)

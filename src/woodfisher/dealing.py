@@ -44,7 +44,7 @@ def can_be_dealt(method: Method) -> bool:
         apart
         and getattr(curvature, "labels", "data") == "data"
         and isinstance(method.pattern, (Unstructured, NM, Block))
-        and isinstance(method.plan, int)
+        and isinstance(method.staging, int)
         and not method.refine
     )
 

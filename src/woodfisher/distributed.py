@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import distributed
 
-from woodfisher.errors import ElsewhereError, WoodfisherError
+from woodfisher.errors import ElsewhereError, message_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -99,9 +99,8 @@ class Group(Ranks):
 
     def fail(self, error: Exception) -> None:
         """Tell the others that this rank goes no further."""
-        told = str(error) if isinstance(error, WoodfisherError) else f"{type(error).__name__}: {error}"
         with suppress(RuntimeError):  # they may be gone
-            distributed.all_gather_object([None] * self.size, (told, "", None))
+            distributed.all_gather_object([None] * self.size, (message_of(error), "", None))
 
     def _told(self, step: str, value: Any) -> list[Any]:
         """What each rank tells at a step; raises on all of them where one failed or is elsewhere."""
@@ -194,8 +193,7 @@ def on_first_rank(compute: Callable[[], T]) -> T:
         result = compute()
     except Exception as error:
         # As text, for an exception may not be picklable, and the others would then wait for ever.
-        told = str(error) if isinstance(error, WoodfisherError) else f"{type(error).__name__}: {error}"
-        distributed.broadcast_object_list([(None, told)], src=0)
+        distributed.broadcast_object_list([(None, message_of(error))], src=0)
         raise
     distributed.broadcast_object_list([(result, None)], src=0)
     return result

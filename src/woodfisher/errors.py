@@ -14,9 +14,18 @@ class UnknownDistributionError(WoodfisherError):
     """Targets were to come from the model's own distribution, which the loss does not tell."""
 
 
+class NoFactorsError(WoodfisherError):
+    """Rows of a layer have no factor form."""
+
+
 class WoodfisherWarning(UserWarning):
     """Something that the user should know: a fallback, data that ended early, a layer removed whole."""
 
 
 class ElsewhereError(WoodfisherError):
     """Another of several processes failed, or is lost; it says itself why."""
+
+
+def message_of(error: Exception) -> str:
+    """What to tell other processes of an error: its message, and its type where that is another's."""
+    return str(error) if isinstance(error, WoodfisherError) else f"{type(error).__name__}: {error}"

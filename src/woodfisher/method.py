@@ -106,16 +106,16 @@ class Method:
             check_count("stages", self.stages)
         if self.refine:
             check_count("refine", self.refine)
-            if self.scope != "global" or self.pattern != Unstructured() or isinstance(self.plan, Adaptive):
+            if self.scope != "global" or self.pattern != Unstructured() or isinstance(self.staging, Adaptive):
                 raise WoodfisherError(
                     "refine swaps single weights across layers after ranking, for a fixed number of stages and the "
-                    f"scope global; stages={self.plan!r}, scope={self.scope!r} and pattern={self.pattern} came."
+                    f"scope global; stages={self.staging!r}, scope={self.scope!r} and pattern={self.pattern} came."
                 )
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)
 
     @property
-    def plan(self) -> int | Adaptive:
+    def staging(self) -> int | Adaptive:
         """`stages`, with what `auto` means for this curvature and update."""
         if self.stages != "auto":
             return self.stages
@@ -135,7 +135,7 @@ class Method:
         """All options, as JSON takes them."""
         curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        stages = self.plan if isinstance(self.plan, int) else asdict(self.plan)
+        stages = self.staging if isinstance(self.staging, int) else asdict(self.staging)
         return {**parts, "curvature": curvature, "pattern": str(self.pattern), "stages": stages}
 
 

@@ -26,13 +26,13 @@ from woodfisher.batches import (
 )
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import NoFactorsError, WoodfisherError
 from woodfisher.forward import PRECISIONS, Forward, explained
 from woodfisher.isolation import isolated, unmoved
 from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
-from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, NoFactorsError, Signals, leaves
+from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals, leaves
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -506,6 +506,8 @@ class Objective:
         self, chunk: Batch, group: int, count: int, names: Sequence[str]
     ) -> dict[str, LayerRows] | None:
         """What flows through the layers of these weights as `count` rows; None where one has no factor form."""
+        if not names:
+            return {}
         able = self._factors_of(chunk, group)
         if any(name not in able for name in names):
             return None

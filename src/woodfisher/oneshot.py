@@ -102,10 +102,10 @@ def prune(
     if max_drop is None:
         usual = method.pattern.sparsity or 0.9
         return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
-    if metric is None:
+    if not callable(metric):
         raise WoodfisherError(
             "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
-            "metric=lambda model: accuracy(model, validation_batches)."
+            f"metric=lambda model: accuracy(model, validation_batches); {metric!r} came."
         )
     return prune_within(objective, max_drop, metric, method, progress)
 
@@ -270,7 +270,7 @@ def _within(
             with phase("metric"):
                 return objective.ranks.first(lambda: _metric_of(metric, trial)) >= least
 
-        if isinstance(method.plan, Adaptive):
+        if isinstance(method.staging, Adaptive):
             for _, pruned in _each(objective, counts, method, selection, watch):
                 if not good(pruned):
                     break
@@ -313,7 +313,7 @@ def _each(
     objective: Objective, amounts: Sequence[int], method: Method, selection: Selection, watch: Watch
 ) -> Iterator[tuple[int, Pruned]]:
     """Prune to each amount: in one run where stages adapt, else each from the start."""
-    if isinstance(method.plan, Adaptive):
+    if isinstance(method.staging, Adaptive):
         passed = adaptive_run(objective, amounts, method, selection) if amounts else iter(())
         for amount, at in zip(amounts, passed, strict=True):
             yield amount, _pruned(at.objective, at.stages, method, selection, watch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
@@ -31,7 +32,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def inputs_first(module: nn.Module) -> bool:
     """Whether the weight of a layer has its inputs in the first dimension and its outputs in the second."""
-    return isinstance(module, nn.modules.conv._ConvTransposeNd) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.modules.conv._ConvTransposeNd) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of transformers that goes by that name."""
+    return type(module).__name__ == "Conv1D"
 
 
 def choose(
@@ -42,7 +48,7 @@ def choose(
     Without `params` these are the weights of Linear and convolution layers; patterns are those of a shell, and
     match the name of a parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
     """
-    named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
+    named = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
     sharded = next((name for name, p in named.items() if hasattr(p, "full_tensor")), None)
     if sharded is not None:
         raise WoodfisherError(
@@ -76,7 +82,13 @@ def _matching(
 ) -> dict[str, nn.Parameter]:
     every = dict(model.named_parameters(remove_duplicate=False))
     matched: set[int] = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Collection) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise WoodfisherError(
+            "params and exclude are names of parameters or modules, or patterns of them, as in "
+            f"params=['encoder.*.weight']; a {type(patterns).__name__} came."
+        )
+    for pattern in patterns:
         if pattern in ENDS:
             layers = list(choose(model, None, ()).values())
             matched.add(id(layers[ENDS[pattern]]))

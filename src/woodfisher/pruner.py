@@ -235,8 +235,8 @@ class Pruner:
     @property
     def _samples(self) -> int:
         """Samples that rows take each time."""
-        assert isinstance(self.method.plan, int)
-        return self.method.curvature.samples * self.method.plan
+        assert isinstance(self.method.staging, int)
+        return self.method.curvature.samples * self.method.staging
 
 
 def _described(shape: tuple[int, ...] | None) -> str:

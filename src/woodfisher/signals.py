@@ -13,9 +13,10 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
 from woodfisher.batches import describe, map_tensors, row_batches, samples_in
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import NoFactorsError
 from woodfisher.forward import evenly_labelled, explained
 from woodfisher.layer_rows import LayerRows
+from woodfisher.parameters import is_conv1d
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -30,10 +31,6 @@ _TRIED_ROWS = 2
 
 TRIED_ROWS_OF_OWN_LOSS = 8
 """The same where the model weighs samples in a loss of its own."""
-
-
-class NoFactorsError(WoodfisherError):
-    """Rows of a layer have no factor form."""
 
 
 class Signals:
@@ -254,7 +251,7 @@ def has_factors(module: nn.Module, weight: Tensor) -> bool:
     """Whether the gradient of a weight or bias follows from what flows in and out of its layer."""
     if weight is not getattr(module, "weight", None) and weight is not getattr(module, "bias", None):
         return False
-    return isinstance(module, (nn.Linear, _ConvNd)) or type(module).__name__ == "Conv1D"
+    return isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ def run_stages(
     The objective at the pruned weights, with normalisation recalibrated where the method says so, and what each
     stage did.
     """
-    assert isinstance(method.plan, int)
+    assert isinstance(method.staging, int)
     stages = []
-    targets = through(selection.amount(objective.kept), [final], method.plan)
+    targets = through(selection.amount(objective.kept), [final], method.staging)
     for number, amount in enumerate(targets):
         report_progress("stages", number, len(targets))
         here = objective.on(stream.draw(method.curvature.samples))

@@ -135,7 +135,7 @@ class Compare:
         self, task: Task, data: Replay, name: str, method: Method, family: tuple[float, ...]
     ) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
-        together = isinstance(method.plan, Adaptive)
+        together = isinstance(method.staging, Adaptive)
         for sparsities in [family] if together else [(sparsity,) for sparsity in family]:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:

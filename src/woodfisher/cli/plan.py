@@ -40,8 +40,8 @@ class Plan:
                 f"the criterion {self.criterion} keeps no gradient rows, so that there is nothing to plan: it takes "
                 "little more memory than the model."
             )
-        if not isinstance(method.plan, int):
-            window = method.plan.window * method.curvature.group
+        if not isinstance(method.staging, int):
+            window = method.staging.window * method.curvature.group
             method = replace(method, curvature=replace(method.curvature, samples=window), stages=1)
             note(
                 f"stages that adapt carry a window of rows along; planned for the first one, {window} samples"

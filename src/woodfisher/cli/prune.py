@@ -37,11 +37,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prune:
-    """Prune a trained network in one shot, and save it with a report.
+    """Prune a trained network without a training loop, and save it with a report.
 
-    Gradients of a few hundred training samples give the inverse Fisher; every weight is scored by how much the
-    loss rises without it; the cheapest go, across all layers at once, and the rest moves to compensate. The
-    test accuracy is shown beside the dense network's and beside magnitude pruning of the same sparsity.
+    Gradients of training samples give the inverse Fisher; every weight is scored by how much the loss rises without
+    it; the cheapest go, across all layers at once, and the rest moves to compensate: in many small stages by
+    default, in one shot with --stages 1. The test accuracy is shown beside the dense network's and beside magnitude
+    pruning of the same sparsity.
 
     Without arguments: a small network is trained on scikit-learn's digits and pruned, in under a minute.
 

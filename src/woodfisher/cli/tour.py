@@ -56,6 +56,10 @@ class Tour:
     def run(self) -> None:
         """Check everything, tour, write, show."""
         check_count("samples", self.samples)
+        if self.model.precision != "float32":
+            raise WoodfisherError(
+                "a tour shows curvature that is exact to many digits: leave out --precision."
+            )
         folder = self.out or Path("runs") / (
             f"{self.model.task.replace(':', '-')}-tour-seed{self.model.seed}"
         )

@@ -90,6 +90,11 @@ def held_out_damping(gram: Tensor, size: int, group: int) -> float:
             f"damping='auto' holds every fifth row out, and there are {len(gram)}: take {LEAST_ROWS} at least, "
             "or give a number."
         )
+    if not gram.isfinite().all():
+        raise WoodfisherError(
+            "inner products of the gradient rows overflow: the gradients are too large for float32. Divide the loss "
+            "by what brings them near 1, or convert model and data to float64."
+        )
     scale = _positive_scale(gram.diagonal(), size, group)
     out = torch.arange(len(gram), device=gram.device) % 5 == 4
     n, d, m = int((~out).sum()) / group, size, group

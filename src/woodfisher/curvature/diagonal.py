@@ -10,7 +10,7 @@ import torch
 
 from woodfisher.checks import check_choice, check_count, check_positive
 from woodfisher.curvature.base import DiagonalInverse, Estimator
-from woodfisher.signals import NoFactorsError
+from woodfisher.errors import NoFactorsError
 
 if TYPE_CHECKING:
     from torch import Tensor
