@@ -32,7 +32,7 @@ PLAN = wf.Adaptive()
 
 VARIANTS: dict[str, Method] = {
     "the default": DEFAULT,
-    "the same number of removals at every stage (pace 1)": replace(DEFAULT, stages=replace(PLAN, pace=1.0)),
+    "the same share removed at every stage (pace 1)": replace(DEFAULT, stages=replace(PLAN, pace=1.0)),
     "no rows carried along (a window of 124)": replace(DEFAULT, stages=replace(PLAN, window=124)),
     "no averaging of gradients": replace(DEFAULT, stages=replace(PLAN, momentum=0.0)),
     "damping fixed at 1e-3": replace(DEFAULT, curvature=replace(DEFAULT.curvature, damping=1e-3)),
