@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[str, str], tuple[floa
     parser.add_argument("--small", action="store_true", help="a tiny model, few samples")
     parser.add_argument("--sparsity", type=float, default=0.8)
     chosen = parser.parse_args(arguments)
-    train, test = Pairs(256 if chosen.small else 4000, seed=0), Pairs(1000, seed=1)
+    train, test = Pairs(400 if chosen.small else 4000, seed=0), Pairs(1000, seed=1)
     epochs, rate = (2, 1e-2) if chosen.small else (20, 1e-3)
     dense = bert(chosen.small)
     torch.manual_seed(0)
