@@ -45,9 +45,7 @@ class PruningCallback(TrainerCallback):
     pruner:
         A `Pruner` of the model that is trained (or of a part of it), or a function that makes one of the model, for a
         Trainer with `model_init`. The objective takes no `loss` where the model returns its own; its data is batches
-        as the model takes them, in a list or in a plain `DataLoader` with the Trainer's collator. Models look into
-        an attention mask of two dimensions, which makes rows sample by sample; an additive one `(samples, 1, length,
-        length)` in these batches lets them be vectorised, where the model takes it.
+        as the model takes them, in a list or in a plain `DataLoader` with the Trainer's collator.
     checkpoint:
         The folder that training resumes from, where that is not in `output_dir`: a callback isn't told.
 
