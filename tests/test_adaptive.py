@@ -157,6 +157,16 @@ def test_a_damping_without_rows_to_choose_from():
         assert torch.equal(diagonal, diagonal[:1].expand_as(diagonal))
 
 
+def test_damping_stays_near_the_curvature_where_fewer_weights_are_left_than_rows():
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 6, generator=generator) @ torch.randn(6, 8, generator=generator)
+    gram = (rows @ rows.T).double()
+    scale = float(gram.diagonal().mean()) / 8
+    assert held_out_damping(gram, 8, 1) == pytest.approx(0.01 * scale)
+    with pytest.raises(wf.WoodfisherError, match="overflow"):
+        held_out_damping(gram * math.inf, 8, 1)
+
+
 # --- held-out samples and schedules
 
 
@@ -417,6 +427,8 @@ def test_a_drop_that_nothing_meets_leaves_the_model():
         ({"max_drop": 0.1}, "max_drop needs metric="),
         ({"max_drop": 0.1, "sparsity": 0.5}, "not both"),
         ({"max_drop": 1.5, "metric": lambda _: 1.0}, r"max_drop must be a number in \[0, 1\); 1.5 came"),
+        ({"max_drop": 0.1, "metric": "accuracy"}, "max_drop needs metric=.*'accuracy' came"),
+        ({"max_drop": 0.1, "metric": lambda _: torch.tensor(math.inf)}, "finite number; inf came"),
         ({"max_drop": 0.1, "metric": lambda _: float("nan")}, "finite number; nan came"),
         ({"stages": "many"}, "stages must be a whole number"),
         ({"first_order": "maybe"}, "first_order must be True, False or 'auto'; 'maybe' came"),

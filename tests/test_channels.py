@@ -267,6 +267,16 @@ def expected_cost(masks):
     return wf.Cost(parameters + 10 * channels + 10, flops + 2 * 10 * channels)
 
 
+def test_attention_and_recurrent_layers_cost_what_their_products_do():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    products = 5 * (4 * 8 * 8 + 2 * 8 * 12) + 2 * 5 * 5 * 8
+    assert wf.cost_of(layer, torch.randn(1, 5, 8)).flops == 2 * products
+    recurrent = nn.LSTM(6, 4, batch_first=True)
+    assert wf.cost_of(recurrent, torch.randn(1, 5, 6)).flops == 2 * 5 * 16 * (6 + 4)
+    assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_a_residual_network_pruned_to_half_of_its_flops():
     model, data = trained(ResNet20), batches((3, 16, 16), 10)
     inputs = data[0][0][:2]

@@ -165,6 +165,16 @@ def test_a_dense_checkpoint_starts_the_schedule(tmp_path):
     assert (callback.pruner.steps, round(callback.pruner.sparsity, 1)) == (3, 0.6)
 
 
+def test_a_truncated_state_is_explained(tmp_path):
+    trainer, _ = trainer_of("conv", tmp_path)
+    trainer.train()
+    file = tmp_path / "checkpoint-3" / "pruner.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    resumed, _ = trainer_of("conv", tmp_path, seed=1)
+    with pytest.raises(wf.WoodfisherError, match="cannot be read as the state of a pruner"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
 def test_a_checkpoint_elsewhere_is_named(tmp_path):
     trainer, _ = trainer_of("conv", tmp_path / "first")
     trainer.train()

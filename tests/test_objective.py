@@ -339,6 +339,29 @@ def test_rows_of_batches_of_other_shapes():
         objective.rows(12, group=3)
 
 
+def test_frozen_and_parametrized_weights_are_left_dense_unless_named():
+    model = mlp()
+    model[0].requires_grad_(False)
+    with pytest.warns(wf.WoodfisherWarning, match=r"1 weights are frozen and left dense \(0.weight\)"):
+        assert list(wf.Objective(model, []).layout.shapes) == ["2.weight"]
+    assert list(wf.Objective(model, [], params="*.weight").layout.shapes) == ["0.weight", "2.weight"]
+    assert list(wf.Objective(model.requires_grad_(False), []).layout.shapes) == ["0.weight", "2.weight"]
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    with pytest.warns(wf.WoodfisherWarning, match="the weights of 0 are parametrized"):
+        assert list(wf.Objective(model, []).layout.shapes) == ["2.weight"]
+    assert len(wf.Objective(model, [], params="0").layout.shapes) == 3
+
+
+def test_embeddings_with_sparse_gradients_and_lazy_layers_are_refused():
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 3))
+    assert list(wf.Objective(model, []).layout.shapes) == ["1.weight"]
+    with pytest.raises(wf.WoodfisherError, match="'0.weight' is an embedding with sparse gradients"):
+        wf.Objective(model, [], params="*.weight")
+    with pytest.raises(wf.WoodfisherError, match=r"'0.weight' has no shape before the model has run"):
+        wf.Objective(nn.Sequential(nn.LazyLinear(3)), [])
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [

@@ -1,6 +1,7 @@
 """`Pruner`: when, how much, on which rows, and what a checkpoint restores."""
 
 import copy
+import math
 import random
 
 import numpy as np
@@ -359,7 +360,9 @@ def test_progress_is_told():
             "ends at 10, before it begins at 20",
         ),
         ({"schedule": lambda: wf.Polynomial(0.9, 0.5, begin=0, end=10)}, "can't fall from 0.9 to 0.5"),
+        ({"schedule": lambda: wf.Polynomial(0.5, 0.9, begin=0, end=math.nan)}, "end must be a finite number"),
         ({"schedule": lambda: wf.Milestones({})}, "needs one at least"),
+        ({"schedule": lambda: wf.Milestones([(0, 0.5)])}, "a dict of sparsities by step"),
         ({"schedule": lambda: wf.Milestones({0: 0.5, 5: 0.2})}, "can't fall from 0.5 at 0 to 0.2 at 5"),
         (
             {"schedule": wf.one_shot(0.5), "pattern": wf.NM(2, 4)},
@@ -415,3 +418,15 @@ def test_the_wrapped_model_does_as_well():
     pruner.step()
     assert set(pruner.masks) == {"0.weight", "2.weight"}
     pruner.apply(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [(None, "a dict with tensors for masks"), ({"masks": {"0.weight": [1, 0]}}, "a dict with tensors for masks"),
+     ({"steps": -4}, "steps of a pruner's state must be a finite number of at least 0; -4 came")],
+)  # fmt: skip
+def test_what_is_no_state_is_refused(changes, message):
+    pruner = pruner_of(mlp(), wf.one_shot(0.5))
+    state = None if changes is None else {**pruner.state_dict(), **changes}
+    with pytest.raises(wf.WoodfisherError, match=message):
+        pruner.load_state_dict(state)

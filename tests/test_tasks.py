@@ -21,6 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.saved import save_weights
 from woodfisher.tasks import Task, accuracy, load_task, task_names
 from woodfisher.tasks.cifar import ResNet20, read_cifar10
 from woodfisher.tasks.digits import EPOCHS, PEAK_RATE, DigitsNet, _states, read_digits
@@ -123,6 +124,18 @@ def test_own_task_gets_the_options_it_declares(own_tasks, tmp_path, monkeypatch)
     load_task(f"{own_tasks}:every")
     assert seen["data_root"] == tmp_path
     assert sys.path == path
+
+
+def test_weights_go_into_an_own_task_that_does_not_declare_them(own_tasks, tmp_path):
+    trained = torch.nn.Linear(1, 1)
+    save_weights(trained.state_dict(), tmp_path / "w.safetensors")
+    task = load_task(f"{own_tasks}:plain", weights=tmp_path / "w.safetensors")
+    assert torch.equal(task.model.weight, trained.weight)
+    with refused("none.safetensors"):
+        load_task(f"{own_tasks}:plain", weights=tmp_path / "none.safetensors")
+    save_weights(torch.nn.Linear(2, 1).state_dict(), tmp_path / "other.safetensors")
+    with refused("does not fit Linear"):
+        load_task(f"{own_tasks}:plain", weights=tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import called, outputs_of
+from woodfisher.forward import called, counting_flops, outputs_of
 from woodfisher.parameters import inputs_first, unwrapped
 from woodfisher.patterns import part_of
 from woodfisher.watch import warn
@@ -45,8 +44,7 @@ class Cost:
 
 def cost_of(model: nn.Module, example_inputs: Any) -> Cost:
     """Count the parameters of a model, and the FLOPs that it takes for these inputs (of one sample, say)."""
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with counting_flops(model) as counter:
         outputs_of(copy.deepcopy(model).eval(), example_inputs)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 

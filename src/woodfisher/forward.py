@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
+from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.errors import WoodfisherError
@@ -297,6 +299,25 @@ def explained(batch: Batch) -> Iterator[None]:
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
         ) from error
+
+
+@contextmanager
+def counting_flops(model: nn.Module) -> Iterator[FlopCounterMode]:
+    """Count matrix products and convolutions, also in attention and recurrent layers.
+
+    Torch passes over the fused forms of these, so they run in their plain forms inside.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    before = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else ()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        if recurrent:
+            torch.backends.mkldnn.set_flags(*before)
 
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:

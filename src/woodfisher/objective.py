@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.batches import (
     check_data,
@@ -27,7 +26,7 @@ from woodfisher.batches import (
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import NoFactorsError, WoodfisherError
-from woodfisher.forward import PRECISIONS, Forward, explained
+from woodfisher.forward import PRECISIONS, Forward, counting_flops, explained
 from woodfisher.isolation import isolated, unmoved
 from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix
@@ -277,6 +276,8 @@ class Objective:
         with isolated(self.model), torch.no_grad():
             weights = self._cast(self.weights)
             for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
+                if not count:
+                    self._check_mean(self._to_device(map_tensors(lambda t: t[:1], chunk)))
                 count += samples_in(chunk)
                 if number % self.ranks.size == self.ranks.rank:
                     with explained(chunk):
@@ -318,8 +319,7 @@ class Objective:
     def _flops_by_module(self, batch: Batch) -> dict[str, int]:
         """Operations that modules of the model take for the first sample of a batch; those of others are in none."""
         sample = self._to_device(map_tensors(lambda t: t[:1], batch))
-        counter = FlopCounterMode(display=False)
-        with isolated(self.model), torch.no_grad(), explained(sample), counter:
+        with isolated(self.model), torch.no_grad(), explained(sample), counting_flops(self.model) as counter:
             self._forward.outputs(self._cast(self.weights), self.buffers, sample)
         return {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
 
@@ -652,7 +652,10 @@ class Objective:
         batches = iter(take(self.data, samples))
         first = next(batches, None)
         if first is None:
-            raise WoodfisherError("the data holds no batch; at least one sample is needed.")
+            raise WoodfisherError(
+                "the data holds no batch; at least one sample is needed. Where it can be read only once, an earlier "
+                "stage, sparsity or call has done so: give a list of batches or a DataLoader."
+            )
         row = self._to_device(map_tensors(lambda t: t[:group], first))
         if mean or group > 1:
             self._check_mean(row)

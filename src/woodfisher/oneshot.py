@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from woodfisher.adaptive import Adaptive, adaptive_run
 from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
@@ -23,7 +25,7 @@ from woodfisher.watch import phase, warn, watching
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from torch import Tensor, nn
+    from torch import nn
     from typing_extensions import Unpack
 
     from woodfisher.batches import Batch
@@ -295,6 +297,8 @@ def _within(
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
     value: object = metric(model)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
 
 

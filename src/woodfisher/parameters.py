@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,9 +48,15 @@ def choose(
 ) -> dict[str, nn.Parameter]:
     """Choose parameters by name, tied ones once.
 
-    Without `params` these are the weights of Linear and convolution layers; patterns are those of a shell, and
-    match the name of a parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
+    Without `params` these are the weights of Linear and convolution layers, but for frozen ones where others are
+    not, and for parametrized ones; patterns are those of a shell, and match the name of a parameter or of a module
+    that holds it; `:first` and `:last` are the ends of the network.
     """
+    lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
+    if lazy is not None:
+        raise WoodfisherError(
+            f"{lazy!r} has no shape before the model has run: call the model on a batch first."
+        )
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
     sharded = next((name for name, p in named.items() if hasattr(p, "full_tensor")), None)
     if sharded is not None:
@@ -56,25 +65,60 @@ def choose(
             "into a plain copy of the model with get_model_state_dict, prune that, and write it back with "
             "set_model_state_dict, as docs/processes.md shows."
         )
-    if params is None:
-        weights = {
-            id(p)
-            for module in model.modules()
-            if isinstance(module, _LAYERS)
-            for p in module.parameters()
-            if p.ndim > 1
-        }
-        chosen = {name: p for name, p in named.items() if id(p) in weights}
-    else:
-        chosen = _matching(model, named, params)
+    chosen = _usual(model, named) if params is None else _matching(model, named, params)
     for name in _matching(model, named, exclude):
         chosen.pop(name, None)
+    sparse = {
+        id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse
+    }
+    for name, p in chosen.items():
+        if id(p) in sparse:
+            raise WoodfisherError(
+                f"{name!r} is an embedding with sparse gradients, of which rows can't be made: make it with "
+                "sparse=False, or leave it out with exclude=."
+            )
     if not chosen:
         raise WoodfisherError(
             "no weights are left to prune: name them with params=. "
             f"The model has {_listed(named) or 'no floating-point parameters'}."
         )
     return chosen
+
+
+def _layer_weights(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """The weights of Linear and convolution layers that these have themselves."""
+    own = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, _LAYERS)
+        for p in module.parameters(recurse=False)
+        if p.ndim > 1
+    }
+    return {name: p for name, p in named.items() if id(p) in own}
+
+
+def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    """What is chosen where nobody says: `_layer_weights` but for frozen ones where others are not."""
+    weights = _layer_weights(model, named)
+    computed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, _LAYERS) and is_parametrized(module)
+    ]
+    if computed:
+        warn(
+            f"the weights of {', '.join(computed[:4])} are parametrized (by weight_norm, say), so that zeros in the "
+            "parameters need not be zeros there: they are left dense. Name them with params= to prune them anyway."
+        )
+    trained = {name: p for name, p in weights.items() if p.requires_grad}
+    if trained and len(trained) < len(weights):
+        frozen = [name for name in weights if name not in trained]
+        warn(
+            f"{len(frozen)} weights are frozen and left dense ({', '.join(frozen[:4])}"
+            f"{', …' if len(frozen) > 4 else ''}): name them with params= to prune them too."
+        )
+        return trained
+    return weights
 
 
 def _matching(
@@ -90,7 +134,7 @@ def _matching(
         )
     for pattern in patterns:
         if pattern in ENDS:
-            layers = list(choose(model, None, ()).values())
+            layers = list(_layer_weights(model, named).values())
             matched.add(id(layers[ENDS[pattern]]))
             continue
         hits = {

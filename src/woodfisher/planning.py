@@ -161,6 +161,8 @@ def plan(objective: Objective, curvature: WoodFisher, memory: str | int | None =
     WoodfisherError
         If that is not enough; the message says what would do.
     """
+    if not hasattr(curvature, "runs"):
+        raise WoodfisherError(f"a plan is for the rows of a wf.WoodFisher, and {curvature!r} keeps none.")
     if memory is not None:
         curvature = replace(curvature, memory=memory)
     return planned(objective, curvature, calibrated(objective))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from woodfisher.batches import Stream
-from woodfisher.checks import check_count
+from woodfisher.checks import check_count, check_not_negative
 from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated, reseeded
@@ -22,9 +23,7 @@ from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch import Tensor, nn
+    from torch import nn
     from typing_extensions import Unpack
 
     from woodfisher.method import MethodParts
@@ -179,13 +178,18 @@ class Pruner:
         WoodfisherError
             If the state is of other weights; nothing has changed then.
         """
+        masks = state.get("masks", {}) if isinstance(state, Mapping) else None
+        if not isinstance(masks, Mapping) or not all(isinstance(mask, Tensor) for mask in masks.values()):
+            raise WoodfisherError(
+                "a pruner's state is a dict with tensors for masks: load what state_dict() gave."
+            )
         missing = {"steps", "times", "seed", "masks"} - set(state)
         if missing:
             raise WoodfisherError(
                 f"a pruner's state has steps, times, seed and masks, and this lacks {', '.join(sorted(missing))}: "
                 "load what state_dict() gave."
             )
-        shapes, masks = self.objective.layout.shapes, state["masks"]
+        shapes = self.objective.layout.shapes
         for name in [*shapes, *masks]:
             there = tuple(masks[name].shape) if name in masks else None
             here = tuple(shapes[name]) if name in shapes else None
@@ -194,6 +198,8 @@ class Pruner:
                     f"the checkpoint has {_described(there)} for {name!r}, and the pruner {_described(here)}: choose "
                     "the same weights of the same model as when it was saved."
                 )
+        for number in ("steps", "times"):
+            check_not_negative(f"{number} of a pruner's state", state[number])
         self.steps, self._times, self.seed = int(state["steps"]), int(state["times"]), int(state["seed"])
         self._masks.set({name: mask.bool() for name, mask in masks.items()})
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from woodfisher.checks import check_count, check_not_negative, check_positive, check_sparsity
+from woodfisher.checks import check_count, check_not_negative, check_positive, check_sparsity, finite_number
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 
 class Schedule(ABC):
@@ -46,6 +47,10 @@ class Milestones(Schedule):
     sparsities: Mapping[float, float]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.sparsities, Mapping):
+            raise WoodfisherError(
+                f"milestones are a dict of sparsities by step, as in Milestones({{0: 0.9}}); {self.sparsities!r} came."
+            )
         if not self.sparsities:
             raise WoodfisherError("a schedule of milestones needs one at least, as in Milestones({0: 0.9}).")
         for time, sparsity in self.sparsities.items():
@@ -109,6 +114,7 @@ class Polynomial(Schedule):
         check_sparsity(self.initial)
         check_sparsity(self.final)
         check_not_negative("begin", self.begin)
+        finite_number(self.end, f"end must be a finite number of steps or epochs; {self.end!r} came.")
         check_positive("every", self.every, "steps or epochs from one time to the next")
         check_positive("power", self.power, "where 1 is constant and 3 cubic")
         if self.end < self.begin:

@@ -41,8 +41,9 @@ Damping = float | Relative | Literal["auto"]
 LEAST_ROWS = 5
 """Rows that `auto` needs, one of which it holds out."""
 
-_GRID = [10 ** (power / 4) for power in range(-32, 17)]
-"""Multiples of the scale among which `auto` chooses."""
+_GRID = [10 ** (power / 4) for power in range(-8, 17)]
+"""Multiples of the scale among which `auto` chooses. Where fewer weights are left than there are rows, all rows may lie
+in one span, and no damping at all would be likeliest: the quadratic would be trusted as far as it goes."""
 
 
 def check_damping(value: object, why: str) -> None:

@@ -6,11 +6,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.files import write_whole
+from woodfisher.files import unreadable, write_whole
 from woodfisher.pruner import Pruner
 
 try:
@@ -127,9 +127,12 @@ class PruningCallback(TrainerCallback):
                     "checkpoint=folder) the folder that training resumes from."
                 )
             return
-        with safe_open(folder / FILE, framework="pt") as file:
-            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-            numbers = json.loads(file.metadata()["woodfisher"])
+        try:
+            with safe_open(folder / FILE, framework="pt") as file:
+                masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+                numbers = json.loads(file.metadata()["woodfisher"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise unreadable(folder / FILE, "the state of a pruner", error) from error
         for name, parameter in pruner.objective.parameters.items():
             if (
                 name in masks

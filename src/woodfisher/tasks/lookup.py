@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.tasks.base import Task
+from woodfisher.tasks.weights import load_into
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +46,8 @@ def load_task(
     data_root:
         Folder of the data files. Default: the environment variable WOODFISHER_DATA.
     weights:
-        `.pt` or `.safetensors` file of the model's weights. Default: the task's own choice.
+        `.pt` or `.safetensors` file of the model's weights, which are put into the task's model where the function
+        does not declare `weights` itself. Default: the task's own choice.
     seed:
         Of the order of the training batches. Two tasks loaded with one seed give the same batches.
     """
@@ -68,6 +70,8 @@ def load_task(
             raise WoodfisherError(f"{where} failed while it made its task: {_told(error)}") from error
     if not isinstance(task, Task):
         raise WoodfisherError(f"{where} must return a woodfisher.tasks.Task; a {type(task).__name__} came.")
+    if weights is not None and "weights" not in arguments:
+        load_into(task.model, Path(weights))
     return task
 
 
