@@ -128,12 +128,12 @@ def test_own_task_gets_the_options_it_declares(own_tasks, tmp_path, monkeypatch)
 
 def test_weights_go_into_an_own_task_that_does_not_declare_them(own_tasks, tmp_path):
     trained = torch.nn.Linear(1, 1)
-    save_weights(trained.state_dict(), tmp_path / "w.safetensors")
+    save_weights(trained, tmp_path / "w.safetensors")
     task = load_task(f"{own_tasks}:plain", weights=tmp_path / "w.safetensors")
     assert torch.equal(task.model.weight, trained.weight)
     with refused("none.safetensors"):
         load_task(f"{own_tasks}:plain", weights=tmp_path / "none.safetensors")
-    save_weights(torch.nn.Linear(2, 1).state_dict(), tmp_path / "other.safetensors")
+    save_weights(torch.nn.Linear(2, 1), tmp_path / "other.safetensors")
     with refused("does not fit Linear"):
         load_task(f"{own_tasks}:plain", weights=tmp_path / "other.safetensors")
 
