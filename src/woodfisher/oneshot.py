@@ -18,7 +18,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
-from woodfisher.report import report_of
+from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
@@ -222,7 +222,9 @@ def _sweep(
                 )
                 reached[amount] = _pruned(objective, [], method, selection, watch)
         wanted = sorted(set(amounts) - set(reached), reverse=True)
-        reached.update(_each(objective, wanted, method, selection, watch))
+        for amount, at, stages in _each(objective, wanted, method, selection):
+            warn_of_lost_layers(at)
+            reached[amount] = _pruned(at, stages, method, selection, watch)
     return [reached[amount] for amount in amounts]
 
 
@@ -273,7 +275,8 @@ def _within(
                 return objective.ranks.first(lambda: _metric_of(metric, trial)) >= least
 
         if isinstance(method.staging, Adaptive):
-            for _, pruned in _each(objective, counts, method, selection, watch):
+            for _, at, stages in _each(objective, counts, method, selection):
+                pruned = _pruned(at, stages, method, selection, watch)
                 if not good(pruned):
                     break
                 best = pruned
@@ -281,7 +284,8 @@ def _within(
             low, high = 0, len(counts)
             while low < high:
                 middle = (low + high) // 2
-                ((_, pruned),) = _each(objective, [counts[middle]], method, selection, watch)
+                ((_, at, stages),) = _each(objective, [counts[middle]], method, selection)
+                pruned = _pruned(at, stages, method, selection, watch)
                 if good(pruned):
                     best, low = pruned, middle + 1
                 else:
@@ -292,6 +296,7 @@ def _within(
                 f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
             best = _pruned(objective, [], method, selection, watch)
+        warn_of_lost_layers(best.objective)
     return replace(best, report=replace(best.report, warnings=watch.warnings))
 
 
@@ -314,17 +319,16 @@ def _started(objective: Objective, method: Method) -> tuple[Objective, Selection
 
 
 def _each(
-    objective: Objective, amounts: Sequence[int], method: Method, selection: Selection, watch: Watch
-) -> Iterator[tuple[int, Pruned]]:
+    objective: Objective, amounts: Sequence[int], method: Method, selection: Selection
+) -> Iterator[tuple[int, Objective, Sequence[Stage]]]:
     """Prune to each amount: in one run where stages adapt, else each from the start."""
     if isinstance(method.staging, Adaptive):
         passed = adaptive_run(objective, amounts, method, selection) if amounts else iter(())
         for amount, at in zip(amounts, passed, strict=True):
-            yield amount, _pruned(at.objective, at.stages, method, selection, watch)
+            yield amount, at.objective, at.stages
     else:
         for amount in amounts:
-            pruned = run_stages(objective, amount, method, selection, Stream(objective.data))
-            yield amount, _pruned(*pruned, method, selection, watch)
+            yield amount, *run_stages(objective, amount, method, selection, Stream(objective.data))
 
 
 def _pruned(

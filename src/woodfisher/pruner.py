@@ -17,7 +17,7 @@ from woodfisher.isolation import isolated, reseeded
 from woodfisher.masks import Masks
 from woodfisher.method import method_for, replaced
 from woodfisher.parameters import unwrapped
-from woodfisher.report import report_of
+from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.schedule import Schedule
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
@@ -220,6 +220,7 @@ class Pruner:
                     stream = Stream(objective.data)
                     stream.skip(self._times * self._samples)
                     at, stages = run_stages(objective, amount, self.method, self.selection, stream)
+                warn_of_lost_layers(at)
                 report = report_of(at, stages, self.method, self.selection, watch)
                 return at.changes(), replace(report, masks={})
 

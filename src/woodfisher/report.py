@@ -135,18 +135,21 @@ class Report:
         return "\n".join(lines)
 
 
-def report_of(
-    objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
-) -> Report:
-    """The report of a run that ended at `objective`; warns of layers that lost all their weights."""
-    masks = objective.layout.split(objective.kept)
-    layers = layers_of(masks)
-    for layer in layers:
+def warn_of_lost_layers(objective: Objective) -> None:
+    """Warn of layers that have no weight left."""
+    for layer in layers_of(objective.layout.split(objective.kept)):
         if layer.kept == 0:
             warn(
                 f"every weight of {layer.name!r} is removed, so nothing passes through it; a floor=, "
                 "a lower sparsity or scope='layer' avoids that."
             )
+
+
+def report_of(
+    objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
+) -> Report:
+    """The report of a run that ended at `objective`."""
+    masks = objective.layout.split(objective.kept)
     seconds = watch.so_far()
     kept = int(objective.kept.sum())
     return Report(
@@ -156,7 +159,7 @@ def report_of(
         else None,
         size=objective.layout.size,
         kept=kept,
-        layers=layers,
+        layers=layers_of(masks),
         stages=list(stages),
         masks={name: mask.clone() for name, mask in masks.items()},
         seconds={
