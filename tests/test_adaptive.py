@@ -408,6 +408,24 @@ def test_prune_to_a_drop(criterion):
     assert loose.sparsity >= report.sparsity
 
 
+@pytest.mark.parametrize("stages", [1, QUICK])
+def test_a_floor_bounds_the_search_for_a_drop(stages):
+    model = trained()
+    rows = wf.WoodFisher(100, None, "auto")
+    report = wf.prune(
+        model,
+        batches(),
+        cross_entropy,
+        max_drop=0.9,
+        metric=lambda _: 1.0,
+        stages=stages,
+        floor=0.3,
+        curvature=rows,
+    )
+    assert 11 <= report.kept <= 13
+    assert all(layer.kept >= 0.3 * layer.size for layer in report.layers)
+
+
 def test_a_drop_that_nothing_meets_leaves_the_model():
     model = trained()
     before = weights_of(model)

@@ -14,6 +14,10 @@ class UnknownDistributionError(WoodfisherError):
     """Targets were to come from the model's own distribution, which the loss does not tell."""
 
 
+class FloorError(WoodfisherError):
+    """The floor of the layers keeps more than a sparsity leaves."""
+
+
 class NoFactorsError(WoodfisherError):
     """Rows of a layer have no factor form."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
 from woodfisher.dealing import align_random, can_be_dealt, check_alike
 from woodfisher.distributed import ALONE, in_a_group, on_first_rank, together
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import FloorError, WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
@@ -275,21 +276,22 @@ def _within(
                 return objective.ranks.first(lambda: _metric_of(metric, trial)) >= least
 
         if isinstance(method.staging, Adaptive):
-            for _, at, stages in _each(objective, counts, method, selection):
-                pruned = _pruned(at, stages, method, selection, watch)
-                if not good(pruned):
-                    break
-                best = pruned
+            with suppress(FloorError):
+                for _, at, stages in _each(objective, counts, method, selection):
+                    pruned = _pruned(at, stages, method, selection, watch)
+                    if not good(pruned):
+                        break
+                    best = pruned
         else:
             low, high = 0, len(counts)
             while low < high:
                 middle = (low + high) // 2
-                ((_, at, stages),) = _each(objective, [counts[middle]], method, selection)
-                pruned = _pruned(at, stages, method, selection, watch)
-                if good(pruned):
-                    best, low = pruned, middle + 1
-                else:
-                    high = middle
+                high, least_tried = middle, high
+                with suppress(FloorError):
+                    ((_, at, stages),) = _each(objective, [counts[middle]], method, selection)
+                    pruned = _pruned(at, stages, method, selection, watch)
+                    if good(pruned):
+                        best, low, high = pruned, middle + 1, least_tried
         if best is None:
             warn(
                 f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from woodfisher.checks import check_fraction, check_sparsity
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import FloorError, WoodfisherError
 from woodfisher.patterns import Unstructured
 from woodfisher.ranking import Standing, StandingAmong, survivors
 from woodfisher.saliency import group_saliency, saliency
@@ -179,7 +179,7 @@ class Selection:
             return self._spread(self._within_layers(rank, alive, cost, amount), kept)
         least = self._standing.total(int(cost[fixed].sum()))
         if least > amount:
-            raise WoodfisherError(
+            raise FloorError(
                 f"the floor of {self.floor:g} in every layer keeps {least} of {self.total}, more than "
                 f"the {amount} that the sparsity leaves: lower one of them."
             )
