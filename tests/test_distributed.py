@@ -248,7 +248,7 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     assert "different samples" in first["data"] and "DistributedSampler" in first["data"]
     assert "different weights" in first["weights"] and "different options" in first["options"]
     assert "different options" in first["memory"]
-    assert first["nothing"].endswith("the data holds no batch; at least one sample is needed.")
+    assert "the data holds no batch; at least one sample is needed." in first["nothing"]
 
 
 def one_dies(rank):

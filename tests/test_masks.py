@@ -393,7 +393,7 @@ def test_release_lets_go():
 
 def test_weights_frozen_at_first_are_held_when_they_are_trained():
     model = mlp()
-    model[0].requires_grad_(False)
+    model.requires_grad_(False)
     pruner = pruner_of(model, wf.one_shot(0.5))
     assert not model[0].weight.requires_grad
     pruner.step()

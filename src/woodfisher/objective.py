@@ -276,12 +276,12 @@ class Objective:
         with isolated(self.model), torch.no_grad():
             weights = self._cast(self.weights)
             for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
-                if not count:
-                    self._check_mean(self._to_device(map_tensors(lambda t: t[:1], chunk)))
                 count += samples_in(chunk)
                 if number % self.ranks.size == self.ranks.rank:
+                    chunk = self._to_device(chunk)
                     with explained(chunk):
-                        total += float(self._mean_loss(weights, self._to_device(chunk))) * samples_in(chunk)
+                        total += float(self._mean_loss(weights, chunk)) * samples_in(chunk)
+                    self._check_mean(map_tensors(lambda t: t[:1], chunk))
         if not count:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
         return sum(self.ranks.gather(total)) / count
