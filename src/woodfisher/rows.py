@@ -7,7 +7,6 @@ import tempfile
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from woodfisher.batches import take
@@ -215,11 +214,14 @@ class FileRows(WindowRows):
         self.count = written
 
     def _load(self, span: slice) -> Tensor:
-        # A mapping of its own for every window, so that the pages of the last one don't stay in memory. They are
-        # copied on writing, which nobody does, since torch knows no read-only tensors.
-        kind = np.float64 if self.dtype == torch.float64 else np.float32
-        mapped = np.memmap(self._file, kind, "c", shape=(self.count, self.size))
-        return torch.from_numpy(mapped[:, self._whole(span)]).to(self.device)
+        # Read and not mapped: the system maps more of the file than is touched, which counts as the process's memory.
+        here = self._whole(span)
+        window = torch.empty(self.count, here.stop - here.start, dtype=self.dtype)
+        for row, into in enumerate(window.numpy()):
+            self._file.seek((row * self.size + here.start) * self.dtype.itemsize)
+            if self._file.readinto(into) < into.nbytes:
+                raise WoodfisherError("the file of gradient rows is shorter than what was written to it.")
+        return window.to(self.device)
 
 
 class HostRows(WindowRows):
