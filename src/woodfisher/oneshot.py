@@ -286,12 +286,14 @@ def _within(
             low, high = 0, len(counts)
             while low < high:
                 middle = (low + high) // 2
-                high, least_tried = middle, high
+                found = None
                 with suppress(FloorError):
                     ((_, at, stages),) = _each(objective, [counts[middle]], method, selection)
-                    pruned = _pruned(at, stages, method, selection, watch)
-                    if good(pruned):
-                        best, low, high = pruned, middle + 1, least_tried
+                    found = _pruned(at, stages, method, selection, watch)
+                if found is not None and good(found):
+                    best, low = found, middle + 1
+                else:
+                    high = middle
         if best is None:
             warn(
                 f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "

@@ -13,6 +13,8 @@ from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.errors import NoFactorsError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch import Tensor
 
     from woodfisher.objective import Objective
@@ -58,26 +60,26 @@ class DiagonalFisher(Estimator):
 
     def __call__(self, objective: Objective) -> DiagonalInverse:
         """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
-        rows = None
-        if objective.factors(self.group).keys() == objective.layout.shapes.keys() != set():
+        layout = objective.layout
+        if objective.factors(self.group).keys() == layout.shapes.keys() != set():
+            layers = objective.iter_layer_rows(self.samples, group=self.group, labels=self.labels)
             with suppress(NoFactorsError):
-                total, rows = self._of_layers(objective)
-        if rows is None:
-            total, rows = self._of_rows(objective)
-        return DiagonalInverse(total * self.group / rows + self.damping)
+                return self._of(
+                    (
+                        layout.flatten({name: rows.squares() for name, rows in each.items()})
+                        * objective.kept,
+                        next(iter(each.values())).count,
+                    )
+                    for each in layers
+                )
+        chunks = objective.iter_rows(self.samples, group=self.group, labels=self.labels)
+        return self._of((chunk.double().square().sum(0), len(chunk)) for chunk in chunks)
 
-    def _of_layers(self, objective: Objective) -> tuple[Tensor, int]:
-        """Squares of the rows, summed, and how many they are."""
-        total, rows = torch.zeros(objective.layout.size, dtype=torch.float64, device=objective.device), 0
-        for layers in objective.iter_layer_rows(self.samples, group=self.group, labels=self.labels):
-            for name, layer in layers.items():
-                total[objective.layout.slices[name]] += layer.squares()
-            rows += layer.count
-        return total * objective.kept, rows
-
-    def _of_rows(self, objective: Objective) -> tuple[Tensor, int]:
-        total, rows = torch.zeros(objective.layout.size, dtype=torch.float64, device=objective.device), 0
-        for chunk in objective.iter_rows(self.samples, group=self.group, labels=self.labels):
-            total += chunk.double().square().sum(0)
-            rows += len(chunk)
-        return total, rows
+    def _of(self, squares: Iterable[tuple[Tensor, int]]) -> DiagonalInverse:
+        """From the squares of some rows after others, summed `(d,)`, and how many rows they are."""
+        squares = iter(squares)
+        total, count = next(squares)
+        for more, rows in squares:
+            total += more
+            count += rows
+        return DiagonalInverse(total * self.group / count + self.damping)
