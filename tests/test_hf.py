@@ -154,7 +154,7 @@ def test_rows_of_a_transformer_are_its_gradients_with_either_mask():
         torch.testing.assert_close(row, expected)
     vectorised = wf.Objective(model, [additive])
     torch.testing.assert_close(vectorised.rows(8), rows)
-    assert vectorised._forward._vectorised
+    assert vectorised.forward._vectorised
 
 
 def test_a_dense_checkpoint_starts_the_schedule(tmp_path):

@@ -17,7 +17,7 @@ import woodfisher as wf
 from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
 from reference import loop_rows
 from woodfisher.isolation import isolated
-from woodfisher.objective import _even_size
+from woodfisher.normalisation import even_size
 
 
 @pytest.mark.parametrize("group", [1, 4])
@@ -480,7 +480,7 @@ def test_a_generator_that_ends_late_brings_nothing_back():
 
 @given(samples=st.integers(1, 3000))
 def test_chunks_for_statistics_leave_no_small_rest(samples):
-    size = _even_size(samples)
+    size = even_size(samples)
     assert min(samples, 250) <= size <= max(500, min(samples, 250))
     assert samples % size == 0 or samples % size >= size // 2
 

@@ -29,6 +29,9 @@ dimension, the samples."""
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
+FORWARD_BATCH = 250
+"""Samples of a forward pass that takes no gradients."""
+
 _AT_ONCE = 256
 """Samples that are held at once while many are passed over."""
 

@@ -14,7 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import called, counting_flops, outputs_of
+from woodfisher.flops import counting_flops
+from woodfisher.forward import called, outputs_of
 from woodfisher.parameters import inputs_first, unwrapped
 from woodfisher.patterns import part_of
 from woodfisher.watch import warn

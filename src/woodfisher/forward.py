@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvNd
-from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.errors import WoodfisherError
@@ -23,7 +21,7 @@ from woodfisher.likelihood import every_target, target_sampler
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from woodfisher.batches import Batch
 
@@ -48,8 +46,27 @@ _IGNORED = -100
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
 
+@dataclass(frozen=True)
+class State:
+    """What a model is run on: weights and buffers, by name; those that are not named are the model's own."""
+
+    weights: Tensors
+    buffers: Tensors
+
+    def differentiable(self, names: Iterable[str]) -> State:
+        """The weights cut off from what they came from; those in `names` to take gradients by."""
+        cut = {name: weight.detach() for name, weight in self.weights.items()}
+        for name in names:
+            cut[name].requires_grad_()
+        return replace(self, weights=cut)
+
+    def copied(self) -> State:
+        """With copies of the buffers, which running a model may change."""
+        return replace(self, buffers={name: buffer.clone() for name, buffer in self.buffers.items()})
+
+
 class Forward:
-    """A model with its loss, run on weights and buffers that are given by name.
+    """A model with its loss, run at a `State`.
 
     Parameters
     ----------
@@ -69,12 +86,10 @@ class Forward:
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
 
-    def outputs(
-        self, weights: Tensors, buffers: Tensors, batch: Batch, precision: Precision = "float32"
-    ) -> Any:
-        """What the model returns for a batch; it may change `buffers`."""
+    def outputs(self, state: State, batch: Batch, precision: Precision = "float32") -> Any:
+        """What the model returns for a batch; it may change the buffers of `state`."""
         arguments, named = arguments_of(batch)
-        tensors = {**buffers, **weights}
+        tensors = {**state.buffers, **state.weights}
         tied = {
             other: tensors[name]
             for name, others in _tied(self.model).items()
@@ -87,23 +102,21 @@ class Forward:
             outputs = functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
         return full_precision(outputs) if lower else outputs
 
-    def mean_loss(
-        self, weights: Tensors, buffers: Tensors, batch: Batch, precision: Precision = "float32"
-    ) -> Tensor:
-        """Mean loss of the samples of a batch, on copies of `buffers`."""
+    def mean_loss(self, state: State, batch: Batch, precision: Precision = "float32") -> Tensor:
+        """Mean loss of the samples of a batch; `state` is left as it is."""
         check_form(self.loss, batch)
-        return mean_loss(self.loss, self.outputs(weights, _copies(buffers), batch, precision), batch)
+        return mean_loss(self.loss, self.outputs(state.copied(), batch, precision), batch)
 
-    def sum_of_losses(self, weights: Tensors, buffers: Tensors, batch: Batch, group: int = 1) -> Tensor:
+    def sum_of_losses(self, state: State, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
 
         A model that computes its own loss must take its mean over samples, or these must be labelled evenly.
         """
         rows = samples_in(batch) // group
         if self.loss is None:
-            return self.mean_loss(weights, buffers, batch, self.precision) * rows
+            return self.mean_loss(state, batch, self.precision) * rows
         check_form(self.loss, batch)
-        outputs, targets = self.outputs(weights, _copies(buffers), batch, self.precision), batch[1]
+        outputs, targets = self.outputs(state.copied(), batch, self.precision), batch[1]
         if self._has_terms(outputs, targets):
             return self.loss(outputs, targets, reduction="none").reshape(rows, -1).mean(1).sum()  # type: ignore[call-arg]
         grouped = map_tensors(lambda t: t.unflatten(0, (rows, group)), (outputs, targets))
@@ -128,42 +141,43 @@ class Forward:
             return False
         return targets.is_floating_point() or bool((targets >= 0).all())  # the others are ignored in the mean
 
-    def with_sampled_targets(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Batch:
+    def with_sampled_targets(self, state: State, batch: Batch) -> Batch:
         """The batch with targets drawn from the model's own distribution."""
         with torch.no_grad():
-            return _with_targets(batch, self._sampler(self.outputs(weights, _copies(buffers), batch)))
+            return _with_targets(batch, self._sampler(self.outputs(state.copied(), batch)))
 
-    def with_every_target(
-        self, weights: Tensors, buffers: Tensors, batch: Batch
-    ) -> list[tuple[Tensor, Batch]]:
+    def with_every_target(self, state: State, batch: Batch) -> list[tuple[Tensor, Batch]]:
         """The batch with all that the model's distribution may draw, and each sample's weights, as `every_target`.
 
         Where that is not known, one drawn target a sample stands for it, with weight 1.
         """
         with torch.no_grad():
-            outputs = self.outputs(weights, _copies(buffers), batch)
+            outputs = self.outputs(state.copied(), batch)
             every = [] if self._every is None else list(self._every(outputs))
             if not every:
                 one = torch.ones(samples_in(batch), device=tensors_of(batch)[0].device)
                 every = [(one, self._sampler(outputs))]
         return [(weight, _with_targets(batch, targets)) for weight, targets in every]
 
-    def row_gradients(self, weights: Tensors, buffers: Tensors, rows: Batch, count: int) -> Tensors:
+    def row_gradients(self, state: State, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
-        loss = partial(self._loss_at, buffers)
+
+        def loss(weights: Tensors, row: Batch) -> Tensor:
+            return self.mean_loss(replace(state, weights=weights), row, self.precision)
+
         refused = None
         if self._vectorised and not self._faster_one_by_one(rows):
             try:
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", "There is a performance drop")
-                    return vmap(grad(loss), in_dims=(None, 0))(weights, rows)
+                    return vmap(grad(loss), in_dims=(None, 0))(state.weights, rows)
             except _VMAP_ERRORS as error:
                 refused = error
         each = (map_tensors(lambda t, i=i: t[i], rows) for i in range(count))
-        one_by_one = [self.gradient(weights, buffers, row) for row in each]
+        one_by_one = [self.gradient(state, row) for row in each]
         if refused is not None:
             self._give_up_vectorising(refused)
-        return {name: torch.stack([g[name] for g in one_by_one]) for name in weights}
+        return {name: torch.stack([g[name] for g in one_by_one]) for name in state.weights}
 
     def _faster_one_by_one(self, rows: Batch) -> bool:
         """Whether rows of this many samples should each have a backward pass of their own.
@@ -175,19 +189,16 @@ class Forward:
         wide = first.device.type == "cpu" and first.shape[1] >= _WIDE_ROW
         return wide and any(isinstance(module, _ConvNd) for module in self.model.modules())
 
-    def gradient(self, weights: Tensors, buffers: Tensors, batch: Batch) -> Tensors:
+    def gradient(self, state: State, batch: Batch) -> Tensors:
         """Gradient of the mean loss of a batch, by name; zero for weights that it doesn't depend on."""
-        leaves = {name: weight.detach().requires_grad_() for name, weight in weights.items()}
+        state = state.differentiable(state.weights)
         with explained(batch):
-            value = self.mean_loss(leaves, buffers, batch, self.precision)
-        gradients = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+            value = self.mean_loss(state, batch, self.precision)
+        gradients = torch.autograd.grad(value, list(state.weights.values()), allow_unused=True)
         return {
-            name: torch.zeros_like(leaf) if g is None else g
-            for (name, leaf), g in zip(leaves.items(), gradients, strict=True)
+            name: torch.zeros_like(weight) if g is None else g
+            for (name, weight), g in zip(state.weights.items(), gradients, strict=True)
         }
-
-    def _loss_at(self, buffers: Tensors, weights: Tensors, batch: Batch) -> Tensor:
-        return self.mean_loss(weights, buffers, batch, self.precision)
 
     def _give_up_vectorising(self, error: Exception) -> None:
         self._vectorised = False
@@ -283,10 +294,6 @@ def _tied(model: nn.Module) -> dict[str, list[str]]:
     return {first: others for first, *others in names.values() if others}
 
 
-def _copies(buffers: Tensors) -> Tensors:
-    return {name: buffer.clone() for name, buffer in buffers.items()}
-
-
 @contextmanager
 def explained(batch: Batch) -> Iterator[None]:
     """Turn what a model or a loss raises on a batch into a message that shows the batch."""
@@ -299,25 +306,6 @@ def explained(batch: Batch) -> Iterator[None]:
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
         ) from error
-
-
-@contextmanager
-def counting_flops(model: nn.Module) -> Iterator[FlopCounterMode]:
-    """Count matrix products and convolutions, also in attention and recurrent layers.
-
-    Torch passes over the fused forms of these, so they run in their plain forms inside.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    before = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else ()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            yield counter
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        if recurrent:
-            torch.backends.mkldnn.set_flags(*before)
 
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from itertools import chain
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from woodfisher.batches import (
+    FORWARD_BATCH,
     check_data,
     describe,
     length,
@@ -26,12 +25,14 @@ from woodfisher.batches import (
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import NoFactorsError, WoodfisherError
-from woodfisher.forward import PRECISIONS, Forward, counting_flops, explained
+from woodfisher.flops import flops_of_modules, flops_of_weights
+from woodfisher.forward import PRECISIONS, Forward, State, explained
 from woodfisher.isolation import isolated, unmoved
 from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix
+from woodfisher.normalisation import batch_norms, fresh_statistics
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
-from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals, leaves
+from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -42,19 +43,11 @@ if TYPE_CHECKING:
     from woodfisher.forward import Precision
     from woodfisher.layer_rows import Factors, LayerRows
 
-FORWARD_BATCH = 250
-
 Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
 """Weights `(d,)`, which of them remain `(d,)`, and buffers that differ from the model's own."""
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
-
-
-def _even_size(samples: int) -> int:
-    """Size of chunks that leave no small rest: statistics of each count the same, and need two samples."""
-    sizes = range(max(min(samples, FORWARD_BATCH), 1), samples + 1)
-    return next((size for size in sizes if not 0 < samples % size < size // 2), FORWARD_BATCH)
 
 
 class Objective:
@@ -142,8 +135,8 @@ class Objective:
             raise WoodfisherError(
                 "autocast leaves a float64 model as it is: convert it, or leave out precision=."
             )
-        self._forward = Forward(model, loss, sampler, precision)
-        self._flow = Signals(self._forward, self._modules, self.parameters)
+        self.forward = Forward(model, loss, sampler, precision)
+        self._flow = Signals(self.forward, self._modules, self.parameters)
         self.workspace = GRADIENT_WORKSPACE
         self._bytes: dict[str, int] = {}
         self._means_checked: set[str] = set()
@@ -208,7 +201,7 @@ class Objective:
     @property
     def flow_itemsize(self) -> int:
         """Bytes of each number that flows through the model."""
-        if self._forward.precision == "bfloat16":
+        if self.forward.precision == "bfloat16":
             return 2
         return max((p.dtype.itemsize for p in self.parameters.values()), default=self.dtype.itemsize)
 
@@ -225,17 +218,9 @@ class Objective:
         return other
 
     @property
-    def _norms(self) -> dict[str, _BatchNorm]:
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None
-        }
-
-    @property
     def has_batch_norm(self) -> bool:
         """Whether the model keeps statistics that `recalibrated` would take anew."""
-        return bool(self._norms)
+        return bool(batch_norms(self.model))
 
     def recalibrated(self, samples: int) -> Objective:
         """The same objective with the statistics of batch normalisation taken anew at its weights.
@@ -243,44 +228,30 @@ class Objective:
         Running means and variances become their plain averages over batches of the first `samples` samples,
         from forward passes alone. Models without such layers stay as they are.
         """
-        norms = self._norms
-        if not norms:
-            return self
-        buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}
-        done = 0
-        with phase("recalibration"), isolated(self.model), torch.no_grad():
-            weights = self._cast(self.weights)
-            for name, module in norms.items():
-                module.train()
-                module.momentum = None
-                buffers[f"{name}.num_batches_tracked"].zero_()
-                if isinstance(module, nn.SyncBatchNorm):  # other processes are not at this
-                    module.forward = MethodType(_BatchNorm.forward, module)  # type: ignore[method-assign]
-            drawn = list(take(self.data, samples))
-            for chunk in rechunk(drawn, _even_size(sum(map(samples_in, drawn))), 1):
-                with explained(chunk):
-                    self._forward.outputs(weights, buffers, self._to_device(chunk))
-                done += samples_in(chunk)
-                report_progress("recalibration", done, samples)
-        if not done:
-            warn("there is no data to take statistics of batch normalisation from; they stay as they were.")
-            return self
         other = copy.copy(self)
-        fresh = {key: buffer for key, buffer in buffers.items() if key.rpartition(".")[0] in norms}
-        other.buffers = {**self.buffers, **fresh}
+        other.buffers = {**self.buffers, **fresh_statistics(self, samples)}
         return other
+
+    def state(self, weights: Tensor | None = None) -> State:
+        """What the model is run on: `weights` `(d,)`, its own by default, in the model's dtypes, and the buffers."""
+        parts = self.layout.split(self.weights if weights is None else weights)
+        return State({name: part.to(self.parameters[name]) for name, part in parts.items()}, self.buffers)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        return map_tensors(lambda t: t.to(self.device), batch)
 
     def mean_loss(self) -> float:
         """Mean loss over all of the data, from forward passes alone; NaN or infinity where the model gives it."""
         total, count = 0.0, 0
         with isolated(self.model), torch.no_grad():
-            weights = self._cast(self.weights)
+            state = self.state()
             for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
                 count += samples_in(chunk)
                 if number % self.ranks.size == self.ranks.rank:
-                    chunk = self._to_device(chunk)
+                    chunk = self.on_device(chunk)
                     with explained(chunk):
-                        total += float(self._mean_loss(weights, chunk)) * samples_in(chunk)
+                        total += float(self.forward.mean_loss(state, chunk)) * samples_in(chunk)
                     self._check_mean(map_tensors(lambda t: t[:1], chunk))
         if not count:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
@@ -292,56 +263,27 @@ class Objective:
         Those of matrix products and convolutions are counted; biases and norms take part in none. Data that can be
         read only once is refused, since counting would take its first samples.
         """
-        if self.reads_once:
-            raise WoodfisherError(
-                "FLOPs are counted on a sample, and data that can be read only once would lose its first batch: give "
-                "a list or a DataLoader."
-            )
-        first = self._first_samples(1)
-        if first is None:
-            raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
-        counts = self._flops_by_module(first)
-        out = torch.empty(self.layout.size, dtype=torch.int64, device=self.device)
-        for name, where in self.layout.slices.items():
-            if len(self.layout.shapes[name]) == 1:
-                out[where] = 0
-                continue
-            flops = counts.get(name.rpartition(".")[0], 0)
-            if not flops or flops % (where.stop - where.start):
-                raise WoodfisherError(
-                    f"the FLOPs of {name!r} can't be counted ({flops} for {where.stop - where.start} weights): its "
-                    "module is not called in the forward pass, or does more than multiply with it. Leave it out with "
-                    f"exclude={name!r}."
-                )
-            out[where] = flops // (where.stop - where.start)
-        return out
-
-    def _flops_by_module(self, batch: Batch) -> dict[str, int]:
-        """Operations that modules of the model take for the first sample of a batch; those of others are in none."""
-        sample = self._to_device(map_tensors(lambda t: t[:1], batch))
-        with isolated(self.model), torch.no_grad(), explained(sample), counting_flops(self.model) as counter:
-            self._forward.outputs(self._cast(self.weights), self.buffers, sample)
-        return {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+        return flops_of_weights(self)
 
     @property
     def reads_once(self) -> bool:
         """Whether the data can be read only once, so that nothing may be tried on it beforehand."""
         return isinstance(self.data, Iterator)
 
-    def _first_samples(self, most: int) -> Batch | None:
+    def first_samples(self, most: int) -> Batch | None:
         """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
         with isolated(self.model), unmoved(self.data):
-            return next(iter(take(self.data, most)), None)
+            first = next(iter(take(self.data, most)), None)
+        return None if first is None else self.on_device(first)
 
     def row_bytes(self, group: int = 1) -> int:
         """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
-        first = self._first_samples(group)
-        return 0 if first is None else self._saved_bytes(self._to_device(first))
+        first = self.first_samples(group)
+        return 0 if first is None else self._saved_bytes(first)
 
     def forward_flops(self) -> int:
         """Operations of a forward pass of one sample, as far as torch counts them."""
-        first = self._first_samples(1)
-        return 0 if first is None else sum(self._flops_by_module(first).values())
+        return sum(flops_of_modules(self).values())
 
     def known_samples(self) -> int | None:
         """How many samples the data has, where it tells without being read."""
@@ -452,14 +394,14 @@ class Objective:
         if self.reads_once:
             return {}
         with isolated(self.model), torch.enable_grad():
-            batch = self._first_samples(TRIED_ROWS_OF_OWN_LOSS * group)
+            batch = self.first_samples(TRIED_ROWS_OF_OWN_LOSS * group)
             if batch is None or samples_in(batch) < group:
                 return {}
-            return self._factors_of(self._to_device(batch), group)
+            return self._factors_of(batch, group)
 
     def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
         """`factors` tried on the first rows of a batch, for the first one of its form."""
-        return self._flow.factors(self._cast(self.weights), self.buffers, batch, group, self.workspace)
+        return self._flow.factors(self.state(), batch, group, self.workspace)
 
     def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
         """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
@@ -472,11 +414,11 @@ class Objective:
         if samples < group:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
         with isolated(self.model), torch.enable_grad():
-            weights = self._cast(self.weights)
+            state = self.state()
             for chunk in self._chunks(samples, group, floats):
                 if labels == "model":
                     with phase("gradients"):
-                        chunk = self._forward.with_sampled_targets(weights, self.buffers, chunk)
+                        chunk = self.forward.with_sampled_targets(state, chunk)
                 yield chunk, samples_in(chunk) // group
 
     def _fill(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
@@ -492,8 +434,7 @@ class Objective:
                     out[:, place] = signals.pop(name).dense()[:, index]
         else:
             grouped = map_tensors(lambda t: t.reshape(len(out), group, *t.shape[1:]), chunk)
-            weights = self._cast(self.weights)
-            gradients = self._forward.row_gradients(weights, self.buffers, grouped, len(out))
+            gradients = self.forward.row_gradients(self.state(), grouped, len(out))
             for name, (place, index) in places.items():
                 rows = gradients.pop(name).detach().reshape(len(out), -1)
                 out[:, place] = rows if index is None else rows[:, index]
@@ -527,7 +468,7 @@ class Objective:
 
     def _signals(self, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """What flows through the layers of these weights as `count` rows."""
-        return self._flow.rows(self._cast(self.weights), self.buffers, chunk, count, names)
+        return self._flow.rows(self.state(), chunk, count, names)
 
     def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
         """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
@@ -537,9 +478,9 @@ class Objective:
         """
         done = 0
         with isolated(self.model), torch.enable_grad():
-            weights = self._cast(self.weights)
+            state = self.state()
             for chunk in self._chunks(samples, 1, 2 * self.layout.size):
-                for share, batch in self._forward.with_every_target(weights, self.buffers, chunk):
+                for share, batch in self.forward.with_every_target(state, chunk):
                     rows = torch.empty(
                         samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
                     )
@@ -554,10 +495,10 @@ class Objective:
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         count = 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
-            weights = self._cast(self.weights)
+            state = self.state()
             for number, chunk in enumerate(self._chunks(samples, 1, 0, mean=True)):
                 if number % self.ranks.size == self.ranks.rank:
-                    gradients = self._forward.gradient(weights, self.buffers, chunk)
+                    gradients = self.forward.gradient(state, chunk)
                     flat = self._flat(gradients)
                     self._check_finite(flat[None], count, chunk, samples_in(chunk))
                     total += flat * samples_in(chunk)
@@ -582,7 +523,7 @@ class Objective:
             for chunk in self._chunks(samples, 1, 0, mean=True):
                 flat = self.weights.clone().requires_grad_()
                 with explained(chunk):
-                    loss = self._mean_loss(self._cast(flat), chunk)
+                    loss = self.forward.mean_loss(self.state(flat), chunk)
                     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
                     if gradient.requires_grad:
                         (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
@@ -656,7 +597,7 @@ class Objective:
                 "the data holds no batch; at least one sample is needed. Where it can be read only once, an earlier "
                 "stage, sparsity or call has done so: give a list of batches or a DataLoader."
             )
-        row = self._to_device(map_tensors(lambda t: t[:group], first))
+        row = self.on_device(map_tensors(lambda t: t[:group], first))
         if mean or group > 1:
             self._check_mean(row)
         each = 2 * self._saved_bytes(row) + floats * self.dtype.itemsize
@@ -675,7 +616,7 @@ class Objective:
 
         for chunk in rechunk(counted(), rows * group, group):
             used += samples_in(chunk)
-            yield self._to_device(chunk)
+            yield self.on_device(chunk)
         if seen < samples:
             message = f"{samples} samples were asked for and the data ended after {seen}"
             if not used:
@@ -693,8 +634,8 @@ class Objective:
         return self._bytes[form]
 
     def _count_saved(self, row: Batch) -> int:
-        weights = leaves(self._cast(self.weights), self.layout.shapes)
-        own = {tensor.data_ptr() for tensor in [*weights.values(), *self.model.parameters()]}
+        state = self.state().differentiable(self.layout.shapes)
+        own = {tensor.data_ptr() for tensor in [*state.weights.values(), *self.model.parameters()]}
         saved: dict[int, int] = {}
 
         def note(tensor: Tensor) -> Tensor:
@@ -703,7 +644,7 @@ class Objective:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
-            value = self._mean_loss(weights, row)
+            value = self.forward.mean_loss(state, row)
         if value.grad_fn is None:
             raise WoodfisherError(
                 "the loss does not depend on any chosen weight: check that the loss is computed from the "
@@ -715,22 +656,15 @@ class Objective:
         if describe(row) in self._means_checked:
             return
         self._means_checked.add(describe(row))
-        weights = self._cast(self.weights)
+        state = self.state()
         with torch.no_grad(), explained(row):
-            once = float(self._mean_loss(weights, row))
-            twice = float(self._mean_loss(weights, map_tensors(lambda t: torch.cat([t, t]), row)))
+            once = float(self.forward.mean_loss(state, row))
+            twice = float(self.forward.mean_loss(state, map_tensors(lambda t: torch.cat([t, t]), row)))
         if once and abs(twice / once - 2) < 1e-3:
             warn(
                 "the loss seems to sum over the samples of a batch, and a mean is expected: gradients of several "
                 "samples come out too large. Use reduction='mean' (or 'none')."
             )
-
-    def _mean_loss(self, weights: dict[str, Tensor], batch: Batch) -> Tensor:
-        return self._forward.mean_loss(weights, self.buffers, batch)
-
-    def _cast(self, flat: Tensor) -> dict[str, Tensor]:
-        """Flat weights → named tensors in the model's own dtypes and devices."""
-        return {name: value.to(self.parameters[name]) for name, value in self.layout.split(flat).items()}
 
     def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors → `(d,)` in the dtype and on the device of the flat weights."""
@@ -758,6 +692,3 @@ class Objective:
         raise WoodfisherError(
             f"the gradient of {name!r} in row {done + row} is {float(rows[row, position])}. {cause}"
         )
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return map_tensors(lambda t: t.to(self.device), batch)

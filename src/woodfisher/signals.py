@@ -14,13 +14,13 @@ from torch.nn.modules.conv import _ConvNd
 
 from woodfisher.batches import describe, map_tensors, row_batches, samples_in
 from woodfisher.errors import NoFactorsError
-from woodfisher.forward import evenly_labelled, explained
+from woodfisher.forward import State, evenly_labelled, explained
 from woodfisher.layer_rows import LayerRows
 from woodfisher.parameters import is_conv1d
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from woodfisher.batches import Batch
     from woodfisher.forward import Forward
@@ -55,14 +55,7 @@ class Signals:
         """Whether a weight belongs to a layer whose rows can have factor form."""
         return has_factors(self._modules[name], self._parameters[name])
 
-    def rows(
-        self,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        chunk: Batch,
-        count: int,
-        names: Sequence[str],
-    ) -> dict[str, LayerRows]:
+    def rows(self, state: State, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """A chunk of samples as `count` rows of the gradients of the weights in `names`.
 
         Raises `NoFactorsError` where a layer does not see as much of each sample as of those that were tried, and
@@ -70,33 +63,26 @@ class Signals:
         taken alone, of chunks number 1, 2, 4, 8 and so on.
         """
         try:
-            made = self._rows(weights, buffers, chunk, count, names)
+            made = self._rows(state, chunk, count, names)
             _, tried = self._tried.get(_form(chunk, samples_in(chunk) // count), (0, {}))
             for name, rows in made.items():
                 if rows.factors != tried.get(name, rows.factors):
                     raise _uneven(name)
             self._chunks += 1
             if self._chunks & (self._chunks - 1) == 0:
-                self._check_a_row(weights, buffers, chunk, made)
+                self._check_a_row(state, chunk, made)
         except NoFactorsError:
             self._given_up = True
             raise
         return made
 
-    def _rows(
-        self,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
-        chunk: Batch,
-        count: int,
-        names: Sequence[str],
-    ) -> dict[str, LayerRows]:
+    def _rows(self, state: State, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         if self._forward.loss is None and not evenly_labelled(chunk, count):
-            each = [self._rows(weights, buffers, row, 1, names) for row in row_batches(chunk, count)]
+            each = [self._rows(state, row, 1, names) for row in row_batches(chunk, count)]
             return {name: LayerRows.joined([part[name] for part in each]) for name in names}
         group = samples_in(chunk) // count
         with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
-            total = self._forward.sum_of_losses(leaves(weights, names), dict(buffers), chunk, group)
+            total = self._forward.sum_of_losses(state.differentiable(names), chunk, group)
         made = {name: only_call(name, calls[name]) for name in names}
         for name, call in made.items():
             if len(call.inputs) != call.shape[0] or call.shape[0] % count:
@@ -111,8 +97,7 @@ class Signals:
 
     def _check_a_row(
         self,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        state: State,
         chunk: Batch,
         made: Mapping[str, LayerRows],
     ) -> None:
@@ -129,7 +114,7 @@ class Signals:
         row = half + int(size.argmax())
         group = samples_in(chunk) // count
         sample = map_tensors(lambda t: t[row * group : (row + 1) * group], chunk)
-        alone = self._forward.gradient(dict(weights), dict(buffers), sample)
+        alone = self._forward.gradient(state, sample)
         for name, rows in made.items():
             together, true = rows.part(slice(row, row + 1)).dense()[0], alone[name].flatten()
             tolerance = torch.finfo(rows.outputs.dtype).eps ** 0.25
@@ -138,8 +123,7 @@ class Signals:
 
     def factors(
         self,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        state: State,
         batch: Batch,
         group: int,
         workspace: int,
@@ -156,14 +140,13 @@ class Signals:
         tried, found = self._tried.get(form, (0, {}))
         if tried < rows:
             some = map_tensors(lambda t: t[: rows * group], batch)
-            found = self._try(weights, buffers, some, rows, workspace)
+            found = self._try(state, some, rows, workspace)
             self._tried[form] = rows, found
         return found
 
     def _try(
         self,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        state: State,
         batch: Batch,
         rows: int,
         workspace: int,
@@ -177,7 +160,7 @@ class Signals:
         }
         samples = samples_in(batch)
         with recorded_calls(able) as calls, explained(batch):
-            self._forward.mean_loss(leaves(weights, able), dict(buffers), batch)
+            self._forward.mean_loss(state.differentiable(able), batch)
         once = [
             name
             for name, made in calls.items()
@@ -186,11 +169,13 @@ class Signals:
         if not once:
             return {}
         # Where a network fits well, gradients cancel to a few digits of float32.
-        fits = 2 * torch.float64.itemsize * sum(weight.numel() for weight in weights.values()) <= workspace
+        fits = (
+            2 * torch.float64.itemsize * sum(weight.numel() for weight in state.weights.values()) <= workspace
+        )
         found = None
         for dtype in (torch.float64, None) if fits else (None,):
             try:
-                found = self._same_as_alone(weights, buffers, batch, rows, once, dtype)
+                found = self._same_as_alone(state, batch, rows, once, dtype)
                 break
             except Exception:  # noqa: S112  a model may have anything against float64
                 continue
@@ -206,8 +191,7 @@ class Signals:
 
     def _same_as_alone(
         self,
-        weights: Mapping[str, Tensor],
-        buffers: Mapping[str, Tensor],
+        state: State,
         batch: Batch,
         rows: int,
         names: Sequence[str],
@@ -218,12 +202,13 @@ class Signals:
             own = dict(self._forward.model.named_parameters())
             batch, weights, buffers = (
                 map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, part)
-                for part in (batch, {**own, **weights}, buffers)
+                for part in (batch, {**own, **state.weights}, state.buffers)
             )
-        signals = self._rows(weights, buffers, batch, rows, names)
+            state = State(weights, buffers)
+        signals = self._rows(state, batch, rows, names)
         apart, norms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for i, row in enumerate(row_batches(batch, rows)):
-            alone = self._forward.gradient(dict(weights), dict(buffers), row)
+            alone = self._forward.gradient(state, row)
             for name, each in signals.items():
                 true = alone[name].flatten()
                 # NaN changes neither of both: it is found, and explained, in the rows themselves.
@@ -237,14 +222,6 @@ class Signals:
 def _form(batch: Batch, group: int) -> str:
     """What a sample of a batch looks like, in rows of `group`."""
     return f"{group} {describe(map_tensors(lambda t: t[:1], batch))}"
-
-
-def leaves(weights: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """All weights, cut off from what they came from; those in `names` to take gradients by."""
-    cut = {name: weight.detach() for name, weight in weights.items()}
-    for name in names:
-        cut[name].requires_grad_()
-    return cut
 
 
 def has_factors(module: nn.Module, weight: Tensor) -> bool:
