@@ -22,6 +22,13 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("a.json", '{\n  "a": 1\n}\n')]
 
 
+def test_what_a_killed_process_had_drafted_goes_with_the_next_results(tmp_path):
+    (tmp_path / ".draft").mkdir()
+    (tmp_path / ".draft" / "model").write_text("half")
+    write_folder(tmp_path, {"a": lambda path: path.write_text("whole")})
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_a_file_that_cannot_be_written_is_explained(tmp_path):
     (tmp_path / "file").write_text("")
     for path in (tmp_path / "file" / "model", tmp_path / ("long" * 100)):

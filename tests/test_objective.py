@@ -351,6 +351,11 @@ def test_frozen_and_parametrized_weights_are_left_dense_unless_named():
     with pytest.warns(wf.WoodfisherWarning, match="the weights of 0 are parametrized"):
         assert list(wf.Objective(model, []).layout.shapes) == ["2.weight"]
     assert len(wf.Objective(model, [], params="0").layout.shapes) == 3
+    model = mlp()
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model[0])
+    with pytest.warns(wf.WoodfisherWarning, match="the weights of 0 are parametrized"):
+        assert list(wf.Objective(model, []).layout.shapes) == ["2.weight"]
 
 
 def test_embeddings_with_sparse_gradients_and_lazy_layers_are_refused():

@@ -5,15 +5,15 @@ from __future__ import annotations
 import csv
 import json
 import os
-import tempfile
+import shutil
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
 
 
 def unreadable(path: Path, expected: str, error: Exception) -> WoodfisherError:
@@ -67,17 +67,19 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Make a folder of files, by name; nothing appears in it before all of them are written.
 
-    Files of the same names are replaced, others stay.
+    Files of the same names are replaced, others stay. What a killed process had drafted goes the next time.
     """
+    draft = folder / ".draft"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".draft-", dir=folder) as name:
-            draft = Path(name)
-            for file, write in writers.items():
-                write(draft / file)
-            for file in writers:
-                (draft / file).replace(folder / file)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        for file, write in writers.items():
+            write(draft / file)
+        for file in writers:
+            (draft / file).replace(folder / file)
     except OSError as error:
         raise WoodfisherError(
             f"the results could not be written to {folder}: {error}. Make room or choose another with --out."
         ) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

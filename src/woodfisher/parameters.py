@@ -90,11 +90,16 @@ def _layer_weights(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str
     own = {
         id(p)
         for module in model.modules()
-        if isinstance(module, _LAYERS)
+        if isinstance(module, _LAYERS) and not _computes_weight(module)
         for p in module.parameters(recurse=False)
         if p.ndim > 1
     }
     return {name: p for name, p in named.items() if id(p) in own}
+
+
+def _computes_weight(module: nn.Module) -> bool:
+    """Whether a layer makes its weight of other parameters, also in the way of `torch.nn.utils.weight_norm`."""
+    return is_parametrized(module) or hasattr(module, "weight_g")
 
 
 def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
@@ -103,7 +108,7 @@ def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Par
     computed = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and is_parametrized(module)
+        if isinstance(module, _LAYERS) and _computes_weight(module)
     ]
     if computed:
         warn(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Table
 from tyro.conf import arg
 
-from woodfisher.checks import check_choice, check_sparsity
+from woodfisher.checks import check_choice, check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.origin import origin
@@ -87,6 +87,7 @@ class Train:
         self.training.check()
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True, training=True)
+        check_count("stages", method.stages)
         usual = method.pattern.sparsity or 0.95
         sparsity = usual if self.sparsity is None else self.sparsity
         check_sparsity(sparsity)
