@@ -257,8 +257,7 @@ def _made(
     )
     signals: dict[str, LayerRows] = {}
     if factored:
-        signals = whole._signals(chunk, count, factored)
-        whole._check_signals(signals, chunk, group, done)
+        signals = whole._layer_rows(chunk, count, factored, group, done)
         if not forms:
             forms.update({name: rows.with_room(0) for name, rows in signals.items()})
     parts: dict[str, Tensor] = {}

@@ -373,13 +373,7 @@ class Objective:
         done = 0
         for chunk, count in self._row_chunks(samples, group, labels, floats):
             with phase("gradients"):
-                try:
-                    rows = self._signals(chunk, count, names)
-                except NoFactorsError as error:
-                    raise NoFactorsError(
-                        f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
-                    ) from error
-                self._check_signals(rows, chunk, group, done)
+                rows = self._layer_rows(chunk, count, names, group, done)
             yield rows
             done += count
             report_progress("gradients", done, samples // group)
@@ -465,6 +459,19 @@ class Objective:
                 where = self.layout.slices[name]
                 index = torch.arange(where.start, where.stop, device=self.device)
                 self._check_finite(each.dense(), done, chunk, group, index)
+
+    def _layer_rows(
+        self, chunk: Batch, count: int, names: Sequence[str], group: int, done: int
+    ) -> dict[str, LayerRows]:
+        """What flows through the layers of these weights, which nothing else stands for, as `count` finite rows."""
+        try:
+            rows = self._signals(chunk, count, names)
+        except NoFactorsError as error:
+            raise NoFactorsError(
+                f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
+            ) from error
+        self._check_signals(rows, chunk, group, done)
+        return rows
 
     def _signals(self, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """What flows through the layers of these weights as `count` rows."""
