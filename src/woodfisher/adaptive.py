@@ -47,9 +47,10 @@ MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
 _MOST_DAMPING = {True: 3.0, False: 81.0}
-"""How many times what was best at the first stage the damping may grow to: with the gradient a smaller step is almost
-always better for the next stage alone, and too small for those that follow. It may fall as far as held-out samples
-like it to: what is removed leads away from the optimum, where a step was mostly noise."""
+"""How many times what was best at the first stage the damping may grow to, both relative to the mean curvature then:
+with the gradient a smaller step is almost always better for the next stage alone, and too small for those that follow.
+It may fall as far as held-out samples like it to: what is removed leads away from the optimum, where a step was mostly
+noise."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -232,8 +233,8 @@ class AdaptiveRun:
         )
         self.gradient = torch.zeros_like(self.weights)
         self._taken, self._weight = 0, 0.0
-        self.damping: float | None = None
-        self._first_damping = 0.0
+        self._damping: float | None = None
+        self._most_damping = 0.0
         self.loss = _loss_on(held_out, objective)
         if not math.isfinite(self.loss):
             for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
@@ -288,8 +289,9 @@ class AdaptiveRun:
 
     def _try(self, amount: int) -> _Step:
         """Propose a stage down to `amount` in several ways and choose on the held-out samples."""
-        first = self.damping is None
-        damping = self._absolute() or self.damping or self._likely_damping()
+        first = self._damping is None
+        carried = None if self._damping is None else self._damping * self._scale
+        damping = self._absolute() or carried or self._likely_damping()
         gradient, kept = self.gradient, self.objective.kept
         keep = kept
         if amount < self._left:
@@ -351,14 +353,19 @@ class AdaptiveRun:
             return [damping]
         if first:
             return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
-        most = self._first_damping * _MOST_DAMPING[self.first_order]
+        most = self._most_damping * self._scale
         return list(dict.fromkeys([damping, damping / _FACTOR, min(damping * _FACTOR, most)]))
+
+    @property
+    def _scale(self) -> float:
+        """What damping is carried from stage to stage relative to: the mean curvature."""
+        return self.fisher.scale or 1.0
 
     def _likely_damping(self) -> float:
         """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""
         gram = self.fisher.gram
         if len(gram) < LEAST_ROWS:
-            return self.fisher.scale or 1.0
+            return self._scale
         return held_out_damping(gram, len(self.weights), self.group)
 
     def _absolute(self) -> float | None:
@@ -369,12 +376,12 @@ class AdaptiveRun:
 
     def _accept(self, step: _Step) -> None:
         candidate, keep = step.candidate, step.keep
+        self._damping = candidate.damping / self._scale
+        self._most_damping = self._most_damping or self._damping * _MOST_DAMPING[self.first_order]
         self.gradient = self.gradient[keep[self.objective.kept]]
         self.fisher = step.fisher
         self.weights, self.loss = candidate.weights, candidate.loss
         self.objective = self._objective_at(candidate.weights, keep)
-        self.damping = candidate.damping
-        self._first_damping = self._first_damping or candidate.damping
         if candidate.moved and self.first_order:
             self._weight *= self.options.momentum
 
