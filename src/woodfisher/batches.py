@@ -250,6 +250,11 @@ class Stream:
         if missing:
             self._current = self._without_held_out(self._data)
             again = self._next(samples)
+            if not (again or drawn or self._last) and self._held_out:
+                raise WoodfisherError(
+                    f"the {len(self._held_out)} different samples that are held out to check stages on are all of the "
+                    "data: give more, or a number of stages, which holds none out."
+                )
             if sum(map(samples_in, again)) < samples:
                 drawn = again or drawn or self._last
             else:

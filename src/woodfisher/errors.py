@@ -14,8 +14,8 @@ class UnknownDistributionError(WoodfisherError):
     """Targets were to come from the model's own distribution, which the loss does not tell."""
 
 
-class FloorError(WoodfisherError):
-    """The floor of the layers keeps more than a sparsity leaves."""
+class TooSparseError(WoodfisherError):
+    """A sparsity leaves less than the floor of the layers keeps, or than the smallest group has."""
 
 
 class NoFactorsError(WoodfisherError):

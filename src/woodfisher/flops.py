@@ -61,12 +61,16 @@ def flops_of_weights(objective: Objective) -> Tensor:
     if not counts:
         raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
     layout = objective.layout
+    places: dict[int, list[str]] = {}
+    for name, module in objective.model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            places.setdefault(id(parameter), []).append(name)
     out = torch.zeros(layout.size, dtype=torch.int64, device=objective.device)
     for name, where in layout.slices.items():
         if len(layout.shapes[name]) == 1:
             continue
         size = where.stop - where.start
-        flops = counts.get(name.rpartition(".")[0], 0)
+        flops = sum(counts.get(place, 0) for place in places[id(objective.parameters[name])])
         if not flops or flops % size:
             raise WoodfisherError(
                 f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called in the "

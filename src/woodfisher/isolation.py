@@ -58,6 +58,17 @@ def isolated(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def same_flags(model: nn.Module) -> Iterator[None]:
+    """Bring back which modules are in training mode."""
+    flags = {module: module.training for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, training in flags.items():
+            module.training = training
+
+
+@contextmanager
 def unmoved(data: Iterable[Any]) -> Iterator[None]:
     """Bring back what generators a `DataLoader` and its samplers have of their own."""
     before = [(generator, generator.get_state()) for generator in generators(data)]

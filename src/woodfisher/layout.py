@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -43,7 +43,7 @@ class Layout:
     shapes:
         Name → shape, in flat order; each tensor is flattened in its own memory order.
     transposed:
-        Names of the weights whose first dimension is the inputs, as that of transposed convolutions is.
+        Name → groups of the weights whose first dimension is the inputs, as that of transposed convolutions is.
 
     Examples
     --------
@@ -57,7 +57,7 @@ class Layout:
     """
 
     shapes: Mapping[str, tuple[int, ...]]
-    transposed: frozenset[str] = frozenset()
+    transposed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -88,11 +88,17 @@ class Layout:
         return {name: flat[where].view(self.shapes[name]) for name, where in self.slices.items()}
 
     def index(self, name: str) -> Tensor:
-        """Flat indexes of a weight as int64 `(outputs, inputs, positions)`; a vector has one input."""
+        """Flat indexes of a weight as int64 `(outputs, inputs, positions)`; a vector has one input.
+
+        Of a layer in groups the inputs are those of one, as each output has.
+        """
         where, shape = self.slices[name], self.shapes[name]
-        outputs, inputs = (*shape, 1)[:2]
-        index = torch.arange(where.start, where.stop).reshape(outputs, inputs, -1)
-        return index.transpose(0, 1) if name in self.transposed else index
+        first, second = (*shape, 1, 1)[:2]
+        index = torch.arange(where.start, where.stop).reshape(first, second, -1)
+        if name not in self.transposed:
+            return index
+        groups = self.transposed[name]
+        return index.unflatten(0, (groups, first // groups)).transpose(1, 2).flatten(0, 1)
 
     def places(self, columns: Tensor | None) -> dict[str, tuple[slice, Tensor | None]]:
         """Name → where its weights stand among `columns`, and which of its own they are.
@@ -142,7 +148,10 @@ class Layout:
 
     def only(self, names: Collection[str]) -> Layout:
         """Layout of the weights in `names` alone."""
-        return Layout({name: self.shapes[name] for name in names}, self.transposed.intersection(names))
+        return Layout(
+            {name: self.shapes[name] for name in names},
+            {name: groups for name, groups in self.transposed.items() if name in names},
+        )
 
     def check(self, flat: Tensor, what: str) -> None:
         """Raise if `flat` does not have one entry (or row) for each weight."""

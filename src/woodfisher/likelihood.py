@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +24,8 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any],
     """How to draw targets for a loss that is a negative log-likelihood.
 
     Softmax losses draw a class, the logistic loss draws 0 or 1, the squared error (as torch takes its mean
-    over the outputs of a sample) draws from the normal distribution that it is the likelihood of. For any
-    other loss the returned function raises.
+    over the outputs of a sample, or sums) draws from the normal distribution that it is the likelihood of. For any
+    other loss, one with `pos_weight` among them, which is no likelihood, the returned function raises.
     """
     if loss is None:
         return _model_classes
@@ -59,6 +60,10 @@ def every_target(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], W
 def _known(
     loss: Callable[[Any, Any], Tensor],
 ) -> tuple[Callable[[Any], Tensor], Callable[[Any], Weighted]] | None:
+    if isinstance(loss, nn.MSELoss) and loss.reduction == "sum":
+        return partial(_normal, variance=0.5), partial(_every_normal, variance=0.5)
+    if isinstance(loss, nn.BCEWithLogitsLoss) and loss.pos_weight is not None:
+        return None
     for kinds, draw, every in _DISTRIBUTIONS:
         if any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds):
             return draw, every
@@ -87,8 +92,8 @@ def _every_binary(outputs: Tensor) -> Weighted:
     yield from _every_coordinate(p, (p * (1 - p)).sqrt())
 
 
-def _every_normal(outputs: Tensor) -> Weighted:
-    yield from _every_coordinate(outputs, outputs.new_tensor(_variance(outputs) ** 0.5))
+def _every_normal(outputs: Tensor, variance: float | None = None) -> Weighted:
+    yield from _every_coordinate(outputs, outputs.new_tensor((variance or _variance(outputs)) ** 0.5))
 
 
 def _classes(outputs: Tensor) -> Tensor:
@@ -101,8 +106,8 @@ def _binary(outputs: Tensor) -> Tensor:
     return torch.bernoulli(outputs.sigmoid())
 
 
-def _normal(outputs: Tensor) -> Tensor:
-    return outputs + _variance(outputs) ** 0.5 * torch.randn_like(outputs)
+def _normal(outputs: Tensor, variance: float | None = None) -> Tensor:
+    return outputs + (variance or _variance(outputs)) ** 0.5 * torch.randn_like(outputs)
 
 
 def _variance(outputs: Tensor) -> float:

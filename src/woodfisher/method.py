@@ -104,12 +104,17 @@ class Method:
                 )
         elif self.stages != "auto":
             check_count("stages", self.stages)
+            object.__setattr__(self, "stages", int(self.stages))
         if self.refine:
             check_count("refine", self.refine)
             if self.scope != "global" or self.pattern != Unstructured() or isinstance(self.staging, Adaptive):
                 raise WoodfisherError(
                     "refine swaps single weights across layers after ranking, for a fixed number of stages and the "
                     f"scope global; stages={self.staging!r}, scope={self.scope!r} and pattern={self.pattern} came."
+                )
+            if self.floor:
+                raise WoodfisherError(
+                    "refine swaps weights across layers without regard to a floor: leave one of them out."
                 )
         if self.recalibrate:
             check_count("recalibrate", self.recalibrate)

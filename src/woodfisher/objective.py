@@ -124,11 +124,11 @@ class Objective:
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
-            frozenset(
-                name
+            {
+                name: getattr(module, "groups", 1)
                 for name, module in self._modules.items()
                 if self.parameters[name].ndim > 1 and inputs_first(module)
-            ),
+            },
         )
         self._read(None)
         if precision == "bfloat16" and self.dtype == torch.float64:

@@ -15,7 +15,7 @@ from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
 from woodfisher.dealing import align_random, can_be_dealt, check_alike
 from woodfisher.distributed import ALONE, in_a_group, on_first_rank, together
-from woodfisher.errors import FloorError, WoodfisherError
+from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
@@ -212,6 +212,7 @@ def _sweep(
     objective, selection = _started(objective, method)
     total, now = selection.total, selection.amount(objective.kept)
     amounts = [selection.final(sparsity) for sparsity in sparsities]
+    selection.check_pattern(objective.kept, min(amounts))
     reached: dict[int, Pruned] = {}
     with watching(progress) as watch, phase("total"), isolated(objective.model):
         align_random(objective.data, objective.ranks)
@@ -276,7 +277,7 @@ def _within(
                 return objective.ranks.first(lambda: _metric_of(metric, trial)) >= least
 
         if isinstance(method.staging, Adaptive):
-            with suppress(FloorError):
+            with suppress(TooSparseError):
                 for _, at, stages in _each(objective, counts, method, selection):
                     pruned = _pruned(at, stages, method, selection, watch)
                     if not good(pruned):
@@ -287,7 +288,7 @@ def _within(
             while low < high:
                 middle = (low + high) // 2
                 found = None
-                with suppress(FloorError):
+                with suppress(TooSparseError):
                     ((_, at, stages),) = _each(objective, [counts[middle]], method, selection)
                     found = _pruned(at, stages, method, selection, watch)
                 if found is not None and good(found):
@@ -340,4 +341,6 @@ def _pruned(
 ) -> Pruned:
     report = report_of(objective, stages, method, selection, watch)
     seconds, warnings = objective.ranks.first(lambda: (report.seconds, report.warnings))
-    return Pruned(replace(report, seconds=seconds, warnings=warnings), objective)
+    own = {name: buffer.clone() for name, buffer in objective.buffers.items()}
+    settled = objective.at(objective.weights, objective.kept, own)
+    return Pruned(replace(report, seconds=seconds, warnings=warnings), settled)

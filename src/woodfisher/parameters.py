@@ -140,6 +140,10 @@ def _matching(
     for pattern in patterns:
         if pattern in ENDS:
             layers = list(_layer_weights(model, named).values())
+            if not layers:
+                raise WoodfisherError(
+                    f"{pattern!r} is that of Linear and convolution layers; the model has none."
+                )
             matched.add(id(layers[ENDS[pattern]]))
             continue
         hits = {

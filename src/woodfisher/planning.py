@@ -344,7 +344,9 @@ class _Work:
         """Seconds of taking all gradients once: three times the operations of a forward pass."""
         if self.objective.reads_once:
             return 0.0
-        return 3 * self.objective.forward_flops() * self.curvature.samples / (0.3 * self.machine.flops)
+        return (
+            3 * self.objective.forward_flops() * self.rows * self.curvature.group / (0.3 * self.machine.flops)
+        )
 
     def _reading(self, keep: Keep, traffic: float) -> float:
         if keep in ("disk", "host"):

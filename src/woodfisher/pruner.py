@@ -207,6 +207,7 @@ class Pruner:
         objective = self.objective.current(self._kept)
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):
+            self.selection.check_pattern(objective.kept, amount)
             return None
         with watching(self.progress) as watch, phase("total"), isolated(objective.model):
             if self._masks.trained_elsewhere:

@@ -153,7 +153,7 @@ def pack_state(
                 f"{tuple(mask.shape)}, and the model has "
                 + ("no such tensor." if tensor is None else f"{tuple(tensor.shape)}.")
             )
-    kept = {tied.get(name, name): mask.cpu() for name, mask in masks.items()}
+    kept = {tied.get(name, name): mask.cpu().contiguous() for name, mask in masks.items()}
     content: dict[str, Tensor] = {}
     compressed: dict[str, dict[str, Any]] = {}
     masked: dict[str, Tensor] = {}
@@ -192,18 +192,18 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         if not isinstance(tensor, Tensor):
             warn(f"the model's {name!r} is no tensor, and is not saved.")
             continue
-        place = (
-            tensor.untyped_storage().data_ptr(),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-        )
+        place = _place(tensor)
         if tensor.numel() and place in seen:
             tied[name] = seen[place]
         else:
             seen[place] = name
             state[name] = tensor.detach().clone().cpu().contiguous()
     return state, tied
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies in memory, which those that are tied have in common."""
+    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
 
 
 def read(path: Path) -> Saved:
@@ -224,7 +224,10 @@ def read(path: Path) -> Saved:
 
 
 def _saved(tensors: dict[str, Tensor], metadata: dict[str, str], size: int) -> Saved:
-    stored = {name: _bytes(tensor) for name, tensor in tensors.items()}
+    first = {_place(tensor): name for name, tensor in reversed(tensors.items())}
+    stored = {
+        name: _bytes(tensor) if first[_place(tensor)] == name else 0 for name, tensor in tensors.items()
+    }
     kept: dict[str, Tensor] = {}
     listed = _listed(metadata)
     compressed = set()

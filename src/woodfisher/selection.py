@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, cast
 
 import torch
 
 from woodfisher.checks import check_fraction, check_sparsity
-from woodfisher.errors import FloorError, WoodfisherError
+from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.patterns import Unstructured
 from woodfisher.ranking import Standing, StandingAmong, survivors
 from woodfisher.saliency import group_saliency, saliency
@@ -132,12 +133,32 @@ class Selection:
                 f"the pattern {self.pattern} leaves a sparsity of {only:g}, and {sparsity:g} was "
                 "asked for: leave the sparsity out, or choose another pattern."
             )
-        if self.floor > 1 - sparsity:
-            raise WoodfisherError(
-                f"a floor of {self.floor:g} in every layer keeps more than the sparsity {sparsity:g} leaves: lower one "
-                "of them."
-            )
+        if self.floor and self._owner is None and self._flops is None:
+            self._check_floor(sum(self._needed(size) for size in self.layout.sizes), amount)
         return amount
+
+    def _needed(self, size: int) -> int:
+        """Weights that the floor keeps of so many, whatever the rounding of their product."""
+        return math.ceil(self.floor * size * (1 - 1e-12))
+
+    def _check_floor(self, least: int, amount: int) -> None:
+        if least > amount:
+            raise TooSparseError(
+                f"the floor of {self.floor:g} in every layer keeps {least} of {self.total}, more than "
+                f"the {amount} that the sparsity leaves: lower one of them."
+            )
+
+    def check_pattern(self, kept: Tensor, amount: int) -> None:
+        """Raise where as little as `amount` is in `kept` `(d,)` already, but not in a pattern that has one sparsity."""
+        only = self.pattern.sparsity
+        if only is None or self._quota is None or not self.amount(kept) <= amount <= self.target(only):
+            return
+        index, number = self._quota[0].to(kept.device), self._quota[1]
+        if bool(((self._costs(kept) > 0)[index].sum(1) > number).any()):
+            raise WoodfisherError(
+                f"{1 - self.amount(kept) / self.total:.2%} of the chosen weights are zero already, but not in the "
+                f"pattern {self.pattern}: start with fewer zeros, or leave out what is sparse with exclude=."
+            )
 
     def final(self, sparsity: float) -> int:
         """`target` for where pruning ends: there, a pattern with one sparsity has to be reached exactly."""
@@ -176,15 +197,17 @@ class Selection:
             return self._spread(fixed, kept)
         rank[fixed] = torch.inf
         if self.scope == "layer":
-            return self._spread(self._within_layers(rank, alive, cost, amount), kept)
-        least = self._standing.total(int(cost[fixed].sum()))
-        if least > amount:
-            raise FloorError(
-                f"the floor of {self.floor:g} in every layer keeps {least} of {self.total}, more than "
-                f"the {amount} that the sparsity leaves: lower one of them."
+            stay = self._within_layers(rank, alive, cost, amount, fixed)
+        else:
+            self._check_floor(self._standing.total(int(cost[fixed].sum())), amount)
+            # What costs nothing stays: its removal would bring the amount no nearer.
+            stay = survivors(rank, alive, amount, cost, self._standing) | ~alive
+        if not self._standing.total(int((stay & alive).sum())):
+            raise TooSparseError(
+                f"{amount} of {self.total} may stay, and no group of the pattern {self.pattern} is as small: ask for "
+                "less sparsity."
             )
-        # What costs nothing stays: its removal would bring the amount no nearer.
-        return self._spread(survivors(rank, alive, amount, cost, self._standing) | ~alive, kept)
+        return self._spread(stay, kept)
 
     def _scores(self, point: Tensor, finv: InverseOperator) -> Tensor:
         if self._groups is None:
@@ -220,7 +243,7 @@ class Selection:
                     torch.ones_like(units) if self._owner is None else self._owner[where].bincount()[units]
                 )
                 order = torch.where(alive, rank, -torch.inf)[units.to(rank.device)].argsort(descending=True)
-                needed = self.floor * (where.stop - where.start)
+                needed = self._needed(where.stop - where.start)
                 before = sizes.to(order.device)[order].cumsum(0) - sizes.to(order.device)[order]
                 fixed[units.to(rank.device)[order[before < needed]]] = True
         return fixed & alive
@@ -232,12 +255,13 @@ class Selection:
             return [(where, torch.arange(where.start, where.stop)) for where in spans]
         return [(where, self._owner[where].unique()) for where in spans]
 
-    def _within_layers(self, rank: Tensor, alive: Tensor, cost: Tensor, amount: int) -> Tensor:
+    def _within_layers(self, rank: Tensor, alive: Tensor, cost: Tensor, amount: int, fixed: Tensor) -> Tensor:
         layers = self._layers()
         available = self._standing.of_all([int(cost[units].sum()) for _, units in layers])
         counts = self._standing.own(_counts(self._standing.sizes, available, amount))
         stay = torch.zeros_like(alive)
         for (_, units), number in zip(layers, counts, strict=True):
+            self._check_floor(int(cost[units][fixed[units]].sum()), number)
             stay[units] = survivors(rank[units], alive[units], number, cost[units])
         return stay
 

@@ -269,6 +269,7 @@ def train(
     training = training or Training()
     training.check()
     check_choice("log", log, LOGS)
+    check_not_negative("seed", seed)
     if out is None and (resume or log != "csv"):
         raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
     if training.distil and task.loss is None:
@@ -373,7 +374,12 @@ def require_lightning() -> None:
 
 def batches_in(data: Iterable[Any]) -> int:
     """Number of batches in an epoch, by counting where the data doesn't say."""
-    count = len(data) if isinstance(data, Sized) else sum(1 for _ in data)
+    try:
+        count = len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader over an IterableDataset
+        count = None
+    if count is None:
+        count = sum(1 for _ in data)
     if not count:
         raise WoodfisherError("the task's training data holds no batch: give one at least.")
     return count

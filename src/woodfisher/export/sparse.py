@@ -72,7 +72,7 @@ class SparseLayer(nn.Module):
         )
 
     @abstractmethod
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
         """What the dense layer gives."""
 
 
@@ -82,8 +82,8 @@ class SparseLinear(SparseLayer):
     def __init__(self, matrix: Tensor, linear: nn.Linear) -> None:
         super().__init__(matrix, linear.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        rows, matrix = x.reshape(-1, self.inputs), self.matrix()
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
+        rows, matrix = input.reshape(-1, self.inputs), self.matrix()
         if len(rows) == 1 and self.values.ndim == 1:
             # A product with one vector reads the matrix once, which takes half of the time or less.
             vector = rows[0]
@@ -91,7 +91,7 @@ class SparseLinear(SparseLayer):
         else:
             out = (matrix @ rows.T).T
             out = out.contiguous() if self.bias is None else (out + self.bias).contiguous()
-        return out.reshape(*x.shape[:-1], self.outputs)
+        return out.reshape(*input.shape[:-1], self.outputs)
 
 
 class SparseConv2d(SparseLayer):
@@ -103,8 +103,8 @@ class SparseConv2d(SparseLayer):
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation = conv.padding, conv.dilation
 
-    def forward(self, x: Tensor) -> Tensor:
-        batched = x if x.ndim == 4 else x[None]
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
+        batched = input if input.ndim == 4 else input[None]
         height, width = (self._length(batched.shape[2 + i], i) for i in range(2))
         if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
             patches = batched.flatten(2)
@@ -114,7 +114,7 @@ class SparseConv2d(SparseLayer):
         if self.bias is not None:
             out = out + self.bias[:, None]
         out = out.reshape(self.outputs, len(batched), height, width).transpose(0, 1)
-        return out.contiguous() if x.ndim == 4 else out[0].contiguous()
+        return out.contiguous() if input.ndim == 4 else out[0].contiguous()
 
     def _length(self, length: int, i: int) -> int:
         covered = self.dilation[i] * (self.kernel_size[i] - 1) + 1
@@ -172,7 +172,8 @@ def measure_layers(model: nn.Module, example_inputs: Any) -> list[LayerSpeed]:
     layers = {name: module for name, module in model.named_modules() if _can_be_sparse(module)}
     calls: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
-        module.register_forward_pre_hook(partial(_record, calls[name])) for name, module in layers.items()
+        module.register_forward_pre_hook(partial(_record, calls[name]), with_kwargs=True)
+        for name, module in layers.items()
     ]
     try:
         outputs_of(model, example_inputs)
@@ -207,6 +208,12 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
     """
     layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
     model = unwrapped(model)
+    for name in layouts:
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise WoodfisherError(
+                f"{name!r} belongs to a TransformerEncoderLayer, which reads the weights of its layers itself: leave "
+                "it dense, or replace it by a module that calls them."
+            )
     replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
     sparse = copy.deepcopy(model)
     for name, layer in replaced.items():
@@ -234,16 +241,23 @@ def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
 def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> SparseLayer:
     """The sparse form of a layer with a matrix given by its state dict's three tensors, which are checked."""
     shape = (len(layer.weight), layer.weight[0].numel())
-    values = parts["values"]
+    device = layer.weight.device
+    crow_indices, col_indices = (parts[part].to(device) for part in ("crow_indices", "col_indices"))
+    values = parts["values"].to(layer.weight)
     layout = torch.sparse_csr if values.ndim == 1 else torch.sparse_bsr
     matrix = torch.sparse_compressed_tensor(
-        parts["crow_indices"], parts["col_indices"], values, shape, layout=layout, check_invariants=True
+        crow_indices, col_indices, values, shape, layout=layout, check_invariants=True
     )
     return _layer_with(layer, matrix)
 
 
 def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
     weight = layer.weight.detach().flatten(1)
+    if weight.device.type == "cpu" and weight.dtype.itemsize < 4:
+        raise WoodfisherError(
+            f"on a CPU torch multiplies with sparse matrices in float32 and float64, and the model is in "
+            f"{str(weight.dtype).removeprefix('torch.')}: convert it with .float()."
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta")
         if layout == "csr":
@@ -283,8 +297,10 @@ def _fastest(name: str, layer: Any, x: Tensor) -> LayerSpeed:
     return LayerSpeed(name, tuple(layer.weight.shape), sparsity, best, races[best])
 
 
-def _record(calls: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    calls.append(inputs[0].detach())
+def _record(
+    calls: list[Tensor], _module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]
+) -> None:
+    calls.append((inputs[0] if inputs else named["input"]).detach())
 
 
 def _check(module: nn.Module, _keys: object) -> None:

@@ -108,7 +108,7 @@ def _listed(metadata: Mapping[str, str]) -> dict[str, list[str]]:
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Make layers as narrow as their tensors are; what can't be made so is left to `load_state_dict` to refuse."""
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, _ConvNd, _NormBase)):
+        if not isinstance(module, (nn.Linear, nn.PReLU, _ConvNd, _NormBase)):
             continue
         held: dict[str, Any] = {**module._parameters, **module._buffers}
         for key, old in held.items():
@@ -130,6 +130,8 @@ def _count(module: nn.Module) -> None:
     """Set the numbers of channels that a layer knows to those of its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.PReLU):
+        module.num_parameters = len(module.weight)
     elif isinstance(module, _ConvNd):
         outputs, inputs = module.weight.shape[:2]
         if module.transposed:

@@ -9,6 +9,7 @@ import torch
 
 from woodfisher.checks import finite_number
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import same_flags
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -18,19 +19,14 @@ if TYPE_CHECKING:
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Top-1 accuracy in per cent, in evaluation mode; the model's training flags are left as they were."""
-    flags = {module: module.training for module in model.modules()}
     device = next(model.parameters()).device
     correct = total = 0
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for inputs, targets in batches:
-                predicted = model(inputs.to(device)).argmax(dim=-1)
-                correct += int((predicted == targets.to(device)).sum())
-                total += targets.numel()
-    finally:
-        for module, training in flags.items():
-            module.training = training
+    with same_flags(model), torch.inference_mode():
+        model.eval()
+        for inputs, targets in batches:
+            predicted = model(inputs.to(device)).argmax(dim=-1)
+            correct += int((predicted == targets.to(device)).sum())
+            total += targets.numel()
     if not total:
         raise WoodfisherError(
             "the accuracy of no samples was asked for: the data is empty, or can be read only once. Give a list of "
@@ -86,7 +82,8 @@ class Task:
         return self._measured(model, self.validation, "validation")
 
     def _measured(self, model: nn.Module, batches: Iterable[Any], kind: str) -> float:
-        value: object = self.metric(model, batches)
+        with same_flags(model):
+            value: object = self.metric(model, batches)
         return finite_number(
             value,
             f"the metric of the task {self.name} must be a finite float; {value!r} came on the {kind} data.",
