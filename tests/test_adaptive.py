@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -501,3 +502,55 @@ def test_the_window_fits_the_memory_that_is_given(monkeypatch):
     assert window(vectors + 2 * 4 * 36 * 20) == 20
     with pytest.raises(wf.WoodfisherError, match=r"no room for 5 gradient rows of 36 weights"):
         window(vectors + 2 * 4 * 36 * 4)
+
+
+def test_damping_follows_the_curvature_where_a_network_fits_its_samples():
+    inputs, targets = learnable(240)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 40), torch.nn.ReLU(), torch.nn.Linear(40, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(800):
+        optimizer.zero_grad()
+        cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+    assert cross_entropy(model(inputs), targets).item() < 1e-3
+    data = list(zip(inputs.split(40), targets.split(40), strict=True))
+    stages = wf.Adaptive(stages=60, window=150, held_out=48)
+    report = wf.prune(model, data, cross_entropy, 0.9, first_order=False, stages=stages)
+    dampings = [stage.damping for stage in report.stages if stage.damping is not None]
+    assert max(dampings) > 1000 * dampings[0]
+    assert sum(stage.damping is not None for stage in report.stages) > 0.9 * len(report.stages)
+
+
+@pytest.mark.filterwarnings("ignore:40.10%")
+def test_each_point_of_a_sweep_has_its_own_statistics_in_whatever_order_they_are_written():
+    torch.manual_seed(0)
+    model = ConvNet().train()
+    x, y = samples(60, (2, 6, 6))
+    model(x)
+    model.eval()
+    wf.prune(model, [(x, y)], cross_entropy, 0.4, criterion="magnitude")
+    points = wf.sweep(model, [(x + 1, y)], cross_entropy, [0.3, 0.8], criterion="magnitude")
+    first = copy.deepcopy(model)
+    points[0].write(first)
+    points[1].write()
+    points[0].write()
+    assert torch.equal(model.norm.running_mean, first.norm.running_mean)
+
+
+@pytest.mark.filterwarnings("ignore:400 samples were asked for")
+def test_data_whose_samples_are_all_held_out_is_explained():
+    x = torch.tensor([[0.0] * 6, [1.0] * 6]).repeat(100, 1)
+    data = list(zip(x.split(20), x[:, 0].long().split(20), strict=True))
+    with pytest.raises(wf.WoodfisherError, match="the 2 different samples that are held out"):
+        wf.prune(mlp(), data, cross_entropy, 0.5)
+    wf.prune(mlp(), data, cross_entropy, 0.5, stages=2)
+
+
+def test_sparsities_and_stages_may_be_numpys():
+    points = wf.sweep(mlp(), batches(), cross_entropy, np.array([0.5, 0.75]), criterion="magnitude")
+    assert [point.report.sparsity for point in points] == [0.5, 0.75]
+    (point,) = wf.sweep(mlp(), None, None, 0.5, criterion="magnitude")
+    assert point.report.kept == 18
+    curvature = wf.WoodFisher(20, 6, 1e-2)
+    assert wf.prune(mlp(), batches(), cross_entropy, 0.5, curvature=curvature, stages=np.int64(2)).kept == 18

@@ -516,3 +516,35 @@ def test_onnx_of_attention(tmp_path):
     tokens = torch.randint(0, 11, (3, 6))
     to_onnx(model, tokens, tmp_path / "model.onnx")
     assert difference(OnnxModel(tmp_path / "model.onnx")(tokens[:1]), [model(tokens[:1])]) < 1e-5
+
+
+class Named(nn.Module):
+    """Calls its layer by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.layer(input=x)
+
+
+def test_layers_that_are_called_by_keyword_can_be_sparse():
+    model, x = prune_(Named()), torch.randn(2, 8)
+    assert [speed.name for speed in measure_layers(model, x)] == ["layer"]
+    torch.testing.assert_close(to_sparse(model, ["layer"])(x), model(x))
+
+
+def test_layers_that_cannot_be_sparse_here_are_refused():
+    encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    with pytest.raises(wf.WoodfisherError, match="belongs to a TransformerEncoderLayer"):
+        to_sparse(encoder, ["linear1"])
+    with pytest.raises(wf.WoodfisherError, match="the model is in bfloat16"):
+        to_sparse(prune_(Named()).bfloat16(), ["layer"])
+
+
+def test_a_sparse_file_takes_the_dtype_of_the_network(tmp_path):
+    model, x = prune_(Named().double()), torch.randn(2, 8)
+    save_export(to_sparse(model, ["layer"]), tmp_path / "sparse.safetensors")
+    model = model.float()
+    torch.testing.assert_close(load_export(model, tmp_path / "sparse.safetensors")(x), model(x))

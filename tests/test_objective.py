@@ -528,3 +528,33 @@ def test_models_that_cannot_be_used_are_explained():
             objective.rows(4)
     with pytest.raises(wf.WoodfisherError, match="can't be changed"):
         wf.prune(made_inside, None, sparsity=0.5, criterion="magnitude")
+
+
+def test_targets_of_a_summed_square_and_of_weighted_labels():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4), torch.randn(4000, 3)
+    objective = wf.Objective(model, [(x, torch.zeros(4000, 4))], nn.MSELoss(reduction="sum"))
+    gauss_newton = 2 * 4 * x.square().sum() / 4000
+    trace = sum(rows.square().sum() for rows in objective.iter_fisher_rows(4000)) / 4000
+    torch.testing.assert_close(trace, gauss_newton, rtol=1e-4, atol=0)
+    drawn = objective.rows(4000, labels="model").square().sum() / 4000
+    torch.testing.assert_close(drawn, gauss_newton, rtol=0.1, atol=0)
+    weighted = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([5.0] * 4))
+    with pytest.raises(wf.WoodfisherError, match="pass sampler="):
+        wf.Objective(model, [(x, torch.zeros(4000, 4))], weighted).rows(8, labels="model")
+
+
+def test_tied_weights_take_part_in_the_flops_of_each_place():
+    model, (x, y) = Tied(), samples(8, (5,))
+    flops = wf.Objective(model, [(x, y)], cross_entropy).flops()
+    assert flops.tolist() == [4] * 25 + [2] * 15
+
+
+def test_ends_of_a_model_without_layers_are_explained():
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3))
+
+    with pytest.raises(wf.WoodfisherError, match="the model has none"):
+        wf.Objective(Product(), [], params="*", exclude=":first")

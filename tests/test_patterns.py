@@ -260,3 +260,76 @@ def test_patterns_by_name():
     assert [str(parse_pattern(name)) for name in names] == names
     with pytest.raises(wf.WoodfisherError, match="a pattern is one of"):
         parse_pattern("2-4")
+
+
+def test_channels_of_transposed_convolutions_in_groups_are_theirs():
+    index = Layout({"up": (4, 2, 1)}, {"up": 2}).index("up")
+    assert index.squeeze(2).tolist() == [[0, 2], [1, 3], [4, 6], [5, 7]]
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(100, 4))
+    objective = wf.Objective(model, batches((4, 3, 3)), cross_entropy, params="0.weight")
+    assert objective.layout.transposed == {"0.weight": 4}
+    options = {"params": "0.weight", "criterion": "magnitude"}
+    report = wf.prune(model, batches((4, 3, 3)), cross_entropy, 0.5, pattern=wf.Channels(), **options)
+    assert report.kept == 18
+    with pytest.raises(wf.WoodfisherError, match="2:4 does not divide '0.weight'"):
+        wf.prune(model, batches((4, 3, 3)), cross_entropy, pattern=wf.NM(2, 4), **options)
+
+
+def test_scalars_are_groups_of_their_own():
+    layout = Layout({"w": (2, 2), "scale": ()})
+    assert sorted(sorted(g) for groups in wf.Channels().groups(layout) for g in groups.tolist()) == [
+        [0, 1],
+        [2, 3],
+        [4],
+    ]
+
+
+def test_n_m_that_a_sparse_model_does_not_have_is_refused():
+    model = net()
+    with torch.no_grad():
+        model[0].weight[:8] = 0
+        model[2].weight[:3] = 0
+    with pytest.raises(wf.WoodfisherError, match="are zero already, but not in the pattern 2:4"):
+        wf.prune(model, batches(), cross_entropy, criterion="magnitude", pattern=wf.NM(2, 4))
+    pruner = wf.Pruner(
+        model,
+        wf.Objective(model, batches(), cross_entropy),
+        wf.one_shot(0.5),
+        criterion="magnitude",
+        pattern=wf.NM(2, 4),
+    )
+    with pytest.raises(wf.WoodfisherError, match="are zero already, but not in the pattern 2:4"):
+        pruner.step()
+    dense = net()
+    wf.prune(dense, batches(), cross_entropy, criterion="magnitude", pattern=wf.NM(2, 4))
+    again = wf.prune(dense, batches(), cross_entropy, criterion="magnitude", pattern=wf.NM(2, 4))
+    assert again.sparsity == 0.5
+
+
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_floor_is_kept_or_refused_before_any_work(scope):
+    model = nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 4))
+    report = wf.prune(model, [], None, 0.9, criterion="magnitude", floor=0.1, scope=scope)
+    assert [layer.kept for layer in report.layers] == [10, 4]
+    objective = wf.Objective(net(), batches(), cross_entropy)
+    with pytest.raises(wf.WoodfisherError, match="the floor of 0.05 in every layer keeps 8 of 144"):
+        wf.Pruner(objective.model, objective, wf.Polynomial(0.2, 0.95, begin=0, end=9), floor=0.05)
+    with pytest.raises(wf.WoodfisherError, match="lower one of them"):
+        wf.prune(
+            net(), [], None, 0.8, criterion="magnitude", floor=0.15, scope="layer", pattern=wf.Channels()
+        )
+    with pytest.raises(wf.WoodfisherError, match="without regard to a floor"):
+        wf.prune(net(), batches(), cross_entropy, 0.5, stages=1, refine=3, floor=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("scope", ["global", "layer"])
+@pytest.mark.parametrize("criterion", ["magnitude", "woodfisher", "woodfisher-block"])
+def test_a_sparsity_below_the_smallest_group_is_refused(criterion, scope):
+    model = nn.Linear(8, 4)
+    before = model.weight.clone()
+    with pytest.raises(wf.WoodfisherError, match="no group of the pattern 4x4 is as small"):
+        wf.prune(
+            model, batches(), cross_entropy, 0.8, criterion=criterion, pattern=wf.Block(4, 4), scope=scope
+        )
+    assert torch.equal(model.weight, before)

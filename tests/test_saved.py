@@ -360,3 +360,14 @@ def test_the_header_lists_only_what_the_parts_do_not_say(tmp_path):
         "conv": {"name": "conv.weight", "shape": [16, 8, 3, 3]},
         "table": {"name": "table", "shape": [30, 50]},
     }
+
+
+def test_masks_in_any_memory_order_are_saved_and_tied_tensors_count_once(tmp_path):
+    model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    model[0].weight = model[1].weight = nn.Parameter(torch.randn(40, 40).T)
+    with torch.no_grad():
+        model[0].weight[model[0].weight.abs() < 1] = 0
+    wf.save_weights(model, tmp_path / "a.safetensors", {"0.weight": model[0].weight != 0})
+    assert torch.equal(read(tmp_path / "a.safetensors").tensors["0.weight"], model[0].weight)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    assert sum(read(tmp_path / "a.pt").stored.values()) == 4 * 1600

@@ -489,3 +489,46 @@ def test_without_lightning_the_message_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning.pytorch", None)
     with pytest.raises(WoodfisherError, match=r"pip install 'woodfisher\[train\]'"):
         train(small_task(), 0.5)
+
+
+def test_a_metric_that_switches_to_evaluation_mode_leaves_training_as_it_is():
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x):
+            if torch.is_grad_enabled():
+                seen.append(self.training)
+            return x
+
+    def metric(model, data):
+        model.eval()
+        return 1.0
+
+    task = small_task(metric)
+    task.model.append(Spy())
+    train(task, 0.5, Training(epochs=2), criterion="magnitude")
+    assert seen
+    assert all(seen)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_that_makes_pruners_makes_one_for_each_module():
+    callback = PruningCallback(make_pruner)
+    for module in (Small(), Small()):
+        fit(module, [callback], 2, enable_checkpointing=False)
+        assert float((module.model[0].weight == 0).float().mean()) > 0
+    with pytest.raises(WoodfisherError, match="the pruner is that of another model"):
+        fit(Small(), [PruningCallback(make_pruner(Small()))], 1, enable_checkpointing=False)
+
+
+def test_batches_without_a_length_are_counted():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            for x, y in batches():
+                yield from zip(x, y, strict=True)
+
+    loader = torch.utils.data.DataLoader(Endless(), batch_size=20)
+    task = replace(small_task(), train=loader)
+    assert train(task, 0.5, Training(epochs=1), criterion="magnitude").epochs[-1].step == 3
+    with pytest.raises(WoodfisherError, match="seed must be"):
+        train(task, 0.5, Training(epochs=1), criterion="magnitude", seed=-1)

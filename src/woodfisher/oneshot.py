@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import nn
     from typing_extensions import Unpack
@@ -117,7 +119,7 @@ def sweep(
     model: nn.Module,
     data: Iterable[Batch] | None,
     loss: Callable[[Any, Any], Tensor] | None = None,
-    sparsities: Sequence[float] = SPARSITIES,
+    sparsities: float | Iterable[float] = SPARSITIES,
     *,
     criterion: str = "woodfisher",
     preset: str | None = None,
@@ -139,7 +141,8 @@ def sweep(
     with together():
         method = _method(criterion, preset, parts)
         objective = Objective(model, data, loss, params=params, exclude=exclude, precision=precision)
-    return sweep_objective(objective, sparsities, method, progress)
+    asked = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
+    return sweep_objective(objective, asked, method, progress)
 
 
 @dataclass(frozen=True)
@@ -313,7 +316,7 @@ def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
 
 
 def _method(criterion: str, preset: str | None, parts: MethodParts) -> Method:
-    fixed = isinstance(parts.get("stages"), int) or parts.get("update") not in (None, "joint")
+    fixed = isinstance(parts.get("stages"), numbers.Integral) or parts.get("update") not in (None, "joint")
     return replaced(method_for(criterion, preset, use="fixed" if fixed else "adaptive"), parts)
 
 
