@@ -551,6 +551,8 @@ def test_sparsities_and_stages_may_be_numpys():
     points = wf.sweep(mlp(), batches(), cross_entropy, np.array([0.5, 0.75]), criterion="magnitude")
     assert [point.report.sparsity for point in points] == [0.5, 0.75]
     (point,) = wf.sweep(mlp(), None, None, 0.5, criterion="magnitude")
-    assert point.report.kept == 18
+    wrapped = torch.nn.DataParallel(mlp())
+    point.write(wrapped)
+    assert int((weights_of(wrapped) != 0).sum()) == point.report.kept == 18
     curvature = wf.WoodFisher(20, 6, 1e-2)
     assert wf.prune(mlp(), batches(), cross_entropy, 0.5, curvature=curvature, stages=np.int64(2)).kept == 18

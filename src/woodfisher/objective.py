@@ -543,7 +543,7 @@ class Objective:
 
         Raises before the first change.
         """
-        model = self.model if model is None else model
+        model = self.model if model is None else unwrapped(model)
         parameters = dict(model.named_parameters())
         different = [
             name
