@@ -550,6 +550,13 @@ def test_tied_weights_take_part_in_the_flops_of_each_place():
     assert flops.tolist() == [4] * 25 + [2] * 15
 
 
+def test_operations_of_a_forward_pass_are_counted_once():
+    nested = nn.Sequential(nn.Sequential(nn.Linear(6, 4)), nn.Linear(4, 3))
+    x, y = samples(8, (6,))
+    assert wf.Objective(nested, [(x, y)], cross_entropy).forward_flops() == 2 * (24 + 12)
+    assert wf.Objective(nested, [], cross_entropy).forward_flops() == 0
+
+
 def test_ends_of_a_model_without_layers_are_explained():
     class Product(nn.Module):
         def __init__(self):

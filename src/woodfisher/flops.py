@@ -39,11 +39,11 @@ def counting_flops(model: nn.Module) -> Iterator[FlopCounterMode]:
             torch.backends.mkldnn.set_flags(*before)
 
 
-def flops_of_modules(objective: Objective) -> dict[str, int]:
-    """Operations that each module of the model takes for one sample; empty where the data is."""
+def flops_of_modules(objective: Objective) -> dict[str, int] | None:
+    """Operations for one sample of each module with those in it, the whole model as ""; None without data."""
     sample = objective.first_samples(1)
     if sample is None:
-        return {}
+        return None
     model = objective.model
     with isolated(model), torch.no_grad(), explained(sample), counting_flops(model) as counter:
         objective.forward.outputs(objective.state(), sample)
@@ -58,7 +58,7 @@ def flops_of_weights(objective: Objective) -> Tensor:
             "a list or a DataLoader."
         )
     counts = flops_of_modules(objective)
-    if not counts:
+    if counts is None:
         raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
     layout = objective.layout
     places: dict[int, list[str]] = {}

@@ -283,7 +283,7 @@ class Objective:
 
     def forward_flops(self) -> int:
         """Operations of a forward pass of one sample, as far as torch counts them."""
-        return sum(flops_of_modules(self).values())
+        return (flops_of_modules(self) or {}).get("", 0)
 
     def known_samples(self) -> int | None:
         """How many samples the data has, where it tells without being read."""
