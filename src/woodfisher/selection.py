@@ -202,7 +202,7 @@ class Selection:
             self._check_floor(self._standing.total(int(cost[fixed].sum())), amount)
             # What costs nothing stays: its removal would bring the amount no nearer.
             stay = survivors(rank, alive, amount, cost, self._standing) | ~alive
-        if not self._standing.total(int((stay & alive).sum())):
+        if amount and not self._standing.total(int((stay & alive).sum())):
             raise TooSparseError(
                 f"{amount} of {self.total} may stay, and no group of the pattern {self.pattern} is as small: ask for "
                 "less sparsity."
