@@ -548,3 +548,15 @@ def test_a_sparse_file_takes_the_dtype_of_the_network(tmp_path):
     save_export(to_sparse(model, ["layer"]), tmp_path / "sparse.safetensors")
     model = model.float()
     torch.testing.assert_close(load_export(model, tmp_path / "sparse.safetensors")(x), model(x))
+
+
+def test_layers_that_cannot_be_sparse_are_neither_measured_nor_loaded(tmp_path):
+    encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    encoder.train()
+    assert measure_layers(encoder, torch.randn(2, 5, 16)) == []
+    with pytest.raises(wf.WoodfisherError, match=r"the layer 'no\.where' must be a plain Linear"):
+        to_sparse(encoder, ["no.where"])
+    model = prune_(Named())
+    save_export(to_sparse(model, ["layer"]), tmp_path / "sparse.safetensors")
+    with pytest.raises(wf.WoodfisherError, match="the model is in bfloat16"):
+        load_export(model.bfloat16(), tmp_path / "sparse.safetensors")

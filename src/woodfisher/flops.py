@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import explained
+from woodfisher.forward import explained, other_names
 from woodfisher.isolation import isolated
 
 if TYPE_CHECKING:
@@ -61,16 +61,13 @@ def flops_of_weights(objective: Objective) -> Tensor:
     if counts is None:
         raise WoodfisherError("FLOPs are counted on a sample, and the data holds no batch.")
     layout = objective.layout
-    places: dict[int, list[str]] = {}
-    for name, module in objective.model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            places.setdefault(id(parameter), []).append(name)
+    tied = other_names(objective.model)
     out = torch.zeros(layout.size, dtype=torch.int64, device=objective.device)
     for name, where in layout.slices.items():
         if len(layout.shapes[name]) == 1:
             continue
         size = where.stop - where.start
-        flops = sum(counts.get(place, 0) for place in places[id(objective.parameters[name])])
+        flops = sum(counts.get(each.rpartition(".")[0], 0) for each in [name, *tied.get(name, [])])
         if not flops or flops % size:
             raise WoodfisherError(
                 f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called in the "

@@ -92,7 +92,7 @@ class Forward:
         tensors = {**state.buffers, **state.weights}
         tied = {
             other: tensors[name]
-            for name, others in _tied(self.model).items()
+            for name, others in other_names(self.model).items()
             if name in tensors
             for other in others
         }
@@ -280,7 +280,7 @@ def _with_targets(batch: Batch, targets: Tensor) -> Batch:
     return {**batch, "labels": targets} if isinstance(batch, Mapping) else (batch[0], targets)
 
 
-def _tied(model: nn.Module) -> dict[str, list[str]]:
+def other_names(model: nn.Module) -> dict[str, list[str]]:
     """Name → the names in other modules of the same parameter or buffer.
 
     Torch's own way to tie them leaves a module that goes by two names with the values that it was run on.

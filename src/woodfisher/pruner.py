@@ -162,6 +162,11 @@ class Pruner:
         """Zero what is removed in a copy of the model, such as a moving average of it (its `.module`)."""
         self._masks.apply(model)
 
+    def missing_in(self, model: nn.Module) -> str | None:
+        """Name of a weight that is pruned here and that `model` doesn't have; None where it has them all."""
+        there = {id(parameter) for parameter in model.parameters()}
+        return next((name for name, p in self.objective.parameters.items() if id(p) not in there), None)
+
     def release(self) -> None:
         """Let the model go; removed weights are zero and may come back. The pruner is of no more use."""
         self._masks.release()

@@ -169,7 +169,11 @@ def measure_layers(model: nn.Module, example_inputs: Any) -> list[LayerSpeed]:
         What the model takes, as in a batch `(inputs, targets)`, of the batch size that matters.
     """
     model = unwrapped(model)
-    layers = {name: module for name, module in model.named_modules() if _can_be_sparse(module)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if _can_be_sparse(module) and not _read_by_parent(model, name)
+    }
     calls: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
         module.register_forward_pre_hook(partial(_record, calls[name]), with_kwargs=True)
@@ -208,12 +212,6 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
     """
     layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
     model = unwrapped(model)
-    for name in layouts:
-        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise WoodfisherError(
-                f"{name!r} belongs to a TransformerEncoderLayer, which reads the weights of its layers itself: leave "
-                "it dense, or replace it by a module that calls them."
-            )
     replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
     sparse = copy.deepcopy(model)
     for name, layer in replaced.items():
@@ -234,6 +232,11 @@ def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
             f"the layer {name!r} must be a plain Linear or Conv2d, without groups or hooks and padded with zeros by "
             f"numbers; the model {found}."
         )
+    if _read_by_parent(model, name):
+        raise WoodfisherError(
+            f"{name!r} belongs to a TransformerEncoderLayer, which reads the weights of its layers itself: leave it "
+            "dense, or replace it by a module that calls them."
+        )
     assert isinstance(layer, (nn.Linear, nn.Conv2d))
     return layer
 
@@ -253,11 +256,6 @@ def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> Spars
 
 def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
     weight = layer.weight.detach().flatten(1)
-    if weight.device.type == "cpu" and weight.dtype.itemsize < 4:
-        raise WoodfisherError(
-            f"on a CPU torch multiplies with sparse matrices in float32 and float64, and the model is in "
-            f"{str(weight.dtype).removeprefix('torch.')}: convert it with .float()."
-        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta")
         if layout == "csr":
@@ -272,6 +270,11 @@ def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
 
 
 def _layer_with(layer: nn.Linear | nn.Conv2d, matrix: Tensor) -> SparseLayer:
+    if matrix.device.type == "cpu" and matrix.dtype.itemsize < 4:
+        raise WoodfisherError(
+            f"on a CPU torch multiplies with sparse matrices in float32 and float64, and the model is in "
+            f"{str(matrix.dtype).removeprefix('torch.')}: convert it with .float()."
+        )
     sparse: SparseLayer
     sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
     return sparse.train(layer.training)
@@ -284,6 +287,11 @@ def _can_be_sparse(module: nn.Module) -> bool:
     if type(module) is nn.Conv2d:
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return type(module) is nn.Linear
+
+
+def _read_by_parent(model: nn.Module, name: str) -> bool:
+    """Whether the layer of that name is inside a module that uses its weight without calling it."""
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
 
 
 def _fastest(name: str, layer: Any, x: Tensor) -> LayerSpeed:

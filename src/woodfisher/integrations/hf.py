@@ -84,14 +84,12 @@ class PruningCallback(TrainerCallback):
             self.pruner = None  # the last one holds the masks of a model that may be the same
             self.pruner = self._make(model)
         assert self.pruner is not None
-        there = {id(parameter) for parameter in model.parameters()}
-        for name, parameter in self.pruner.objective.parameters.items():
-            if id(parameter) not in there:
-                raise WoodfisherError(
-                    f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "
-                    "that the Trainer trains (with model_init: a function that makes one of the model). Models whose "
-                    "weights are sharded can't be pruned."
-                )
+        if name := self.pruner.missing_in(model):
+            raise WoodfisherError(
+                f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "
+                "that the Trainer trains (with model_init: a function that makes one of the model). Models whose "
+                "weights are sharded can't be pruned."
+            )
         # Goes into each checkpoint with the Trainer's own state, and tells that a file of the pruner's belongs to it.
         marks = cast("dict[str, Any]", state.stateful_callbacks)
         if state.global_step:

@@ -52,12 +52,12 @@ class PruningCallback(Callback):
         self._steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._make is not None and not (self.pruner and _belongs(self.pruner, pl_module)):
+        if self._make is not None and (self.pruner is None or self.pruner.missing_in(pl_module)):
             if self.pruner is not None:
                 self.pruner.release()
             self.pruner = self._make(pl_module)
         assert self.pruner is not None
-        if not _belongs(self.pruner, pl_module):
+        if self.pruner.missing_in(pl_module):
             raise WoodfisherError(
                 "the pruner is that of another model than the one that is trained: give the callback one of this "
                 "module, or a function that makes it."
@@ -86,9 +86,3 @@ class PruningCallback(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = dict(state_dict)
-
-
-def _belongs(pruner: Pruner, module: LightningModule) -> bool:
-    """Whether what is pruned is trained in the module."""
-    trained = {id(p) for p in module.parameters()}
-    return all(id(p) in trained for p in pruner.objective.parameters.values())
