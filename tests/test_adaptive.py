@@ -1,8 +1,10 @@
 """Stages that are checked on held-out samples, sweeps, and pruning to a drop."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,6 +379,15 @@ def test_a_sweep_by_a_fixed_number_of_stages_is_a_prune_each():
                 ),
                 weights_of(model),
             )
+
+
+def test_each_point_of_a_sweep_by_fixed_stages_has_its_own_seconds(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("woodfisher.watch.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    options = {"criterion": "woodfisher-block", "stages": 1, "curvature": wf.WoodFisher(20, 4, 0.1)}
+    alone = wf.sweep(trained(), batches(), cross_entropy, [0.5], **options)
+    points = wf.sweep(trained(), batches(), cross_entropy, [0.4, 0.5, 0.6], **options)
+    assert [point.report.seconds for point in points[1:]] == [alone[0].report.seconds] * 2
 
 
 def test_auto_stages_suit_the_method():

@@ -145,7 +145,19 @@ def test_compare(folder, capsys):
 
 
 def test_compare_over_seeds(folder, capsys):
-    arguments = ["compare", "--seeds", "2", "--sparsity", "0.5", "0.8", "--out", "out", "--json", *QUICK]
+    arguments = [
+        "compare",
+        "--seeds",
+        "2",
+        "--sparsity",
+        "0.5",
+        "0.8",
+        "0.5",
+        "--out",
+        "out",
+        "--json",
+        *QUICK,
+    ]
     assert main([*arguments, "--methods", "magnitude,woodfisher-full", "--task", "my_tasks:good"]) == 0
     content = json.loads(capsys.readouterr().out)
     assert [r["seed"] for r in content["results"]] == [0] * 4 + [1] * 4

@@ -344,6 +344,10 @@ def test_frozen_and_parametrized_weights_are_left_dense_unless_named():
     model[0].requires_grad_(False)
     with pytest.warns(wf.WoodfisherWarning, match=r"1 weights are frozen and left dense \(0.weight\)"):
         assert list(wf.Objective(model, []).layout.shapes) == ["2.weight"]
+    with pytest.warns(wf.WoodfisherWarning) as caught:
+        report = wf.prune(model, None, sparsity=0.5, criterion="magnitude")
+    assert report.warnings == [str(one.message) for one in caught]
+    assert "frozen" in report.warnings[0]
     assert list(wf.Objective(model, [], params="*.weight").layout.shapes) == ["0.weight", "2.weight"]
     assert list(wf.Objective(model.requires_grad_(False), []).layout.shapes) == ["0.weight", "2.weight"]
     model = mlp()

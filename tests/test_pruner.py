@@ -45,6 +45,7 @@ def same(first, second):
         (LINEAR, {1: 27, 3: 18, 5: 9}),
         (wf.Polynomial(0.25, 0.75, begin=0.2, end=1, every=0.4, power=1).in_epochs(5), {1: 27, 3: 18, 5: 9}),
         (wf.Polynomial(0.25, 0.75, begin=0.5, end=2.5, every=1, power=1), {1: 22, 2: 14, 3: 9}),
+        (wf.Polynomial(0.25, 0.75, begin=0, end=5, every=1.5, power=1), {0: 27, 2: 20, 3: 16, 5: 9}),
         (wf.Polynomial(0.5, 0.75, begin=3, end=3), {3: 9}),
     ],
     ids=str,

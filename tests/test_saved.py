@@ -371,3 +371,11 @@ def test_masks_in_any_memory_order_are_saved_and_tied_tensors_count_once(tmp_pat
     assert torch.equal(read(tmp_path / "a.safetensors").tensors["0.weight"], model[0].weight)
     torch.save(model.state_dict(), tmp_path / "a.pt")
     assert sum(read(tmp_path / "a.pt").stored.values()) == 4 * 1600
+
+
+def test_a_dtype_that_files_can_not_hold_is_named(tmp_path):
+    model = nn.Linear(2, 2)
+    model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
+    with pytest.raises(wf.WoodfisherError, match=r"can't hold torch.complex128, which \['phases'\] has"):
+        wf.save_weights(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())

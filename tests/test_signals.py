@@ -1,4 +1,5 @@
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import cross_entropy, mse_loss, relu_
+from torch.utils._pytree import register_pytree_node
 
 import woodfisher as wf
 from models import ConvNet, DictModel, Output, Tied, mlp, samples
@@ -516,3 +518,53 @@ def test_rows_of_a_network_that_fits_well_raise_no_false_alarm():
     objective = wf.Objective(model, [(x, y)], cross_entropy)
     objective.rows(30)
     assert taken_together(objective)
+
+
+def test_falling_back_to_slow_rows_is_told_of(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("no hooks here")
+
+    model, data = mlp(), [samples(6)]
+    expected = wf.Objective(model, data, cross_entropy).rows(6)
+    monkeypatch.setattr("woodfisher.signals.Signals._same_as_alone", refuse)
+    with pytest.warns(wf.WoodfisherWarning, match=r"taken in a slower way. \(RuntimeError: no hooks here\)"):
+        rows = wf.Objective(model, data, cross_entropy).rows(6)
+    torch.testing.assert_close(rows, expected)
+
+
+class Described(OrderedDict):
+    """Outputs as Hugging Face's models return them."""
+
+    @property
+    def logits(self):
+        return self["logits"]
+
+
+register_pytree_node(
+    Described,
+    lambda made: (list(made.values()), list(made)),
+    lambda values, keys: Described(zip(keys, values, strict=True)),
+)
+
+
+def test_rows_of_models_that_return_more_than_a_tensor():
+    """Outputs with fields, a number, and a tensor of no sample's own have rows in factor form too."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return Described(logits=self.layer(x), scale=self.scale, count=3)
+
+    def loss(outputs, targets):
+        return cross_entropy(outputs.logits * outputs["scale"], targets)
+
+    model, batch = Model(), samples(8)
+    objective = wf.Objective(model, [batch], loss)
+    assert set(objective.factors()) == {"layer.weight"}
+    torch.testing.assert_close(objective.rows(8), loop_rows(model, loss, *batch, ["layer.weight"]))
+    rounded = wf.Objective(model, [batch], loss, precision="bfloat16")
+    assert set(rounded.factors()) == {"layer.weight"}

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvNd
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from woodfisher.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.errors import WoodfisherError
@@ -119,9 +120,22 @@ class Forward:
         outputs, targets = self.outputs(state.copied(), batch, self.precision), batch[1]
         if self._has_terms(outputs, targets):
             return self.loss(outputs, targets, reduction="none").reshape(rows, -1).mean(1).sum()  # type: ignore[call-arg]
-        grouped = map_tensors(lambda t: t.unflatten(0, (rows, group)), (outputs, targets))
+        leaves, form = tree_flatten((outputs, targets))
+        by_sample = [
+            isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows * group for leaf in leaves
+        ]
+        grouped = [
+            leaf.unflatten(0, (rows, group)) for leaf, its in zip(leaves, by_sample, strict=True) if its
+        ]
+        if not any(tensor.requires_grad for tensor in grouped):
+            raise WoodfisherError(
+                f"the model returned a {type(outputs).__name__}, in which torch finds no tensor of one entry a sample."
+            )
 
-        def one(output: Any, target: Any) -> Tensor:
+        def one(*row: Tensor) -> Tensor:
+            own = iter(row)
+            parts = [next(own) if its else leaf for leaf, its in zip(leaves, by_sample, strict=True)]
+            output, target = tree_unflatten(parts, form)
             return mean_loss(self.loss, output, (None, target))
 
         if self._vectorised:
@@ -129,7 +143,7 @@ class Forward:
                 return vmap(one)(*grouped).sum()
             except _VMAP_ERRORS as error:
                 self._give_up_vectorising(error)
-        return torch.stack([one(*map_tensors(lambda t, i=i: t[i], grouped)) for i in range(rows)]).sum()
+        return torch.stack([one(*row) for row in zip(*grouped, strict=True)]).sum()
 
     def _has_terms(self, outputs: Any, targets: Any) -> bool:
         """Whether torch gives the loss of each sample, or of each entry of the outputs, and rows are means of them."""
@@ -226,13 +240,7 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def full_precision(outputs: Any) -> Any:
     """Outputs in bfloat16 as float32, since losses are sums of many small terms; others as they are."""
-    if isinstance(outputs, Tensor):
-        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
-    if type(outputs) in (tuple, list):
-        return type(outputs)(full_precision(part) for part in outputs)
-    if type(outputs) is dict:
-        return {key: full_precision(part) for key, part in outputs.items()}
-    return outputs
+    return tree_map_only(Tensor, lambda t: t.float() if t.dtype == torch.bfloat16 else t, outputs)
 
 
 def evenly_labelled(batch: Batch, rows: int) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from woodfisher.batches import (
     FORWARD_BATCH,
     check_data,
-    describe,
     length,
     map_tensors,
     rechunk,
@@ -23,6 +21,7 @@ from woodfisher.batches import (
     tensors_of,
 )
 from woodfisher.checks import check_choice, check_count
+from woodfisher.chunks import Chunks
 from woodfisher.distributed import ALONE
 from woodfisher.errors import NoFactorsError, WoodfisherError
 from woodfisher.flops import flops_of_modules, flops_of_weights
@@ -33,7 +32,8 @@ from woodfisher.memory import new_matrix
 from woodfisher.normalisation import batch_norms, fresh_statistics
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
 from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
-from woodfisher.watch import phase, report_progress, warn
+from woodfisher.watch import phase, report_progress, warn, watching
+from woodfisher.writing import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,6 +100,8 @@ class Objective:
         weight counts as removed and takes part in no gradient row.
     ranks:
         The processes among which samples and weights are dealt out; this one alone unless pruning set others.
+    warnings:
+        What making it warned of.
     """
 
     def __init__(
@@ -120,7 +122,9 @@ class Objective:
         self.model, self.loss = model, loss
         self.data: Iterable[Batch] = [] if data is None else data
         check_data(self.data)
-        self.parameters = choose(model, params, exclude)
+        with watching() as watch:
+            self.parameters = choose(model, params, exclude)
+        self.warnings = tuple(watch.warnings)
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
@@ -138,8 +142,7 @@ class Objective:
         self.forward = Forward(model, loss, sampler, precision)
         self._flow = Signals(self.forward, self._modules, self.parameters)
         self.workspace = GRADIENT_WORKSPACE
-        self._bytes: dict[str, int] = {}
-        self._means_checked: set[str] = set()
+        self._chunks = Chunks()
         self.ranks: Ranks = ALONE
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
@@ -252,7 +255,7 @@ class Objective:
                     chunk = self.on_device(chunk)
                     with explained(chunk):
                         total += float(self.forward.mean_loss(state, chunk)) * samples_in(chunk)
-                    self._check_mean(map_tensors(lambda t: t[:1], chunk))
+                    self._chunks.check_mean(self, map_tensors(lambda t: t[:1], chunk))
         if not count:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
         return sum(self.ranks.gather(total)) / count
@@ -279,7 +282,7 @@ class Objective:
     def row_bytes(self, group: int = 1) -> int:
         """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
         first = self.first_samples(group)
-        return 0 if first is None else self._saved_bytes(first)
+        return 0 if first is None else self._chunks.bytes_saved(self, first)
 
     def forward_flops(self) -> int:
         """Operations of a forward pass of one sample, as far as torch counts them."""
@@ -409,7 +412,7 @@ class Objective:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
         with isolated(self.model), torch.enable_grad():
             state = self.state()
-            for chunk in self._chunks(samples, group, floats):
+            for chunk in self._chunks.of(self, samples, group, floats):
                 if labels == "model":
                     with phase("gradients"):
                         chunk = self.forward.with_sampled_targets(state, chunk)
@@ -486,7 +489,7 @@ class Objective:
         done = 0
         with isolated(self.model), torch.enable_grad():
             state = self.state()
-            for chunk in self._chunks(samples, 1, 2 * self.layout.size):
+            for chunk in self._chunks.of(self, samples, 1, 2 * self.layout.size):
                 for share, batch in self.forward.with_every_target(state, chunk):
                     rows = torch.empty(
                         samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
@@ -503,7 +506,7 @@ class Objective:
         count = 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             state = self.state()
-            for number, chunk in enumerate(self._chunks(samples, 1, 0, mean=True)):
+            for number, chunk in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
                 if number % self.ranks.size == self.ranks.rank:
                     gradients = self.forward.gradient(state, chunk)
                     flat = self._flat(gradients)
@@ -527,7 +530,7 @@ class Objective:
             torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
-            for chunk in self._chunks(samples, 1, 0, mean=True):
+            for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
                 flat = self.weights.clone().requires_grad_()
                 with explained(chunk):
                     loss = self.forward.mean_loss(self.state(flat), chunk)
@@ -543,135 +546,7 @@ class Objective:
 
         Raises before the first change.
         """
-        model = self.model if model is None else unwrapped(model)
-        parameters = dict(model.named_parameters())
-        different = [
-            name
-            for name, shape in self.layout.shapes.items()
-            if name not in parameters or tuple(parameters[name].shape) != tuple(shape)
-        ]
-        if different:
-            raise WoodfisherError(
-                f"this model has no parameter {different[0]!r} of shape {self.layout.shapes[different[0]]}: "
-                "write to one of the architecture that was pruned."
-            )
-        buffers = dict(model.named_buffers())
-        for name, buffer in buffers.items():
-            if name not in self.buffers or self.buffers[name].shape != buffer.shape:
-                raise WoodfisherError(
-                    f"the model that was pruned has no buffer {name!r} of shape {tuple(buffer.shape)}: write to one of "
-                    "the same architecture."
-                )
-        if any(parameters[name].is_inference() for name in self.layout.shapes):
-            raise WoodfisherError(
-                "the model was made in torch.inference_mode, so its weights can't be changed: make or load it "
-                "outside."
-            )
-        values = {
-            name: torch.where(kept, value, 0).to(parameters[name].dtype)
-            for (name, value), kept in zip(
-                self.layout.split(self.weights).items(), self.layout.split(self.kept).values(), strict=True
-            )
-        }
-        for name, value in values.items():
-            if not torch.isfinite(value).all():
-                raise WoodfisherError(
-                    f"the new weights of {name!r} are not finite in {value.dtype}; the model is unchanged. "
-                    "Raise the damping, or prune in more stages."
-                )
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
-            for name, buffer in buffers.items():
-                if self.buffers[name] is not buffer:
-                    buffer.copy_(self.buffers[name])
-
-    def _chunks(self, samples: int, group: int, floats: int, *, mean: bool = False) -> Iterator[Batch]:
-        """The first `samples` samples in chunks of bounded memory, on the model's device.
-
-        A row takes `floats` numbers beside what is saved of its forward pass and the gradients of that.
-        With `mean` the loss of several samples matters, and one that sums over them is warned of.
-        """
-        check_count("samples", samples)
-        if torch.is_inference_mode_enabled():
-            raise WoodfisherError(
-                "gradients can't be taken in torch.inference_mode: call this outside of it."
-            )
-        batches = iter(take(self.data, samples))
-        first = next(batches, None)
-        if first is None:
-            raise WoodfisherError(
-                "the data holds no batch; at least one sample is needed. Where it can be read only once, an earlier "
-                "stage, sparsity or call has done so: give a list of batches or a DataLoader."
-            )
-        row = self.on_device(map_tensors(lambda t: t[:group], first))
-        if mean or group > 1:
-            self._check_mean(row)
-        each = 2 * self._saved_bytes(row) + floats * self.dtype.itemsize
-        rows = max(1, min(self.workspace // max(each, 1), 512))
-        if self.ranks.size > 1:  # each takes one chunk in turn, and all have chunks of the same size
-            most, size = self.most_rows(samples, group), self.ranks.size
-            turns = max(-(-most // (min(self.ranks.gather(rows)) * size)), 1)
-            rows = max(-(-most // (turns * size)), 1)
-        seen = used = 0
-
-        def counted() -> Iterator[Batch]:
-            nonlocal seen
-            for batch in chain([first], batches):
-                seen += samples_in(batch)
-                yield batch
-
-        for chunk in rechunk(counted(), rows * group, group):
-            used += samples_in(chunk)
-            yield self.on_device(chunk)
-        if seen < samples:
-            message = f"{samples} samples were asked for and the data ended after {seen}"
-            if not used:
-                raise WoodfisherError(
-                    f"{message}; a row averages {group}. Give more data or a smaller group."
-                )
-            warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
-
-    def _saved_bytes(self, row: Batch) -> int:
-        """What the forward pass of a row saves for the backward one, beside the weights."""
-        form = describe(row)
-        if form not in self._bytes:
-            with torch.enable_grad():
-                self._bytes[form] = self._count_saved(row)
-        return self._bytes[form]
-
-    def _count_saved(self, row: Batch) -> int:
-        state = self.state().differentiable(self.layout.shapes)
-        own = {tensor.data_ptr() for tensor in [*state.weights.values(), *self.model.parameters()]}
-        saved: dict[int, int] = {}
-
-        def note(tensor: Tensor) -> Tensor:
-            if tensor.data_ptr() not in own:
-                saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
-            value = self.forward.mean_loss(state, row)
-        if value.grad_fn is None:
-            raise WoodfisherError(
-                "the loss does not depend on any chosen weight: check that the loss is computed from the "
-                f"model's outputs, and the chosen parameters ({', '.join(self.layout.shapes)})."
-            )
-        return sum(saved.values())
-
-    def _check_mean(self, row: Batch) -> None:
-        if describe(row) in self._means_checked:
-            return
-        self._means_checked.add(describe(row))
-        state = self.state()
-        with torch.no_grad(), explained(row):
-            once = float(self.forward.mean_loss(state, row))
-            twice = float(self.forward.mean_loss(state, map_tensors(lambda t: torch.cat([t, t]), row)))
-        if once and abs(twice / once - 2) < 1e-3:
-            warn(
-                "the loss seems to sum over the samples of a batch, and a mean is expected: gradients of several "
-                "samples come out too large. Use reduction='mean' (or 'none')."
-            )
+        write(self, self.model if model is None else unwrapped(model))
 
     def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors → `(d,)` in the dtype and on the device of the flat weights."""

@@ -21,7 +21,7 @@ from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
-from woodfisher.report import report_of, warn_of_lost_layers
+from woodfisher.report import report_of, warn_of_lost_layers, warnings_of
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
@@ -230,6 +230,8 @@ def _sweep(
         for amount, at, stages in _each(objective, wanted, method, selection):
             warn_of_lost_layers(at)
             reached[amount] = _pruned(at, stages, method, selection, watch)
+            if not isinstance(method.staging, Adaptive):
+                watch.restart()
     return [reached[amount] for amount in amounts]
 
 
@@ -305,7 +307,7 @@ def _within(
             )
             best = _pruned(objective, [], method, selection, watch)
         warn_of_lost_layers(best.objective)
-    return replace(best, report=replace(best.report, warnings=watch.warnings))
+    return replace(best, report=replace(best.report, warnings=warnings_of(objective, watch)))
 
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:

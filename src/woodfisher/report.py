@@ -145,6 +145,11 @@ def warn_of_lost_layers(objective: Objective) -> None:
             )
 
 
+def warnings_of(objective: Objective, watch: Watch) -> list[str]:
+    """What was warned of, from the making of the objective on."""
+    return list(dict.fromkeys([*objective.warnings, *watch.warnings]))
+
+
 def report_of(
     objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
 ) -> Report:
@@ -168,5 +173,5 @@ def report_of(
             "total": sum(seconds.values()),
         },
         method=method.to_dict(),
-        warnings=list(watch.warnings),
+        warnings=warnings_of(objective, watch),
     )

@@ -180,7 +180,15 @@ def pack_state(
         COMPRESSED: json.dumps(compressed),
         MASKED: json.dumps(list(masked)),
     }
-    return Packed(safetensors.torch.save(content, header), sum(map(_bytes, state.values())))
+    try:
+        packed = safetensors.torch.save(content, header)
+    except KeyError as error:  # the dtype
+        names = [name for name, tensor in content.items() if tensor.dtype == error.args[0]]
+        raise WoodfisherError(
+            f"a safetensors file can't hold {error.args[0]}, which {names[:1]} has: convert it, or register it with "
+            "persistent=False."
+        ) from error
+    return Packed(packed, sum(map(_bytes, state.values())))
 
 
 def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+_ROUNDING = 1e-9
+"""Of times that are sums and products of floating-point numbers."""
+
+
 class Schedule(ABC):
     """Sparsity as a function of training steps, counted from 0: step t is the one after t others.
 
@@ -130,7 +134,8 @@ class Polynomial(Schedule):
     def at(self, step: int) -> float | None:
         if step >= self.end:
             return self.final if step == math.ceil(self.end) else None
-        if step < self.begin or (step - math.ceil(self.begin)) % max(round(self.every), 1):
+        times = math.floor((step - self.begin) / self.every + _ROUNDING)
+        if times < 0 or math.ceil(self.begin + times * self.every - _ROUNDING) != step:
             return None
         left = 1 - (step - self.begin) / (self.end - self.begin)
         return self.final + (self.initial - self.final) * left**self.power
@@ -145,7 +150,7 @@ class Polynomial(Schedule):
             self,
             begin=round(self.begin * steps),
             end=round(self.end * steps),
-            every=max(round(self.every * steps), 1),
+            every=self.every * steps,
         )
 
 

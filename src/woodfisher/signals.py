@@ -172,14 +172,17 @@ class Signals:
         fits = (
             2 * torch.float64.itemsize * sum(weight.numel() for weight in state.weights.values()) <= workspace
         )
-        found = None
+        found, reason = None, ""
         for dtype in (torch.float64, None) if fits else (None,):
             try:
                 found = self._same_as_alone(state, batch, rows, once, dtype)
                 break
-            except Exception:  # noqa: S112  a model may have anything against float64
-                continue
+            except Exception as error:  # a model may have anything against float64
+                reason = f"{type(error).__name__}: {error}"
         if found is None:
+            warn(
+                f"what flows through the layers can't be made rows of, so they are taken in a slower way. ({reason})"
+            )
             return {}
         if len(found) < len(once):
             first = next(name for name in once if name not in found)

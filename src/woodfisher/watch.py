@@ -53,6 +53,12 @@ class Watch:
         self._switch()
         return dict(self.seconds)
 
+    def restart(self) -> None:
+        """Forget what was recorded, for a computation that begins anew."""
+        self._switch()
+        self.seconds.clear()
+        self.warnings.clear()
+
 
 _current: ContextVar[Watch | None] = ContextVar("woodfisher_watch", default=None)
 

@@ -73,7 +73,9 @@ class Compare:
         names = parse_methods(self.methods)
         methods = {name: self.method.method(name, strict=False) for name in names}
         pattern = methods[names[0]].pattern
-        family = self.sparsity or ((pattern.sparsity,) if pattern.sparsity else SPARSITIES)
+        family = tuple(dict.fromkeys(self.sparsity or ())) or (
+            (pattern.sparsity,) if pattern.sparsity else SPARSITIES
+        )
         if self.out is not None:
             check_folder(self.out)
             require_plots()
