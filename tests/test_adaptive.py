@@ -316,6 +316,17 @@ def test_a_stage_trusted_too_far_is_taken_back_and_split():
     assert int(passed.objective.kept.sum()) == 4
 
 
+def test_the_gradient_is_that_of_the_data_where_rows_are_of_drawn_targets():
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    method = replace(METHOD, curvature=replace(METHOD.curvature, labels="model", group=1))
+    stream = Stream(objective.data)
+    held_out = stream.hold_out(12)
+    run = AdaptiveRun(objective, method, method.selection(objective), QUICK, held_out, stream, 108, True)
+    seen = stream.fork().draw(20)
+    run._renew()
+    torch.testing.assert_close(run.gradient.float(), objective.on(seen).gradient(20))
+
+
 def test_damping_below_the_rounding_of_the_gram_matrix_is_raised():
     torch.manual_seed(0)
     inputs, targets = 1 + 1e-5 * torch.randn(300, 40), torch.randn(300, 1)  # rows of nearly one direction

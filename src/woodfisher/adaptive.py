@@ -232,7 +232,7 @@ class AdaptiveRun:
             device=objective.device,
         )
         self.gradient = torch.zeros_like(self.weights)
-        self._taken, self._weight = 0, 0.0
+        self._weight = 0.0
         self._damping: float | None = None
         self._most_damping = 0.0
         self.loss = _loss_on(held_out, objective)
@@ -283,9 +283,11 @@ class AdaptiveRun:
         rows = fresh.rows(samples, group=self.group, labels=self.curvature.labels, columns=columns)
         with phase("curvature"):
             self.fisher.add(rows)
-            self._taken += 1
             self._weight += len(rows)
-            self.gradient += (rows.mean(0).double() - self.gradient) * (len(rows) / self._weight)
+        mean = rows.mean(0)
+        if self.first_order and self.curvature.labels == "model":  # rows of drawn targets have a mean of zero
+            mean = fresh.gradient(samples)[self.objective.kept]
+        self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
 
     def _try(self, amount: int) -> _Step:
         """Propose a stage down to `amount` in several ways and choose on the held-out samples."""
