@@ -194,7 +194,7 @@ def test_counting_ahead_loses_nothing():
     for source in (data, iter(data)):
         stream = Stream(source)
         assert stream.count(100) == 20
-        assert stream.rereadable
+        assert not stream.reads_once
         assert sum(map(samples_in, stream.draw(20))) == 20
     stream = Stream(iter(data))
     assert stream.count(6) == 6
@@ -401,6 +401,7 @@ def test_each_point_of_a_sweep_by_fixed_stages_has_its_own_seconds(monkeypatch):
     assert [point.report.seconds for point in points[1:]] == [alone[0].report.seconds] * 2
 
 
+@pytest.mark.filterwarnings("ignore:K-FAC's factors take removed weights")
 def test_auto_stages_suit_the_method():
     report = wf.prune(trained(), batches(), cross_entropy, 0.5, curvature=wf.KFAC(40, 0.1), update="none")
     assert len(report.stages) == 15  # 16, two of which would keep equally many

@@ -1,7 +1,9 @@
 import copy
 import itertools
+import json
 import random
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +13,13 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss, nll_loss
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
 from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
 from reference import loop_rows
+from woodfisher.batches import map_tensors
 from woodfisher.isolation import isolated
 from woodfisher.normalisation import even_size
 
@@ -335,8 +339,87 @@ def test_rows_of_batches_of_other_shapes():
     objective = wf.Objective(model, batches, cross_entropy)
     assert len(objective.rows(12)) == 12
     assert len(objective.rows(12, group=4)) == 3
-    with pytest.raises(wf.WoodfisherError, match="batches of different shapes"):
-        objective.rows(12, group=3)
+    with pytest.warns(wf.WoodfisherWarning, match="some that fill no row are left out.*multiple of 3"):
+        rows = objective.rows(12, group=3)
+    expected = [
+        wf.Objective(model, [map_tensors(lambda t: t[:3], b)], cross_entropy).gradient(3) for b in batches
+    ]
+    torch.testing.assert_close(rows, torch.stack(expected))
+    with (
+        pytest.warns(wf.WoodfisherWarning, match="some that fill no row"),
+        pytest.raises(wf.WoodfisherError, match="not as many of one shape in succession.*multiple of 5"),
+    ):
+        objective.rows(12, group=5)
+
+
+@pytest.mark.parametrize("loader", ["two views", "documents"])
+def test_data_that_tells_too_few_samples_is_noticed(loader):
+    x, y = samples(20)
+
+    def two_views(items):
+        inputs, targets = (torch.stack(part) for part in zip(*items, strict=True))
+        return torch.cat([inputs, -inputs]), torch.cat([targets, targets])
+
+    class Documents:
+        dataset = range(4)
+
+        def __iter__(self):
+            return iter([(x, y)])
+
+    if loader == "documents":
+        assert len(wf.Objective(mlp(), Documents(), cross_entropy).rows(20)) == 20
+    else:
+        data = DataLoader(TensorDataset(x, y), batch_size=10, collate_fn=two_views)
+        assert len(wf.Objective(mlp(), data, cross_entropy).rows(20)) == 20
+        with pytest.raises(wf.WoodfisherError, match="tells that it has 20 samples, and gives more"):
+            wf.Objective(mlp(), data, cross_entropy).rows(40)
+
+
+class Checkpointed(nn.Module):
+    """A network that runs its middle again in the backward pass."""
+
+    def __init__(self, checkpointed):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.middle, self.last = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.checkpointed = checkpointed
+
+    def forward(self, x):
+        h = torch.tanh(self.first(x))
+        inner = lambda h: torch.tanh(self.middle(h))
+        return self.last(checkpoint(inner, h, use_reentrant=False) if self.checkpointed else inner(h))
+
+
+def test_gradients_at_other_weights_are_right_with_activation_checkpointing():
+    found = []
+    for checkpointed in (False, True):
+        objective = wf.Objective(Checkpointed(checkpointed), [samples(8)], cross_entropy)
+        there = objective.at(0.3 * objective.weights + 0.05, objective.kept)
+        found.append(
+            (there.rows(8), there.gradient(8), there.hessian_columns(8, slice(0, 5)), there.mean_loss())
+        )
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_a_loss_may_read_the_models_weights():
+    model, (x, y) = mlp(), samples(8)
+
+    def loss(outputs, targets):
+        return cross_entropy(outputs, targets) + 0.1 * sum(p.square().sum() for p in model.parameters())
+
+    objective = wf.Objective(model, [(x, y)], loss)
+    own = torch.autograd.grad(loss(model(x), y), list(objective.parameters.values()))
+    flat = torch.cat([g.flatten() for g in own])
+    torch.testing.assert_close(objective.gradient(8), flat)
+    with pytest.warns(wf.WoodfisherWarning, match="uses the weight outside of its layer too"):
+        rows = objective.rows(8)
+    torch.testing.assert_close(rows.mean(0), flat)
+    zero, plain = (
+        wf.Objective(model, [(x, y)], each).at(0 * objective.weights, objective.kept)
+        for each in (loss, cross_entropy)
+    )
+    biases = sum(float(layer.bias.square().sum()) for layer in model[::2])
+    assert zero.mean_loss() == pytest.approx(plain.mean_loss() + 0.1 * biases)
 
 
 def test_frozen_and_parametrized_weights_are_left_dense_unless_named():
@@ -569,3 +652,129 @@ def test_ends_of_a_model_without_layers_are_explained():
 
     with pytest.raises(wf.WoodfisherError, match="the model has none"):
         wf.Objective(Product(), [], params="*", exclude=":first")
+
+
+def test_flops_of_modules_that_do_more_than_multiply_with_a_weight_are_refused():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.Parameter(torch.randn(6, 6)) for _ in range(2))
+
+        def forward(self, x):
+            return (x @ self.first @ self.second)[:, :3]
+
+    objective = wf.Objective(Twice(), [samples(8)], cross_entropy, params="*")
+    with pytest.raises(wf.WoodfisherError, match="FLOPs of 'first' can't be counted"):
+        objective.flops()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0])),
+        partial(cross_entropy, weight=torch.tensor([1.0, 2.0, 3.0])),
+    ],
+)
+def test_class_weights_that_cancel_are_warned_of(loss):
+    model, (x, y) = mlp(), samples(8)
+    with pytest.warns(wf.WoodfisherWarning, match="class weights cancel.*reduction='none'"):
+        wf.Objective(model, [(x, y)], loss)
+    weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]), reduction="none")
+    objective = wf.Objective(model, [(x, y)], weighted)
+    plain = wf.Objective(model, [(x, y)], cross_entropy).rows(8)
+    torch.testing.assert_close(objective.rows(8), plain * (1.0 + y)[:, None])
+    torch.testing.assert_close(objective.gradient(8), objective.rows(8).mean(0))
+
+
+def test_the_fisher_of_a_mean_over_labels_is_its_gauss_newton_matrix():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 4), torch.randn(4000, 3)
+    p = model(x).detach().sigmoid()
+    variances = (p * (1 - p)).sum(1) @ x.square().sum(1) / 4000
+    for loss, expected in (
+        (nn.BCEWithLogitsLoss(), variances / 4),
+        (nn.BCEWithLogitsLoss(reduction="sum"), variances),
+    ):
+        objective = wf.Objective(model, [(x, torch.zeros(4000, 4))], loss)
+        trace = sum(rows.square().sum() for rows in objective.iter_fisher_rows(4000)) / 4000
+        torch.testing.assert_close(trace, expected, rtol=1e-4, atol=0)
+        drawn = objective.rows(4000, labels="model").square().sum() / 4000
+        torch.testing.assert_close(drawn, expected, rtol=0.05, atol=0)
+
+
+def test_buffers_that_a_model_registers_as_it_runs_leave_with_the_pass():
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, x):
+            if not hasattr(self, "places"):
+                self.register_buffer("places", torch.arange(6.0))
+            return self.layer(x + self.places)
+
+    model, data = Positions(), [samples(20)]
+    wf.prune(model, data, cross_entropy, 0.5, curvature=wf.WoodFisher(20, 6), stages=1)
+    assert int((model.layer.weight != 0).sum()) == 9
+    assert list(model.state_dict()) == ["layer.weight", "layer.bias"]
+
+
+def test_arguments_of_a_wrong_kind_are_explained():
+    model, data = mlp(), [samples(8)]
+    objective = wf.Objective(model, data, cross_entropy)
+    for call, message in (
+        (lambda: wf.Pruner(model, data, wf.one_shot(0.5)), "second argument is an Objective"),
+        (
+            lambda: wf.Pruner(model, objective, wf.one_shot(0.5), seed=None),
+            "seed must be a whole number of at least 0",
+        ),
+        (lambda: wf.plan(model, wf.WoodFisher()), "a plan is for an Objective"),
+        (lambda: objective.at([1.0], objective.kept), "weights must be a tensor of 36 entries"),
+        (lambda: wf.Objective(nn.Linear(2, 2, device="meta"), data), "on the device meta"),
+        (
+            lambda: wf.prune(model, data, cross_entropy, 0.5, criterion="magnitude", first_order=True),
+            "Identity has none",
+        ),
+        (lambda: wf.WoodFisher().of_rows(torch.full((4, 6), torch.nan)).diag(), "holds NaN or infinity"),
+        (
+            lambda: wf.DiagonalHessian(8, 0.0)(objective.at(objective.weights, objective.weights > 0)),
+            "damping above 0",
+        ),
+    ):
+        with pytest.raises(wf.WoodfisherError, match=message):
+            call()
+
+
+def test_numbers_of_numpy_are_plain_in_reports():
+    curvature = wf.WoodFisher(samples=np.int64(20), damping=np.float64(0.1))
+    report = wf.prune(mlp(), [samples(20)], cross_entropy, 0.5, curvature=curvature, stages=1)
+    assert json.loads(json.dumps(report.to_dict()))["method"]["curvature"]["samples"] == 20
+
+
+def test_prune_takes_a_sampler():
+    curvature = wf.WoodFisher(20, 6, 0.1, labels="model")
+    loss = lambda o, t: (o - t).square().mean()
+    data = [(samples(20)[0], torch.zeros(20, 3))]
+    with pytest.raises(wf.WoodfisherError, match="pass sampler="):
+        wf.prune(mlp(), data, loss, 0.5, curvature=curvature, stages=1)
+    report = wf.prune(
+        mlp(), data, loss, 0.5, curvature=curvature, stages=1, sampler=lambda o: o + torch.randn_like(o)
+    )
+    assert report.kept == 18
+
+
+def test_stages_draw_other_targets_each():
+    drawn = []
+
+    def sampler(outputs):
+        drawn.append(torch.rand(len(outputs)))
+        return torch.zeros(len(outputs), dtype=torch.long)
+
+    data = [samples(40)]
+    curvature = wf.WoodFisher(10, 6, 0.1, labels="model")
+    state = torch.get_rng_state()
+    for _ in range(2):
+        wf.prune(mlp(), data, cross_entropy, 0.5, curvature=curvature, stages=3, sampler=sampler)
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.stack(drawn[:3]), torch.stack(drawn[3:]))
+    assert len(torch.stack(drawn[:3]).unique(dim=0)) == 3

@@ -333,3 +333,23 @@ def test_a_sparsity_below_the_smallest_group_is_refused(criterion, scope):
             model, batches(), cross_entropy, 0.8, criterion=criterion, pattern=wf.Block(4, 4), scope=scope
         )
     assert torch.equal(model.weight, before)
+
+
+def test_the_floor_counts_what_is_left_of_a_group():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 8))
+    with torch.no_grad():
+        model[1].weight[:, ::2] = 0
+        model[1].weight *= 1e-3
+    report = wf.prune(model, None, sparsity=0.6, criterion="magnitude", pattern=wf.Block(2, 2), floor=0.3)
+    assert report.layers[1].kept >= 0.3 * 128
+
+
+def test_a_class_of_ones_own_called_conv1d_is_a_convolution():
+    class Conv1D(nn.Conv1d):
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Conv1D(8, 4, 1))
+    wf.prune(model, None, criterion="magnitude", pattern=wf.NM(2, 4))
+    assert ((model[0].weight != 0).reshape(4, 2, 4).sum(2) == 2).all()

@@ -32,6 +32,7 @@ def weights_of(model):
     return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
 
 
+@pytest.mark.filterwarnings("ignore:K-FAC's factors take removed weights")
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.75])
 def test_every_method_keeps_exactly_the_asked_number(name, sparsity):
@@ -263,7 +264,7 @@ def test_the_default_beats_magnitude_on_the_embedded_task():
 
 
 def test_statistics_of_batch_normalisation_are_taken_anew():
-    model, (x, y) = ConvNet().train(), samples(500, (2, 6, 6))
+    model, (x, y) = ConvNet().double().train(), samples(500, (2, 6, 6), dtype=torch.float64)
     x = x * 3 + 1
     batches = [(x[:300], y[:300]), (x[300:], y[300:])]
     report = wf.prune(
@@ -273,9 +274,18 @@ def test_statistics_of_batch_normalisation_are_taken_anew():
     assert model.training
     assert model.norm.momentum == 0.1
     values = model.conv(x).detach()
-    torch.testing.assert_close(model.norm.running_mean, values.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.norm.running_mean, values.mean((0, 2, 3)))
+    values = values.roll(-SMALL["samples"], 0)  # the stage took the first ones
     halves = [part.var((0, 2, 3)) for part in (values[:250], values[250:])]
-    torch.testing.assert_close(model.norm.running_var, sum(halves) / 2, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.norm.running_var, sum(halves) / 2)
+
+
+def test_statistics_pass_over_single_samples_and_need_no_counter():
+    model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool1d(6), torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5))
+    model[2].num_batches_tracked = None
+    x, y = samples(8)
+    wf.prune(model, [(x, y), (torch.ones(1, 9), y[:1])], cross_entropy, 0.5, criterion="magnitude")
+    torch.testing.assert_close(model[2].running_mean, model[1](x).detach().mean(0))
 
 
 def test_statistics_stay_where_they_should():
@@ -285,6 +295,6 @@ def test_statistics_stay_where_they_should():
         with pytest.warns(wf.WoodfisherWarning, match="data ended after 12"):
             wf.prune(model, [samples(12, (2, 6, 6))], cross_entropy, 0.5, **options)
         assert torch.equal(model.norm.running_mean, before)
-    with pytest.warns(wf.WoodfisherWarning, match="no data to take statistics"):
+    with pytest.warns(wf.WoodfisherWarning, match="no two samples of one shape come"):
         wf.prune(model, None, sparsity=0.5, criterion="magnitude", params="*.weight", recalibrate=10)
     assert torch.equal(model.norm.running_mean, before)

@@ -452,7 +452,7 @@ class Language(nn.Module):
 def own_rows(model, batch, group=1):
     parameters = [p for name, p in model.named_parameters() if p.ndim > 1]
     rows = []
-    for first in range(0, len(batch["labels"]), group):
+    for first in range(0, len(batch["features"]), group):
         loss = model(**{key: value[first : first + group] for key, value in batch.items()}).loss
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]))
     return torch.stack(rows)
@@ -460,13 +460,18 @@ def own_rows(model, batch, group=1):
 
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("even", [True, False])
-def test_rows_of_a_models_own_mean_over_labelled_tokens(even, group):
-    model, x = Language(), samples(8, (4, 6), dtype=torch.float64)[0]
+@pytest.mark.parametrize("name", ["labels", "targets"])
+def test_rows_of_a_models_own_mean_over_labelled_tokens(name, even, group):
+    class Named(Language):
+        def forward(self, features, **named):
+            return super().forward(features, named[name])
+
+    model, x = Named(), samples(8, (4, 6), dtype=torch.float64)[0]
     labels = torch.arange(32).reshape(8, 4) % 3
     labels[:, 0] = -100
     if not even:
         labels[5, 1:3] = -100
-    batch = {"features": x, "labels": labels}
+    batch = {"features": x, name: labels}
     objective = wf.Objective(model, [batch])
     torch.testing.assert_close(objective.rows(8, group=group), own_rows(model, batch, group), **TIGHT)
     assert taken_together(objective, group)

@@ -71,7 +71,7 @@ def test_the_matrices_are_what_they_are_called(seen):
         (mse_loss, lambda f: 2 / len(f) * torch.eye(len(f), dtype=f.dtype)),
         (
             binary_cross_entropy_with_logits,
-            lambda f: torch.diag(f.sigmoid() * (1 - f.sigmoid())) / len(f) ** 2,
+            lambda f: torch.diag(f.sigmoid() * (1 - f.sigmoid())) / len(f),
         ),
         (nn.CrossEntropyLoss(), softmax_curvature),
     ],

@@ -14,6 +14,7 @@ from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, rem
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import move_on
 from woodfisher.memory import check_memory, parse_bytes, resident_memory
 from woodfisher.planning import VECTORS
 from woodfisher.report import Stage
@@ -150,7 +151,7 @@ def adaptive_run(
             "a number of stages."
         )
     held_out = stream.hold_out(min(options.held_out, max(known // 5, 1)))
-    repeats = curvature.samples > MOST_PASSES * known and stream.rereadable
+    repeats = curvature.samples > MOST_PASSES * known and not stream.reads_once
     if repeats:
         options = replace(options, stages=-(-options.stages // 5))
     orders = [True, False] if repeats else [True]
@@ -217,7 +218,7 @@ class AdaptiveRun:
         self.weights = objective.weights[objective.kept].double()
         affordable = math.isqrt(MOST_OPERATIONS // (2 * len(self.weights)))
         most = max(min(self.options.window, affordable, self._rows_that_fit()), 1)
-        self.group = max(1, min(self.curvature.group, samples // most))
+        self.group = max(g for g in _divisors(self.curvature.group) if g == 1 or g * most <= samples)
         rows = self.curvature.samples // self.group
         window = max(min(most, samples // self.group, rows), 1)
         fresh = max(rows - window, 0) // self.options.stages
@@ -279,6 +280,8 @@ class AdaptiveRun:
         columns = None if len(index) == len(self.objective.kept) else index
         samples = self._next_rows * self.group
         self._next_rows = self._rows_each
+        if self.curvature.labels == "model":
+            move_on()
         fresh = self.objective.on(self.stream.draw(samples))
         rows = fresh.rows(samples, group=self.group, labels=self.curvature.labels, columns=columns)
         with phase("curvature"):
@@ -438,10 +441,15 @@ class AdaptiveRun:
         )
 
 
+def _divisors(number: int) -> list[int]:
+    """All of them; a group that divides another one fills batches that hold whole groups of that."""
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 def _enough(options: Adaptive, curvature: WoodFisher, stream: Stream) -> int:
     """Samples above which it makes no difference how many the data has."""
     first = options.held_out + options.window * curvature.group
-    passes = -(-curvature.samples // MOST_PASSES) if stream.rereadable else 0
+    passes = 0 if stream.reads_once else -(-curvature.samples // MOST_PASSES)
     return max(5 * options.held_out, first, passes)
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sized
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from torch.utils.data import (
 )
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable
 
 Batch = Any
 """`(inputs, targets)` or a dict, of tensors (or nested tuples, lists and dicts of them) with one leading
@@ -104,8 +104,12 @@ def length(data: Iterable[Batch]) -> int | None:
     if isinstance(data, DataLoader):
         batches, samples = _samplers(data)
         return len(samples) if isinstance(batches, BatchSampler) and isinstance(samples, Sized) else None
-    dataset = getattr(data, "dataset", None)
-    return len(dataset) if isinstance(dataset, Sized) else None
+    return None
+
+
+def reads_once(data: Iterable[Batch]) -> bool:
+    """Whether data can be read only once, so that nothing may be tried on it beforehand."""
+    return isinstance(data, Iterator)
 
 
 def _samplers(loader: DataLoader[Any]) -> tuple[object, object]:
@@ -132,20 +136,20 @@ def rechunk(batches: Iterable[Batch], size: int, group: int) -> Iterator[Batch]:
     """Cut and join batches into chunks of `size` samples, in order, whatever batches they came in.
 
     Chunks hold whole groups of `group` samples (`size` is a multiple of it); samples at the end that fill no
-    group are left out. Batches whose samples have other shapes (padded sequences, say) start a new chunk, and
-    no group may span both.
+    group are left out. Batches whose samples have other shapes (padded sequences, say) start a new chunk; what fills
+    no group before them is left out with a warning.
     """
     pending: list[Batch] = []
     count = 0
     for batch in batches:
         if pending and _sample_form(batch) != _sample_form(pending[0]):
             if count % group:
-                raise WoodfisherError(
-                    f"a row averages {group} samples, and these come from batches of different shapes: "
-                    f"{describe(pending[-1])} and {describe(batch)}. Pad the samples to one shape, use batches "
-                    f"of a multiple of {group} samples, or group=1."
+                warn(
+                    f"a row averages {group} samples, and some that fill no row are left out where batches of another "
+                    f"shape follow: pad samples to one shape, or use batches of a multiple of {group} samples."
                 )
-            yield _join(pending)
+            if count >= group:
+                yield map_tensors(lambda t, whole=count - count % group: t[:whole], _join(pending))
             pending, count = [], 0
         pending.append(batch)
         count += samples_in(batch)
@@ -299,7 +303,7 @@ class Stream:
 
     def count(self, most: int) -> int:
         """Samples that the data has, as far as `most`: data that can be read only once is read ahead and kept."""
-        if self.rereadable:
+        if not self.reads_once:
             return sum(map(samples_in, take(self._data, most)))
         ahead = self._next(most)
         if sum(map(samples_in, ahead)) < most:
@@ -308,8 +312,7 @@ class Stream:
         return sum(map(samples_in, ahead))
 
     def _put_back(self, drawn: list[Batch]) -> None:
-        self._current = chain(drawn, self._rest, self._current)
-        self._rest = []
+        self._rest += reversed(drawn)
 
     def fork(self) -> Stream:
         """The same data from its start again, without what is held out."""
@@ -319,9 +322,9 @@ class Stream:
         return other
 
     @property
-    def rereadable(self) -> bool:
-        """Whether the data can be read from its start again."""
-        return iter(self._data) is not self._data
+    def reads_once(self) -> bool:
+        """Whether the data can't be read from its start again."""
+        return reads_once(self._data)
 
     def hold_out(self, samples: int) -> list[Batch]:
         """Draw samples that come in no later draw, in whatever order the data is read again."""

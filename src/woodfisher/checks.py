@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-def check_count(name: str, value: object, *, or_none: str = "") -> None:
-    """Raise unless `value` is a whole number of at least 1 (or None, where `or_none` says what it means)."""
+def check_count(name: str, value: object, *, least: int = 1, or_none: str = "") -> None:
+    """Raise unless `value` is a whole number of at least `least` (or None, where `or_none` says what it means)."""
     if value is None and or_none:
         return
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
         allowed = f", or None for {or_none}" if or_none else ""
-        raise WoodfisherError(f"{name} must be a whole number of at least 1{allowed}; {value!r} came.")
+        raise WoodfisherError(f"{name} must be a whole number of at least {least}{allowed}; {value!r} came.")
 
 
 def check_positive(name: str, value: object, why: str) -> None:

@@ -61,23 +61,32 @@ class Chunks:
             most = objective.most_rows(samples, group)
             turns = max(-(-most // (min(ranks.gather(rows)) * ranks.size)), 1)
             rows = max(-(-most // (turns * ranks.size)), 1)
+        known = objective.known_samples()
         seen = used = 0
 
         def counted() -> Iterator[Batch]:
             nonlocal seen
             for batch in chain([first], batches):
                 seen += samples_in(batch)
+                if known is not None and seen > known:
+                    raise WoodfisherError(
+                        f"the data tells that it has {known} samples, and gives more: does collate_fn make several of "
+                        "one? Give list(data), or an iterable of batches that tells no length."
+                    )
                 yield batch
 
         for chunk in rechunk(counted(), rows * group, group):
             used += samples_in(chunk)
             yield objective.on_device(chunk)
+        message = f"{samples} samples were asked for and the data ended after {seen}"
+        if not used:
+            raise WoodfisherError(
+                f"{message}; a row averages {group}. Give more data or a smaller group."
+                if seen < group
+                else f"a row averages {group} samples, and there are not as many of one shape in succession: pad "
+                f"samples to one shape, use batches of a multiple of {group} samples, or group=1."
+            )
         if seen < samples:
-            message = f"{samples} samples were asked for and the data ended after {seen}"
-            if not used:
-                raise WoodfisherError(
-                    f"{message}; a row averages {group}. Give more data or a smaller group."
-                )
             warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
 
     def bytes_saved(self, objective: Objective, row: Batch) -> int:

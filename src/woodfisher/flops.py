@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,16 @@ def flops_of_modules(objective: Objective) -> dict[str, int] | None:
     if sample is None:
         return None
     model = objective.model
-    with isolated(model), torch.no_grad(), explained(sample), counting_flops(model) as counter:
-        objective.forward.outputs(objective.state(), sample)
-    return {name.partition(".")[2]: sum(by.values()) for name, by in counter.get_flop_counts().items()}
+    forward = objective.forward
+
+    def counts() -> dict[str, Any]:
+        with counting_flops(model) as counter:
+            forward.called(sample)
+        return counter.get_flop_counts()
+
+    with isolated(model), torch.no_grad(), explained(sample):
+        found = forward.at(objective.state(), counts)
+    return {name.partition(".")[2]: sum(by.values()) for name, by in found.items()}
 
 
 def flops_of_weights(objective: Objective) -> Tensor:
@@ -68,10 +75,15 @@ def flops_of_weights(objective: Objective) -> Tensor:
             continue
         size = where.stop - where.start
         flops = sum(counts.get(each.rpartition(".")[0], 0) for each in [name, *tied.get(name, [])])
-        if not flops or flops % size:
+        if not flops or flops % size or _has_others(objective.model.get_submodule(name.rpartition(".")[0])):
             raise WoodfisherError(
                 f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called in the "
                 f"forward pass, or does more than multiply with it. Leave it out with exclude={name!r}."
             )
         out[where] = flops // size
     return out
+
+
+def _has_others(module: nn.Module) -> bool:
+    """Whether what a module does is not for one weight of its own alone."""
+    return sum(p.ndim > 1 for p in module.parameters()) > 1

@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,8 @@ Precision = Literal["float32", "bfloat16"]
 
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 """Of forward and backward passes: as the weights are, or in bfloat16 where torch's autocast takes it."""
+
+T = TypeVar("T")
 
 _WIDE_ROW = 8
 
@@ -86,10 +89,18 @@ class Forward:
         self._sampler = sampler or target_sampler(loss)
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
+        self._around = _Around(model)
+        if _cancels_weights(loss):
+            warn(
+                "class weights cancel in the loss of a single sample, which is divided by its own weight, so that "
+                "gradients of samples are as without them: use reduction='none', of which the mean is taken."
+            )
 
-    def outputs(self, state: State, batch: Batch, precision: Precision = "float32") -> Any:
-        """What the model returns for a batch; it may change the buffers of `state`."""
-        arguments, named = arguments_of(batch)
+    def at(self, state: State, compute: Callable[[], T]) -> T:
+        """What `compute` returns while the model holds the tensors of `state`, whose buffers it may change.
+
+        A backward pass belongs inside too, since activation checkpointing runs parts of the model again in it.
+        """
         tensors = {**state.buffers, **state.weights}
         tied = {
             other: tensors[name]
@@ -97,16 +108,26 @@ class Forward:
             if name in tensors
             for other in others
         }
+        inside = {f"model.{name}": tensor for name, tensor in {**tensors, **tied}.items()}
+        return functional_call(self._around, inside, (compute,), tie_weights=False)
+
+    def outputs(self, state: State, batch: Batch, precision: Precision = "float32") -> Any:
+        """What the model returns for a batch; it may change the buffers of `state`."""
+        return self.at(state, lambda: self.called(batch, precision))
+
+    def called(self, batch: Batch, precision: Precision = "float32") -> Any:
+        """What the model returns for a batch as it is now."""
+        arguments, named = arguments_of(batch)
         lower = precision == "bfloat16"
         device = tensors_of(batch)[0].device.type
         with torch.autocast(device, torch.bfloat16, enabled=lower, cache_enabled=False):
-            outputs = functional_call(self.model, {**tensors, **tied}, arguments, named, tie_weights=False)
+            outputs = self.model(*arguments, **named)
         return full_precision(outputs) if lower else outputs
 
     def mean_loss(self, state: State, batch: Batch, precision: Precision = "float32") -> Tensor:
         """Mean loss of the samples of a batch; `state` is left as it is."""
         check_form(self.loss, batch)
-        return mean_loss(self.loss, self.outputs(state.copied(), batch, precision), batch)
+        return self.at(state.copied(), lambda: mean_loss(self.loss, self.called(batch, precision), batch))
 
     def sum_of_losses(self, state: State, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
@@ -206,9 +227,13 @@ class Forward:
     def gradient(self, state: State, batch: Batch) -> Tensors:
         """Gradient of the mean loss of a batch, by name; zero for weights that it doesn't depend on."""
         state = state.differentiable(state.weights)
-        with explained(batch):
+
+        def gradients_of() -> tuple[Tensor | None, ...]:
             value = self.mean_loss(state, batch, self.precision)
-        gradients = torch.autograd.grad(value, list(state.weights.values()), allow_unused=True)
+            return torch.autograd.grad(value, list(state.weights.values()), allow_unused=True)
+
+        with explained(batch):
+            gradients = self.at(state.copied(), gradients_of)
         return {
             name: torch.zeros_like(weight) if g is None else g
             for (name, weight), g in zip(state.weights.items(), gradients, strict=True)
@@ -221,6 +246,30 @@ class Forward:
             "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
             f"result, more slowly. ({reason})"
         )
+
+
+def _cancels_weights(loss: object) -> bool:
+    """Whether a loss divides by the class weights of the samples that it averages."""
+    if isinstance(loss, partial):
+        return (
+            loss.func in _OF_CLASSES
+            and loss.keywords.get("weight") is not None
+            and loss.keywords.get("reduction", "mean") == "mean"
+        )
+    return isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and (
+        loss.weight is not None and loss.reduction == "mean"
+    )
+
+
+class _Around(nn.Module):
+    """A model, and whatever is computed while it holds other tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, compute: Callable[[], Any]) -> Any:
+        return compute()
 
 
 def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -248,11 +297,13 @@ def evenly_labelled(batch: Batch, rows: int) -> bool:
 
     A model of language leaves out the first token of each sample, whose label it can't predict.
     """
-    labels = arguments_of(batch)[1].get("labels")
-    if not isinstance(labels, Tensor) or labels.ndim < 2 or labels.is_floating_point():
-        return True
-    counted = labels != _IGNORED
-    return all(len(part.reshape(rows, -1).sum(1).unique()) == 1 for part in (counted, counted[:, 1:]))
+    for labels in tensors_of(batch):
+        if labels.ndim < 2 or labels.is_floating_point():
+            continue
+        counted = labels != _IGNORED
+        if any(len(part.reshape(rows, -1).sum(1).unique()) > 1 for part in (counted, counted[:, 1:])):
+            return False
+    return True
 
 
 def check_form(loss: Callable[[Any, Any], Tensor] | None, batch: Batch) -> None:

@@ -24,13 +24,20 @@ def isolated(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside, and autocast off; afterwards the model's state and all random generators are as before.
 
     Training flags and whatever a module keeps on itself (caches, counters) come back by restoring each
-    module's attributes; buffers are safe because callers run the model on copies of them. The generators
-    are those of Python, of NumPy, and of torch on the CPU and on every CUDA device in use.
+    module's attributes, and which parameters, buffers and modules it has; the chosen weights and the buffers are safe
+    because callers run the model on copies of them. What a forward pass changes in place in other tensors, lists or
+    dicts stays changed. The generators are those of Python, of NumPy, and of torch on the CPU and on every CUDA
+    device in use.
 
     An error may leave a generator suspended in here that ends after what it was called in: it has nothing to
     bring back any more.
     """
     attributes = {module: dict(vars(module)) for module in model.modules()}
+    registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (registry, dict(registry))
+        for module in model.modules()
+        for registry in (module._parameters, module._buffers, module._modules)
+    ]
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is what users seed
     parameters = list(model.parameters())
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
@@ -50,6 +57,9 @@ def isolated(model: nn.Module) -> Iterator[None]:
             for module, before in attributes.items():
                 vars(module).clear()
                 vars(module).update(before)
+            for registry, members in registered:
+                registry.clear()
+                registry.update(members)
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
             torch.set_rng_state(on_cpu)
@@ -66,6 +76,11 @@ def same_flags(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in flags.items():
             module.training = training
+
+
+def move_on() -> None:
+    """Go on from other random numbers, which follow from the present ones: `isolated` brings these back each time."""
+    torch.manual_seed(int(torch.randint(2**62, ())))
 
 
 @contextmanager

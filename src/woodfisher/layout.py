@@ -155,10 +155,10 @@ class Layout:
 
     def check(self, flat: Tensor, what: str) -> None:
         """Raise if `flat` does not have one entry (or row) for each weight."""
-        if flat.ndim == 0 or flat.shape[0] != self.size:
+        if not isinstance(flat, Tensor) or flat.ndim == 0 or flat.shape[0] != self.size:
+            came = f"tensor of shape {tuple(flat.shape)}" if isinstance(flat, Tensor) else type(flat).__name__
             raise WoodfisherError(
-                f"{what} needs {self.size} entries, one for each chosen weight; "
-                f"a tensor of shape {tuple(flat.shape)} came."
+                f"{what} must be a tensor of {self.size} entries, one for each chosen weight; a {came} came."
             )
 
     def runs(self, block_size: int | None, *, across_layers: bool = False) -> list[Run]:

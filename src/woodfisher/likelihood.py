@@ -62,8 +62,11 @@ def _known(
 ) -> tuple[Callable[[Any], Tensor], Callable[[Any], Weighted]] | None:
     if isinstance(loss, nn.MSELoss) and loss.reduction == "sum":
         return partial(_normal, variance=0.5), partial(_every_normal, variance=0.5)
-    if isinstance(loss, nn.BCEWithLogitsLoss) and loss.pos_weight is not None:
-        return None
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        if loss.pos_weight is not None:
+            return None
+        if loss.reduction == "sum":
+            return partial(_binary, terms=1), partial(_every_binary, terms=1)
     for kinds, draw, every in _DISTRIBUTIONS:
         if any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds):
             return draw, every
@@ -87,9 +90,9 @@ def _every_coordinate(centre: Tensor, deviation: Tensor) -> Weighted:
         yield centre.new_ones(len(centre)), centre + deviation * step.reshape(centre[0].shape)
 
 
-def _every_binary(outputs: Tensor) -> Weighted:
+def _every_binary(outputs: Tensor, terms: int | None = None) -> Weighted:
     p = outputs.sigmoid()
-    yield from _every_coordinate(p, (p * (1 - p)).sqrt())
+    yield from _every_coordinate(p, (p * (1 - p) * (terms or outputs[0].numel())).sqrt())
 
 
 def _every_normal(outputs: Tensor, variance: float | None = None) -> Weighted:
@@ -102,8 +105,14 @@ def _classes(outputs: Tensor) -> Tensor:
     return torch.multinomial(probabilities.flatten(0, -2), 1).reshape(probabilities.shape[:-1])
 
 
-def _binary(outputs: Tensor) -> Tensor:
-    return torch.bernoulli(outputs.sigmoid())
+def _binary(outputs: Tensor, terms: int | None = None) -> Tensor:
+    """0 or 1 for one output a sample.
+
+    A mean over K terms has a Kth of their gradient, and its Fisher a Kth of its Gauss-Newton matrix. Targets √K times
+    as far from their mean make up for that, as ∇ℓ is linear in them.
+    """
+    p = outputs.sigmoid()
+    return p + (terms or outputs[0].numel()) ** 0.5 * (torch.bernoulli(p) - p)
 
 
 def _normal(outputs: Tensor, variance: float | None = None) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
+import numpy as np
+
 from woodfisher.adaptive import Adaptive
 from woodfisher.checks import check_choice, check_count, check_fraction
 from woodfisher.curvature import (
@@ -95,6 +97,11 @@ class Method:
             )
         if not isinstance(self.first_order, bool) and self.first_order != "auto":
             raise WoodfisherError(f"first_order must be True, False or 'auto'; {self.first_order!r} came.")
+        if self.first_order is True and not self.curvature.samples:
+            raise WoodfisherError(
+                f"first_order=True takes the gradient of samples, and {type(self.curvature).__name__} has none: choose "
+                "another curvature, or leave it out."
+            )
         if isinstance(self.stages, Adaptive):
             if not self._carries_rows:
                 raise WoodfisherError(
@@ -138,10 +145,16 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """All options, as JSON takes them."""
-        curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
+        options = {name: _plain(option) for name, option in asdict(cast("Any", self.curvature)).items()}
+        curvature = {"kind": type(self.curvature).__name__, **options}
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         stages = self.staging if isinstance(self.staging, int) else asdict(self.staging)
         return {**parts, "curvature": curvature, "pattern": str(self.pattern), "stages": stages}
+
+
+def _plain(option: Any) -> Any:
+    """NumPy's numbers as Python's, which JSON takes."""
+    return option.item() if isinstance(option, np.generic) else option
 
 
 FIXED_STAGES = 16

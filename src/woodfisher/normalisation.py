@@ -40,17 +40,24 @@ def fresh_statistics(objective: Objective, samples: int) -> dict[str, Tensor]:
         for name, module in norms.items():
             module.train()
             module.momentum = None
-            state.buffers[f"{name}.num_batches_tracked"].zero_()
+            if module.num_batches_tracked is None:  # without it no average is taken
+                module.num_batches_tracked = torch.zeros((), dtype=torch.long)
+            else:
+                state.buffers[f"{name}.num_batches_tracked"].zero_()
             if isinstance(module, nn.SyncBatchNorm):  # other processes are not at this
                 module.forward = MethodType(_BatchNorm.forward, module)  # type: ignore[method-assign]
         drawn = list(take(objective.data, samples))
         for chunk in rechunk(drawn, even_size(sum(map(samples_in, drawn))), 1):
+            if samples_in(chunk) == 1:  # of which no variance can be taken
+                continue
             with explained(chunk):
                 objective.forward.outputs(state, objective.on_device(chunk))
             done += samples_in(chunk)
             report_progress("recalibration", done, samples)
     if not done:
-        warn("there is no data to take statistics of batch normalisation from; they stay as they were.")
+        warn(
+            "no two samples of one shape come to take statistics of batch normalisation from; they stay as they were."
+        )
         return {}
     return {name: buffer for name, buffer in state.buffers.items() if name.rpartition(".")[0] in norms}
 

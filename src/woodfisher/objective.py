@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from woodfisher.batches import (
     check_data,
     length,
     map_tensors,
+    reads_once,
     rechunk,
     samples_in,
     take,
@@ -36,7 +36,7 @@ from woodfisher.watch import phase, report_progress, warn, watching
 from woodfisher.writing import write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
@@ -124,6 +124,7 @@ class Objective:
         check_data(self.data)
         with watching() as watch:
             self.parameters = choose(model, params, exclude)
+            self.forward = Forward(model, loss, sampler, precision)
         self.warnings = tuple(watch.warnings)
         self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self.layout = Layout(
@@ -139,7 +140,6 @@ class Objective:
             raise WoodfisherError(
                 "autocast leaves a float64 model as it is: convert it, or leave out precision=."
             )
-        self.forward = Forward(model, loss, sampler, precision)
         self._flow = Signals(self.forward, self._modules, self.parameters)
         self.workspace = GRADIENT_WORKSPACE
         self._chunks = Chunks()
@@ -190,6 +190,10 @@ class Objective:
         """Take everything that training changes from the model."""
         own = self.parameters.values()
         self.device = next(iter(own)).device
+        if self.device.type == "meta":
+            raise WoodfisherError(
+                "the model's weights are on the device meta, without values: load them first."
+            )
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in own) else torch.float32
         self.buffers = dict(self.model.named_buffers())
         weights = self._flat(self.parameters)
@@ -271,7 +275,7 @@ class Objective:
     @property
     def reads_once(self) -> bool:
         """Whether the data can be read only once, so that nothing may be tried on it beforehand."""
-        return isinstance(self.data, Iterator)
+        return reads_once(self.data)
 
     def first_samples(self, most: int) -> Batch | None:
         """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
@@ -532,12 +536,22 @@ class Objective:
         ):
             for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
                 flat = self.weights.clone().requires_grad_()
-                with explained(chunk):
-                    loss = self.forward.mean_loss(self.state(flat), chunk)
+                state = self.state(flat)
+
+                def products(
+                    chunk: Batch = chunk, flat: Tensor = flat, state: State = state
+                ) -> Tensor | None:
+                    loss = self.forward.mean_loss(state, chunk)
                     (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
-                    if gradient.requires_grad:
-                        (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
-                        total += product.mT.double() * samples_in(chunk)
+                    if not gradient.requires_grad:
+                        return None
+                    (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
+                    return product
+
+                with explained(chunk):
+                    product = self.forward.at(state.copied(), products)
+                if product is not None:
+                    total += product.mT.double() * samples_in(chunk)
                 count += samples_in(chunk)
         return total / count * self.kept[:, None] * self.kept[index]
 

@@ -61,6 +61,7 @@ def prune(
     preset: str | None = None,
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    sampler: Callable[[Any], Tensor] | None = None,
     precision: Precision = "float32",
     progress: Progress | None = None,
     **parts: Unpack[MethodParts],
@@ -72,7 +73,7 @@ def prune(
 
     Parameters
     ----------
-    model, data, loss, params, exclude, precision:
+    model, data, loss, params, exclude, sampler, precision:
         As for `Objective`. Training samples are drawn from the beginning of `data`, so shuffle it. Every stage
         draws new ones while there are any; a few hundred in all are enough to begin with.
     sparsity:
@@ -103,7 +104,9 @@ def prune(
         if max_drop is not None and sparsity is not None:
             raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
         method = _method(criterion, preset, parts)
-        objective = Objective(model, data, loss, params=params, exclude=exclude, precision=precision)
+        objective = Objective(
+            model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
+        )
     if max_drop is None:
         usual = method.pattern.sparsity or 0.9
         return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
@@ -125,6 +128,7 @@ def sweep(
     preset: str | None = None,
     params: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] = (),
+    sampler: Callable[[Any], Tensor] | None = None,
     precision: Precision = "float32",
     progress: Progress | None = None,
     **parts: Unpack[MethodParts],
@@ -140,7 +144,9 @@ def sweep(
     """
     with together():
         method = _method(criterion, preset, parts)
-        objective = Objective(model, data, loss, params=params, exclude=exclude, precision=precision)
+        objective = Objective(
+            model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
+        )
     asked = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
     return sweep_objective(objective, asked, method, progress)
 

@@ -40,7 +40,8 @@ def inputs_first(module: nn.Module) -> bool:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is the linear layer of transformers that goes by that name."""
-    return type(module).__name__ == "Conv1D"
+    named_so = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    return named_so and not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
 def choose(

@@ -161,6 +161,10 @@ def plan(objective: Objective, curvature: WoodFisher, memory: str | int | None =
     WoodfisherError
         If that is not enough; the message says what would do.
     """
+    if not hasattr(objective, "layout"):
+        raise WoodfisherError(
+            f"a plan is for an Objective(model, data, loss); a {type(objective).__name__} came."
+        )
     if not hasattr(curvature, "runs"):
         raise WoodfisherError(f"a plan is for the rows of a wf.WoodFisher, and {curvature!r} keeps none.")
     if memory is not None:

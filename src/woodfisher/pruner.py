@@ -16,6 +16,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated, reseeded
 from woodfisher.masks import Masks
 from woodfisher.method import method_for, replaced
+from woodfisher.objective import Objective
 from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.schedule import Schedule
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from woodfisher.method import MethodParts
-    from woodfisher.objective import Changes, Objective
+    from woodfisher.objective import Changes
     from woodfisher.report import Report
     from woodfisher.watch import Progress
 
@@ -99,6 +100,11 @@ class Pruner:
         progress: Progress | None = None,
         **parts: Unpack[MethodParts],
     ) -> None:
+        if not isinstance(objective, Objective):
+            raise WoodfisherError(
+                f"the second argument is an Objective(model, data, loss); a {type(objective).__name__} came."
+            )
+        check_count("seed", seed, least=0)
         if unwrapped(model) is not objective.model:
             raise WoodfisherError(
                 "the objective is that of another model: make it from the one that is trained, as in "

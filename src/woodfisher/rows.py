@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -200,6 +201,7 @@ class FileRows(WindowRows):
                 "fewer samples."
             )
         self._file = tempfile.TemporaryFile(prefix="woodfisher-")  # noqa: SIM115  open for as long as the rows are
+        weakref.finalize(self, self._file.close)
         written = 0
         try:
             for chunk in chunks:

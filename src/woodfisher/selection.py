@@ -191,7 +191,7 @@ class Selection:
             )
         alive = cost > 0
         rank = scores / cost.clamp_min(1)
-        fixed = self._protected(rank, alive)
+        fixed = self._protected(rank, alive, kept)
         only = self.pattern.sparsity
         if only is not None and amount <= self.target(only):
             return self._spread(fixed, kept)
@@ -230,7 +230,7 @@ class Selection:
         """Units that stay → weights that stay."""
         return (units if self._owner is None else units[self._owner.to(kept.device)]) & kept
 
-    def _protected(self, rank: Tensor, alive: Tensor) -> Tensor:
+    def _protected(self, rank: Tensor, alive: Tensor, kept: Tensor) -> Tensor:
         """Units that the pattern's quota or the floor keeps: the best of each set that are left."""
         fixed = torch.zeros_like(alive)
         if self._quota is not None:
@@ -239,13 +239,16 @@ class Selection:
             fixed[index.gather(1, best)] = True
         elif self.floor:
             for where, units in self._layers():
-                sizes = (
-                    torch.ones_like(units) if self._owner is None else self._owner[where].bincount()[units]
-                )
-                order = torch.where(alive, rank, -torch.inf)[units.to(rank.device)].argsort(descending=True)
+                units = units.to(rank.device)
+                if self._owner is None:
+                    sizes = kept[where].long()
+                else:
+                    owner = self._owner[where].to(rank.device)
+                    sizes = self._units(rank.device).index_add(0, owner, kept[where].long())[units]
+                order = torch.where(alive, rank, -torch.inf)[units].argsort(descending=True)
                 needed = self._needed(where.stop - where.start)
-                before = sizes.to(order.device)[order].cumsum(0) - sizes.to(order.device)[order]
-                fixed[units.to(rank.device)[order[before < needed]]] = True
+                before = sizes[order].cumsum(0) - sizes[order]
+                fixed[units[order[before < needed]]] = True
         return fixed & alive
 
     def _layers(self) -> list[tuple[slice, Tensor]]:

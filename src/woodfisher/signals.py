@@ -80,16 +80,22 @@ class Signals:
         if self._forward.loss is None and not evenly_labelled(chunk, count):
             each = [self._rows(state, row, 1, names) for row in row_batches(chunk, count)]
             return {name: LayerRows.joined([part[name] for part in each]) for name in names}
-        group = samples_in(chunk) // count
-        with recorded_calls({name: self._modules[name] for name in names}) as calls, explained(chunk):
-            total = self._forward.sum_of_losses(state.differentiable(names), chunk, group)
-        made = {name: only_call(name, calls[name]) for name in names}
-        for name, call in made.items():
-            if len(call.inputs) != call.shape[0] or call.shape[0] % count:
-                raise _uneven(name)
-        gradients = torch.autograd.grad(total, [call.output for call in made.values()], allow_unused=True)
+        state = state.differentiable(names)
+
+        def flow() -> list[tuple[str, Call, Tensor | None]]:
+            with recorded_calls({name: self._modules[name] for name in names}) as calls:
+                total = self._forward.sum_of_losses(state, chunk, samples_in(chunk) // count)
+            made = [(name, only_call(name, calls[name])) for name in names]
+            for name, call in made:
+                if len(call.inputs) != call.shape[0] or call.shape[0] % count:
+                    raise _uneven(name)
+            gradients = torch.autograd.grad(total, [call.output for _, call in made], allow_unused=True)
+            return [(name, call, gradient) for (name, call), gradient in zip(made, gradients, strict=True)]
+
+        with explained(chunk):
+            flows = self._forward.at(state.copied(), flow)
         rows = {}
-        for (name, call), gradient in zip(made.items(), gradients, strict=True):
+        for name, call, gradient in flows:
             s = call.inputs.new_zeros(call.shape) if gradient is None else gradient
             a, s = (t.unflatten(0, (count, -1)) for t in (call.inputs.to(s.dtype), s))
             rows[name] = LayerRows.of(self._modules[name], self._parameters[name], a, s)

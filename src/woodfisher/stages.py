@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from woodfisher.adaptive import recalibrated
 from woodfisher.dealing import check_same_samples, dealt
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import move_on
 from woodfisher.method import UPDATES
 from woodfisher.refine import refine as refined
 from woodfisher.report import Stage
@@ -38,6 +39,8 @@ def run_stages(
     targets = through(selection.amount(objective.kept), [final], method.staging)
     for number, amount in enumerate(targets):
         report_progress("stages", number, len(targets))
+        if getattr(method.curvature, "labels", "data") == "model":
+            move_on()
         here = objective.on(stream.draw(method.curvature.samples))
         check_same_samples(here)
         objective, stage = _stage(here, amount, method, selection)

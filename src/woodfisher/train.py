@@ -269,7 +269,7 @@ def train(
     training = training or Training()
     training.check()
     check_choice("log", log, LOGS)
-    check_not_negative("seed", seed)
+    check_count("seed", seed, least=0)
     if out is None and (resume or log != "csv"):
         raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
     if training.distil and task.loss is None:

@@ -17,6 +17,8 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrix)
     failed = info.nonzero()
     if len(failed):
+        if not matrix[failed[0, 0]].isfinite().all():
+            raise WoodfisherError(f"{what} holds NaN or infinity: see that the gradient rows are finite.")
         smallest = float(torch.linalg.eigvalsh(matrix[failed[0, 0]])[0])
         raise WoodfisherError(
             f"{what} is not positive definite: its smallest eigenvalue, damping included, is {smallest:.3g} "

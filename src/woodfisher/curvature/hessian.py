@@ -93,7 +93,7 @@ class DiagonalHessian(_HessianEstimator):
             worst = float(diagonal.min())
             raise WoodfisherError(
                 f"{int((damped <= 0).sum())} of {len(damped)} entries of the Hessian's diagonal are not positive "
-                f"at damping {self.damping:g} (the smallest is {worst:.3g}). Take a damping above {-worst:.3g}."
+                f"at damping {self.damping:g} (the smallest is {worst:.3g}). Take a damping above {0 - worst:.3g}."
             )
         return DiagonalInverse(damped)
 
@@ -104,8 +104,9 @@ def exact_hessian(objective: Objective, samples: int) -> Tensor:
     if not torch.isfinite(H).all():
         index = int((~torch.isfinite(H)).nonzero()[0, 0])
         raise WoodfisherError(
-            f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss has no second derivative at "
-            "these outputs, as a square root has none at zero. Use the Fisher, or a smooth loss."
+            f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss itself is not finite, or has "
+            "no second derivative at these outputs, as a square root has none at zero. Look at the loss and the data, "
+            "or use the Fisher."
         )
     return (H + H.mT) / 2
 

@@ -105,7 +105,8 @@ class KFAC(Estimator):
     """F ≈ S ⊗ A + λI a layer, for Linear layers and (ungrouped) convolutions.
 
     A is the second moment of the layer's inputs, summed over positions; S that of its output gradients,
-    averaged over positions. Nothing couples layers.
+    averaged over positions. Nothing couples layers. Both factors are of all of a layer's weights: where some are
+    removed already, scores take these for free to make up for others, which is warned of.
 
     Attributes
     ----------
@@ -138,6 +139,11 @@ class KFAC(Estimator):
                 raise WoodfisherError(
                     f"K-FAC covers the weights of layers, and {name!r} is a vector: exclude it, or use WoodFisher."
                 )
+        if not objective.kept.all():
+            warn(
+                "K-FAC's factors take removed weights for free to make up for others, so that scores come out too "
+                "low on a network that is sparse already: prune in one stage from the dense one, or use WoodFisher."
+            )
         A: dict[str, Tensor] = {}
         S: dict[str, Tensor] = {}
         samples = 0
