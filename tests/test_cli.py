@@ -52,6 +52,23 @@ def bad_metric():
     task = build()
     return Task("mine", task.model, task.train, [], task.test, task.loss, lambda model, data: float("nan"))
 
+def loud():
+    print("hello from the task")
+    return build()
+
+def shuffling():
+    task = build()
+    data = torch.utils.data.TensorDataset(*task.train[0])
+    train = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True)
+    return Task("mine", task.model, train, task.test, task.test, task.loss)
+
+def failing_metric():
+    task = build()
+    return Task("mine", task.model, task.train, [], task.test, task.loss, lambda model, data: 1 / 0)
+
+def no_model():
+    return Task("mine", None, [], [], [], None)
+
 def read_once():
     task = build()
     return Task("mine", task.model, task.train, [], iter([]), task.loss)
@@ -123,6 +140,67 @@ def test_equal_seeds_give_equal_results(folder, capsys):
         main(["prune", "--sparsity", "0.97", "--json", "--seed", str(seed), *QUICK])
         metrics.append(json.loads(capsys.readouterr().out)["stages"])
     assert metrics[0] == metrics[1] != metrics[2]
+
+
+def test_what_a_task_prints_stays_out_of_the_results(folder, capsys):
+    assert (
+        main(["prune", "--task", "my_tasks:loud", "--sparsity", "0.5", "--json", "--out", "out", *QUICK]) == 0
+    )
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["kept"] == 36
+    assert "hello from the task" in shown.err
+
+
+def test_seeds_order_the_data_of_tasks_that_know_of_none(folder, capsys):
+    found = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(found))
+        arguments = ["--task", "my_tasks:shuffling", "--seed", str(seed), "--samples", "8", "--stages", "1"]
+        assert (
+            main(
+                [
+                    "prune",
+                    "--criterion",
+                    "woodfisher-block",
+                    "--json",
+                    "--out",
+                    "out",
+                    *arguments,
+                    "--damping",
+                    "1",
+                ]
+            )
+            == 0
+        )
+        found.append(json.loads(capsys.readouterr().out)["stages"])
+    assert found[0] == found[1] != found[2]
+
+
+def test_seeds_that_change_nothing_are_warned_of(folder, capsys):
+    arguments = ["compare", "--seeds", "2", "--sparsity", "0.5", "--methods", "magnitude"]
+    assert main([*arguments, "--task", "my_tasks:good"]) == 0
+    assert "in the same order whatever the seed" in capsys.readouterr().err
+    assert main([*arguments, "--task", "my_tasks:shuffling"]) == 0
+    assert "whatever the seed" not in capsys.readouterr().err
+
+
+def test_a_page_goes_into_a_folder_too(folder, capsys):
+    assert main(["prune", "--sparsity", "0.5", "--out", "out", *QUICK]) == 0
+    (folder / "pages").mkdir()
+    assert main(["report", "out", "--out", "pages"]) == 0
+    assert (folder / "pages" / "report.html").exists()
+
+
+def test_a_reader_that_has_enough_ends_the_command_quietly(folder):
+    command = f"{sys.executable} -m woodfisher inspect model.safetensors --json"
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    done = subprocess.run(["bash", "-c", f"{command} | true"], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    done = subprocess.run(
+        ["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "woodfisher: [Errno 28] No space left on device\n"
 
 
 def test_compare(folder, capsys):
@@ -268,6 +346,17 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--task", "my_tasks:empty"], "no batch"),
         (["prune", "--task", "my_tasks:broken"], "ZeroDivisionError: division by zero"),
         (["prune", "--task", "my_tasks:bad_metric"], "must be a finite float; nan came"),
+        (
+            ["prune", "--task", "my_tasks:failing_metric"],
+            "the metric of the task mine fails on the test data: ZeroDivisionError",
+        ),
+        (["prune", "--task", "my_tasks:no_model"], "must be a torch.nn.Module; a NoneType came"),
+        (["prune", "--device", "meta"], "can't be used here: it holds no values"),
+        (
+            ["prune", "--criterion", "magnitude", "--refine", "3"],
+            "--refine does not apply to the criterion magnitude",
+        ),
+        (["prune", "--out", "long" * 80], "can't be made"),
         (["prune", "--task", "my_tasks:read_once"], "accuracy of no samples"),
         (["compare", "--task", "my_tasks:nan", "--methods", "woodfisher"], "every run failed"),
         (["compare", "--sparsity", "--methods", "magnitude"], "name at least one sparsity"),

@@ -560,3 +560,22 @@ def test_layers_that_cannot_be_sparse_are_neither_measured_nor_loaded(tmp_path):
     save_export(to_sparse(model, ["layer"]), tmp_path / "sparse.safetensors")
     with pytest.raises(wf.WoodfisherError, match="the model is in bfloat16"):
         load_export(model.bfloat16(), tmp_path / "sparse.safetensors")
+
+
+def test_onnx_is_of_evaluation_mode_and_says_why_it_can_not_be(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    x = torch.randn(4, 4)
+    to_onnx(model, x, tmp_path / "model.onnx")
+    assert model.training
+    assert all(module.training for module in model)
+    assert difference(OnnxModel(tmp_path / "model.onnx")(x), [model.eval()(x)]) < 1e-5
+
+    class Depends(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum() > 0 else x - 1
+
+    with pytest.raises(wf.WoodfisherError, match="can't export") as caught:
+        to_onnx(Depends(), x, tmp_path / "other.onnx")
+    assert "\x1b" not in str(caught.value)
+    assert "This is step" not in str(caught.value)

@@ -424,7 +424,7 @@ def test_the_wrapped_model_does_as_well():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [(None, "a dict with tensors for masks"), ({"masks": {"0.weight": [1, 0]}}, "a dict with tensors for masks"),
-     ({"steps": -4}, "steps of a pruner's state must be a finite number of at least 0; -4 came")],
+     ({"steps": -4}, "steps of a pruner's state must be a whole number of at least 0; -4 came")],
 )  # fmt: skip
 def test_what_is_no_state_is_refused(changes, message):
     pruner = pruner_of(mlp(), wf.one_shot(0.5))

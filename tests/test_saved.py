@@ -17,6 +17,7 @@ from torch import nn
 import woodfisher as wf
 from models import Tied, mlp
 from woodfisher.bitmask import PARTS, pack, unpack
+from woodfisher.export import save_dense, save_export
 from woodfisher.saved import COMPRESSED, MASKED, pack_state, packed_model, read
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -378,4 +379,12 @@ def test_a_dtype_that_files_can_not_hold_is_named(tmp_path):
     model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
     with pytest.raises(wf.WoodfisherError, match=r"can't hold torch.complex128, which \['phases'\] has"):
         wf.save_weights(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model"])
+def test_files_are_written_under_the_name_that_they_are_read_by(name, tmp_path):
+    for save in (wf.save_weights, save_export, save_dense):
+        with pytest.raises(wf.WoodfisherError, match=f"a .safetensors file; .*{name}' came"):
+            save(nn.Linear(2, 2), tmp_path / name)
     assert not list(tmp_path.iterdir())

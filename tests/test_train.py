@@ -1,5 +1,6 @@
 """Training and pruning together: the Lightning callback, `train`, and runs that are killed."""
 
+import copy
 import csv
 import json
 import multiprocessing
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
@@ -379,14 +380,15 @@ def test_a_finished_run_resumes_to_the_same_and_other_arguments_are_refused(digi
         (lambda _: b"", "can't be read as a checkpoint"),
         (lambda _: b"cos\nsystem\n(S'true'\ntR.", "can't be read as a checkpoint"),
         ("foreign", "is no checkpoint of a run of `train`"),
+        ("half", "is no checkpoint of a run of `train`"),
     ],
 )
 def test_a_checkpoint_that_is_none_is_refused(content, message, tmp_path):
     out = tmp_path / "out"
     train(small_task(), 0.5, Training(epochs=2), criterion="magnitude", out=out)
     path = out / "checkpoint.ckpt"
-    if content == "foreign":
-        torch.save({"state_dict": {}}, path)
+    if content in ("foreign", "half"):
+        torch.save({"state_dict": {}, **({"woodfisher": {"options": 3}} if content == "half" else {})}, path)
     else:
         path.write_bytes(content(path.read_bytes()))
     with pytest.raises(WoodfisherError, match=message):
@@ -519,6 +521,66 @@ def test_a_callback_that_makes_pruners_makes_one_for_each_module():
         assert float((module.model[0].weight == 0).float().mean()) > 0
     with pytest.raises(WoodfisherError, match="the pruner is that of another model"):
         fit(Small(), [PruningCallback(make_pruner(Small()))], 1, enable_checkpointing=False)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "averaging", [StochasticWeightAveraging(1e-2, 1), EMAWeightAveraging(decay=0.9)], ids=["swa", "ema"]
+)
+def test_masks_hold_where_weights_are_averaged(averaging):
+    module, callback = Small(), PruningCallback(make_pruner)
+    fit(module, [averaging, callback], 3, enable_checkpointing=False)
+    for name, mask in callback.pruner.masks.items():
+        assert torch.equal(module.model.get_parameter(name) != 0, mask)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_callbacks_keep_their_states_apart(tmp_path):
+    module = Small()
+    module.other = copy.deepcopy(module.model)
+
+    def other(module):
+        return wf.Pruner(
+            module.other,
+            wf.Objective(module.other, batches(), cross_entropy),
+            wf.one_shot(0.5),
+            criterion="magnitude",
+        )
+
+    trainer = fit(
+        module, [PruningCallback(make_pruner, name="first"), PruningCallback(other, name="other")], 2
+    )
+    saved = torch.load(next(Path(trainer.default_root_dir).rglob("*.ckpt")), weights_only=True)["callbacks"]
+    assert sum("PruningCallback" in key for key in saved) == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_callback_that_can_make_no_pruner_is_explained():
+    with pytest.raises(WoodfisherError, match="a function that makes one; 3 came"):
+        PruningCallback(3)
+    with pytest.raises(WoodfisherError, match="must return the Pruner that it makes; None came"):
+        fit(Small(), [PruningCallback(lambda module: None)], 1, enable_checkpointing=False)
+
+
+def test_training_that_diverges_is_told_as_that():
+    task = small_task()
+    with pytest.raises(
+        WoodfisherError, match=r"holds NaN or infinity after \d+ steps of training: lower the"
+    ):
+        train(task, wf.Milestones({0: 0.2, 0.7: 0.5}), Training(epochs=3, rate=1e12), criterion="magnitude")
+
+
+def test_other_data_and_frozen_networks_are_refused(tmp_path):
+    task = small_task()
+    train(task, 0.5, Training(epochs=2), criterion="magnitude", out=tmp_path)
+    x, y = task.train[-1]
+    fewer = replace(small_task(), train=[*task.train[:-1], (x[:-1], y[:-1])])
+    with pytest.raises(WoodfisherError, match="other arguments \\(samples: "):
+        train(fewer, 0.5, Training(epochs=2), criterion="magnitude", out=tmp_path, resume=True)
+    frozen = small_task()
+    frozen.model.requires_grad_(False)
+    with pytest.raises(WoodfisherError, match="every parameter of the model is frozen"):
+        train(frozen, 0.5, Training(epochs=2), criterion="magnitude")
 
 
 def test_batches_without_a_length_are_counted():

@@ -32,7 +32,10 @@ def save_json(content: Any, path: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise, before any work, if `write_folder` could not put a folder there."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    try:
+        existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    except OSError as error:
+        raise WoodfisherError(f"the folder {folder} can't be made: {error}.") from error
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise WoodfisherError(
             f"results go into the folder {folder}, and {existing} is not a folder that can be written to. "
@@ -40,8 +43,18 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def remove(path: Path) -> None:
+    """Remove a file of an earlier run, if there is one."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise WoodfisherError(f"{path} is in the way of a new one and can't be removed: {error}.") from error
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file that is there whole or not at all, whenever the process ends; an old one is replaced."""
+    if os.path.isdir(path):  # noqa: PTH112  False for names that are too long
+        raise WoodfisherError(f"{path} is a folder, and a file is to be written: name one in it.")
     draft = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -273,7 +273,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise WoodfisherError(
             f"{path} can't be read as a checkpoint ({reason}): remove it, or train without resume to start anew."
         ) from error
-    if not isinstance(state, dict) or "woodfisher" not in state:
+    own = state.get("woodfisher") if isinstance(state, dict) else None
+    if not isinstance(own, dict) or not isinstance(own.get("options"), dict):
         raise WoodfisherError(
             f"{path} is no checkpoint of a run of `train`: remove it, or choose another folder."
         )

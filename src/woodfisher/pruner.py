@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from woodfisher.batches import Stream
-from woodfisher.checks import check_count, check_not_negative
+from woodfisher.checks import check_count
 from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated, reseeded
@@ -209,12 +209,18 @@ class Pruner:
                     f"the checkpoint has {_described(there)} for {name!r}, and the pruner {_described(here)}: choose "
                     "the same weights of the same model as when it was saved."
                 )
-        for number in ("steps", "times"):
-            check_not_negative(f"{number} of a pruner's state", state[number])
+        for number in ("steps", "times", "seed"):
+            check_count(f"{number} of a pruner's state", state[number], least=0)
         self.steps, self._times, self.seed = int(state["steps"]), int(state["times"]), int(state["seed"])
         self._masks.set({name: mask.bool() for name, mask in masks.items()})
 
     def _prune(self, sparsity: float) -> Report | None:
+        for name, parameter in self.objective.parameters.items():
+            if not parameter.isfinite().all():
+                raise WoodfisherError(
+                    f"{name!r} holds NaN or infinity after {self.steps} steps of training: lower the learning rate, or "
+                    "go on from an earlier checkpoint."
+                )
         objective = self.objective.current(self._kept)
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):

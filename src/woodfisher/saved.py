@@ -112,9 +112,16 @@ def save_weights(model: nn.Module, path: str | Path, masks: Mapping[str, Tensor]
     -------
     Bytes of the file.
     """
+    check_suffix(path)
     packed = packed_model(model, masks)
     write_whole(Path(path), packed.write)
     return packed.stored
+
+
+def check_suffix(path: str | Path) -> None:
+    """Raise unless a file of weights that is to be written has the name by which it will be known."""
+    if Path(path).suffix != ".safetensors":
+        raise WoodfisherError(f"weights are written to a .safetensors file; {str(path)!r} came: name it so.")
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:

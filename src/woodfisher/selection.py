@@ -123,6 +123,10 @@ class Selection:
         """How much of `total` stays at a sparsity; raises where nothing would, or the pattern or floor forbids it."""
         check_sparsity(sparsity)
         amount = round((1 - sparsity) * self.total)
+        if not self.total:
+            raise WoodfisherError(
+                "none of the chosen weights takes part in a FLOP, as biases don't: choose others, or scope='global'."
+            )
         if amount == 0:
             raise WoodfisherError(
                 f"a sparsity of {sparsity:g} keeps none of {self.total} weights: ask for less."

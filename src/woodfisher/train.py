@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from woodfisher._version import __version__
+from woodfisher.batches import length
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
 from woodfisher.errors import WoodfisherError
+from woodfisher.files import remove
 from woodfisher.isolation import isolated, reseeded
 from woodfisher.objective import Objective
 from woodfisher.pruner import Pruner
@@ -281,6 +283,8 @@ def train(
     schedule = schedule.in_epochs(steps)
     last = _last_removal(schedule, steps, training.epochs)
     model = copy.deepcopy(task.model).train()
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise WoodfisherError("every parameter of the model is frozen, and training needs some: thaw them.")
     with isolated(task.model), reseeded(task.train, seed):
         dense = task.validate(task.model)
         objective = Objective(
@@ -292,6 +296,7 @@ def train(
         options = {
             "task": task.name,
             "weights": digest(task.model),
+            "samples": length(task.train),
             "chosen": list(objective.layout.shapes),
             "schedule": str(schedule),
             "training": asdict(training),
@@ -305,8 +310,8 @@ def train(
                 checkpoint = out / CHECKPOINT
                 _check_same(read_checkpoint(checkpoint)["woodfisher"]["options"], options, checkpoint)
             else:
-                (out / CHECKPOINT).unlink(missing_ok=True)
-                (out / METRICS).unlink(missing_ok=True)
+                remove(out / CHECKPOINT)
+                remove(out / METRICS)
         module = Finetuning(
             task,
             model,

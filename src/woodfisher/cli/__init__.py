@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import tyro
@@ -12,7 +13,7 @@ import tyro
 from woodfisher._version import __version__
 from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
-from woodfisher.cli.console import note
+from woodfisher.cli.console import note, results_apart
 from woodfisher.cli.export import Export
 from woodfisher.cli.inspect import Inspect
 from woodfisher.cli.origin import given
@@ -24,7 +25,7 @@ from woodfisher.cli.train import Train
 from woodfisher.errors import ElsewhereError, WoodfisherError, WoodfisherWarning
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 DESCRIPTION = """\
 Make a trained network much sparser at the least loss of accuracy, with second-order information.
@@ -71,13 +72,21 @@ def main(args: Sequence[str] | None = None) -> int:
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
     try:
-        with warnings.catch_warnings(), given(args):
+        with warnings.catch_warnings(), given(args), results_apart():
             warnings.simplefilter("always", WoodfisherWarning)
-            warnings.showwarning = _show_warning  # type: ignore[assignment]
+            warnings.showwarning = _shown_once()
             command.run()
     except WoodfisherError as error:
         if not isinstance(error, ElsewhereError) or os.environ.get("RANK", "0") == "0":
             note(f"woodfisher: {error}")
+        return 2
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # who reads has enough
+            note(f"woodfisher: {error}")
+        with suppress(
+            OSError, ValueError
+        ):  # what is left for standard output would fail again as the process ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
     except KeyboardInterrupt:
         note("woodfisher: interrupted; no results were written")
@@ -85,5 +94,13 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _show_warning(message: Warning | str, *_details: object) -> None:
-    note(f"warning: {message}")
+def _shown_once() -> Callable[..., None]:
+    """What shows a warning as one line, the same one once."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *_details: object) -> None:
+        if str(message) not in shown:
+            shown.add(str(message))
+            note(f"warning: {message}")
+
+    return show

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from woodfisher.adaptive import Adaptive
-from woodfisher.batches import Replay
+from woodfisher.batches import Replay, fingerprints
 from woodfisher.checks import check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
@@ -22,6 +22,7 @@ from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.oneshot import SPARSITIES, sweep_objective
 from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_accuracy, require_plots
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -81,6 +82,7 @@ class Compare:
             require_plots()
             require_page()
         dense: list[float] = []
+        first: set[bytes] = set()
         results: list[dict[str, Any]] = []
         for seed in range(self.model.seed, self.model.seed + self.seeds):
             note(f"loading {self.model.task}, seed {seed}")
@@ -88,9 +90,15 @@ class Compare:
             dense.append(task.evaluate(task.model))
             note(f"dense: {task.metric_name} {dense[-1]:.2f}")
             data = Replay(task.train)
+            first.update(fingerprints(next(iter(data), ()))[:1])
             for name, method in methods.items():
                 cells = self._results(task, data, name, method, family)
                 results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
+        if self.seeds > 1 and len(first) == 1:
+            warn(
+                "the samples come in the same order whatever the seed, so that the spread over seeds tells little: "
+                "have the task take seed, or shuffle its training data."
+            )
         if all("error" in result for result in results):
             raise WoodfisherError("every run failed, as told above.")
         summary = _summary(results)

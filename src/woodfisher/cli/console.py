@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 from rich.console import Console
@@ -62,9 +64,35 @@ def silent() -> bool:
     return in_a_group() and distributed.get_rank() > 0
 
 
+_results: ContextVar[TextIO | None] = ContextVar("woodfisher_results", default=None)
+
+
+@contextmanager
+def results_apart() -> Iterator[None]:
+    """Keep standard output for results: what else is printed, as by a user's task, goes to standard error.
+
+    Characters that it can't show are replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    token = _results.set(sys.stdout)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+        results().flush()
+    finally:
+        _results.reset(token)
+
+
+def results() -> TextIO:
+    """The stream for results."""
+    return _results.get() or sys.stdout
+
+
 def out() -> Console:
     """Standard output, for results."""
-    return Console(markup=False, emoji=False, highlight=False)
+    return Console(file=results(), markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
@@ -110,7 +138,7 @@ def note(message: str) -> None:
 
 def print_json(content: Any) -> None:
     """One JSON object on standard output."""
-    sys.stdout.write(json.dumps(content, allow_nan=False) + "\n")
+    results().write(json.dumps(content, allow_nan=False) + "\n")
 
 
 def size_on_disk(sizes: dict[str, int]) -> str:

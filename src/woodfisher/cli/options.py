@@ -14,6 +14,7 @@ from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import Precision  # noqa: TC001  tyro reads the annotations
+from woodfisher.isolation import reseed
 from woodfisher.method import METHODS, Method, Scope, Update, Use, method_for, options_of, with_options
 from woodfisher.objective import Objective
 from woodfisher.patterns import parse_pattern
@@ -60,7 +61,9 @@ class TaskOptions:
 
     def load(self) -> Task:
         """Load the task onto the device."""
+        check_count("seed", self.seed, least=0)
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
+        reseed(task.train, self.seed)
         if self.train_samples is None:
             return task
         check_count("train_samples", self.train_samples)
@@ -158,6 +161,8 @@ class MethodOptions:
         }
         known = options_of(method.curvature)
         foreign = asked.keys() - known
+        if self.refine is not None and not method.curvature.samples:
+            foreign |= {"refine"}
         if foreign and strict:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
             raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
@@ -176,6 +181,8 @@ def usable_device(name: str) -> torch.device:
     """The device of that name; raises where nothing can be put on it."""
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no values")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise WoodfisherError(f"the device {name!r} can't be used here: {error}") from error

@@ -25,7 +25,7 @@ class Plan:
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    criterion: str = "woodfisher-block"
+    criterion: str = "woodfisher"
     """A criterion of `woodfisher prune` whose curvature is made of gradient rows."""
 
     json: bool = False

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path  # noqa: TC003  tyro reads the fields' types
 from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from woodfisher.cli.console import out
 from woodfisher.cli.options import File  # noqa: TC001  likewise
 from woodfisher.files import write_whole
 from woodfisher.page import PAGE, REPORT, require_page, write_page
@@ -35,8 +35,11 @@ class MakePage:
 
         source = self.source / REPORT if self.source.is_dir() else self.source
         report = read(source)
-        target = self.out or (
-            source.with_name(PAGE) if source.name == REPORT else source.with_suffix(".html")
+        target = (
+            self.out / PAGE
+            if self.out is not None and self.out.is_dir()
+            else self.out
+            or (source.with_name(PAGE) if source.name == REPORT else source.with_suffix(".html"))
         )
         write_whole(target, lambda path: write_page(report, path))
-        sys.stdout.write(f"The page is {target}\n")
+        out().print(f"The page is {target}", soft_wrap=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -18,10 +19,13 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.export.timing import difference
 from woodfisher.files import write_whole
 from woodfisher.forward import arguments_of, outputs_of
+from woodfisher.isolation import same_flags
 from woodfisher.parameters import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
 
 TOLERANCE = 1e-5
 """Largest difference to the model's outputs, as a fraction of the largest of them."""
@@ -75,7 +79,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
     Parameters
     ----------
     model:
-        Any module that `torch.export` can trace, in evaluation mode on the CPU; it stays as it is.
+        Any module that `torch.export` can trace, on the CPU; exported as in evaluation mode, and left as it is.
     example_inputs:
         What the model takes, as in a batch `(inputs, targets)`, of at least two samples.
     path:
@@ -91,9 +95,10 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
         )
     model = unwrapped(model)
     arguments, named = arguments_of((example_inputs, ()))
-    wanted = outputs_of(model, example_inputs)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), same_flags(model):
+            model.eval()
+            wanted = outputs_of(model, example_inputs)
             program = torch.onnx.export(
                 model,
                 arguments,
@@ -102,10 +107,13 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
                 dynamic_shapes=_any_number(arguments, named),
                 verbose=False,
             )
+    except WoodfisherError:
+        raise
     except Exception as error:  # whatever the exporter raises says that this model can't go
-        reason = str(error).strip().partition("\n")[0]
+        cause = error.__cause__ or error
+        reason = _ESCAPES.sub("", str(cause)).strip().partition("\n")[0]
         raise WoodfisherError(
-            f"torch can't export the model to ONNX with batches of any size: {type(error).__name__}: {reason}"
+            f"torch can't export the model to ONNX with batches of any size: {type(cause).__name__}: {reason}"
         ) from error
     assert program is not None
 
@@ -124,15 +132,19 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter says of its progress and of packages that it can do without."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [
+        logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch._export")
+    ]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _any_number(arguments: Sequence[Any], named: dict[str, Any]) -> Any:

@@ -19,7 +19,7 @@ from woodfisher.export.semistructured import to_semi_structured
 from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
 from woodfisher.parameters import unwrapped
-from woodfisher.saved import EXPECTED, pack_state, read
+from woodfisher.saved import EXPECTED, check_suffix, pack_state, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,6 +33,7 @@ def save_dense(model: nn.Module, path: str | Path) -> None:
 
     `model.load_state_dict(safetensors.torch.load_file(path))` reads it.
     """
+    check_suffix(path)
     state = {
         name: tensor.detach().clone().cpu().contiguous()
         for name, tensor in unwrapped(model).state_dict().items()
@@ -49,6 +50,7 @@ def save_export(model: nn.Module, path: str | Path) -> int:
     -------
     Bytes of the file.
     """
+    check_suffix(path)
     model = unwrapped(model)
     sparse = [name for name, module in model.named_modules() if isinstance(module, SparseLayer)]
     semi = [

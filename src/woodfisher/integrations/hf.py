@@ -83,7 +83,8 @@ class PruningCallback(TrainerCallback):
         if self._make is not None:
             self.pruner = None  # the last one holds the masks of a model that may be the same
             self.pruner = self._make(model)
-        assert self.pruner is not None
+        if not isinstance(self.pruner, Pruner):
+            raise WoodfisherError(f"the function must return the Pruner that it makes; {self.pruner!r} came.")
         if name := self.pruner.missing_in(model):
             raise WoodfisherError(
                 f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "

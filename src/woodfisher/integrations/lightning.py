@@ -28,6 +28,8 @@ class PruningCallback(Callback):
         LightningModule. The function is called once fitting starts, when the module is on its device.
     on_pruned:
         Called as `on_pruned(step, report)` whenever weights were removed, with the number of optimizer steps so far.
+    name:
+        Of its state in checkpoints, where a Trainer has several of them, each with a pruner of its own.
 
     Examples
     --------
@@ -44,7 +46,11 @@ class PruningCallback(Callback):
         self,
         pruner: Pruner | Callable[[LightningModule], Pruner],
         on_pruned: Callable[[int, Any], None] | None = None,
+        name: str = "",
     ) -> None:
+        if not isinstance(pruner, Pruner) and not callable(pruner):
+            raise WoodfisherError(f"give a Pruner, or a function that makes one; {pruner!r} came.")
+        self.name = name
         self.pruner = pruner if isinstance(pruner, Pruner) else None
         self._make = None if isinstance(pruner, Pruner) else pruner
         self._on_pruned = on_pruned
@@ -56,7 +62,8 @@ class PruningCallback(Callback):
             if self.pruner is not None:
                 self.pruner.release()
             self.pruner = self._make(pl_module)
-        assert self.pruner is not None
+        if not isinstance(self.pruner, Pruner):
+            raise WoodfisherError(f"the function must return the Pruner that it makes; {self.pruner!r} came.")
         if self.pruner.missing_in(pl_module):
             raise WoodfisherError(
                 "the pruner is that of another model than the one that is trained: give the callback one of this "
@@ -80,6 +87,15 @@ class PruningCallback(Callback):
         report = self.pruner.step()
         if report is not None and self._on_pruned is not None:
             self._on_pruned(self.pruner.steps, report)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What averages weights puts its own into the module as training ends.
+        assert self.pruner is not None
+        self.pruner.apply(self.pruner.objective.model)
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(name=self.name) if self.name else type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.pruner is None else self.pruner.state_dict()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from woodfisher.checks import finite_number
 from woodfisher.errors import WoodfisherError
@@ -14,7 +16,14 @@ from woodfisher.isolation import same_flags
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
+
+
+def told(error: Exception) -> str:
+    """Say what was raised, and in which line of which file."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -73,6 +82,12 @@ class Task:
     augment: Callable[[Any], Any] | None = None
     earlier: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, nn.Module):
+            raise WoodfisherError(
+                f"the model of the task {self.name} must be a torch.nn.Module; a {type(self.model).__name__} came."
+            )
+
     def evaluate(self, model: nn.Module) -> float:
         """Metric of `model` on the test data; raises unless it is a finite number."""
         return self._measured(model, self.test, "test")
@@ -82,8 +97,15 @@ class Task:
         return self._measured(model, self.validation, "validation")
 
     def _measured(self, model: nn.Module, batches: Iterable[Any], kind: str) -> float:
-        with same_flags(model):
-            value: object = self.metric(model, batches)
+        try:
+            with same_flags(model):
+                value: object = self.metric(model, batches)
+        except WoodfisherError:
+            raise
+        except Exception as error:
+            raise WoodfisherError(
+                f"the metric of the task {self.name} fails on the {kind} data: {told(error)}"
+            ) from error
         return finite_number(
             value,
             f"the metric of the task {self.name} must be a finite float; {value!r} came on the {kind} data.",

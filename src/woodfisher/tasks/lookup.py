@@ -6,13 +6,12 @@ import importlib
 import inspect
 import os
 import sys
-import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.tasks.base import Task
+from woodfisher.tasks.base import Task, told
 from woodfisher.tasks.weights import load_into
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def load_task(
         except WoodfisherError:
             raise
         except Exception as error:
-            raise WoodfisherError(f"{where} failed while it made its task: {_told(error)}") from error
+            raise WoodfisherError(f"{where} failed while it made its task: {told(error)}") from error
     if not isinstance(task, Task):
         raise WoodfisherError(f"{where} must return a woodfisher.tasks.Task; a {type(task).__name__} came.")
     if weights is not None and "weights" not in arguments:
@@ -86,7 +85,7 @@ def _function(where: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise WoodfisherError(
-            f"the module of the task {where!r} cannot be imported: {_told(error)}. Write module:function with "
+            f"the module of the task {where!r} cannot be imported: {told(error)}. Write module:function with "
             f"a module that is installed or lies in the working directory, or one of {', '.join(BUILT_IN)}."
         ) from error
     function = getattr(module, function_name, None)
@@ -96,13 +95,6 @@ def _function(where: str) -> Callable[..., Any]:
             f"the task {where!r} must name a function that returns a Task; {module_name} {found}."
         )
     return function
-
-
-def _told(error: Exception) -> str:
-    """Say what was raised, and in which line of which file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {error}{where}"
 
 
 def _declared(build: Callable[..., Any], options: dict[str, Any], where: str) -> dict[str, Any]:
