@@ -104,7 +104,7 @@ class Masks:
             if name not in parameters or parameters[name].shape != removed.shape:
                 raise WoodfisherError(
                     f"this model has no parameter {name!r} of shape {tuple(removed.shape)}: give a copy of the one "
-                    "that is pruned (of an averaged model, its .module)."
+                    "that is pruned."
                 )
         with torch.no_grad():
             for name, removed in self._removed.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
+from torch.optim.swa_utils import AveragedModel
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.watch import warn
@@ -25,8 +26,10 @@ ENDS = {":first": 0, ":last": -1}
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The module inside `DataParallel`, `DistributedDataParallel` and `torch.compile`, which share its parameters."""
-    while isinstance(model, (DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+    """The module inside wrappers: those that share its parameters, and an `AveragedModel`, which has its own."""
+    while isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)) or hasattr(
+        model, "_orig_mod"
+    ):
         inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
         assert isinstance(inner, nn.Module)
         model = inner

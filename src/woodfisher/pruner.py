@@ -165,7 +165,7 @@ class Pruner:
         return report
 
     def apply(self, model: nn.Module) -> None:
-        """Zero what is removed in a copy of the model, such as a moving average of it (its `.module`)."""
+        """Zero what is removed in a copy of the model, such as a moving average of it."""
         self._masks.apply(model)
 
     def missing_in(self, model: nn.Module) -> str | None:

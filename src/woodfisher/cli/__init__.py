@@ -34,7 +34,7 @@ Make a trained network much sparser at the least loss of accuracy, with second-o
   woodfisher prune --task my_project.tasks:resnet --sparsity 0.9 --out pruned
   woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
   woodfisher train --task resnet20-cifar10 --sparsity 0.95 --epochs 30
-  woodfisher plan --task my_project.tasks:resnet --samples 400 --memory 4GiB
+  woodfisher plan --task my_project.tasks:resnet --criterion woodfisher-block --memory 4GiB
   woodfisher tour                                           the curvature of a small network, in pictures
   woodfisher report pruned                                  the page report.html anew, from report.json
   woodfisher inspect pruned/model.safetensors
