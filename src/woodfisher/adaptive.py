@@ -16,6 +16,7 @@ from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import move_on
 from woodfisher.memory import check_memory, parse_bytes, resident_memory
+from woodfisher.normalisation import recalibrated
 from woodfisher.planning import VECTORS
 from woodfisher.report import Stage
 from woodfisher.saliency import newton_point
@@ -480,10 +481,3 @@ def _loss_on(held_out: Sequence[Batch], objective: Objective) -> float:
 def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
     """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
     return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), *removed_part(kept, damping)])
-
-
-def recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:
-    """The objective with statistics of batch normalisation from the next samples, where it has any."""
-    if not method.recalibrate or not objective.has_batch_norm:
-        return objective
-    return objective.on(stream.draw(method.recalibrate)).recalibrated(method.recalibrate)

@@ -17,6 +17,8 @@ from woodfisher.watch import phase, report_progress, warn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.batches import Stream
+    from woodfisher.method import Method
     from woodfisher.objective import Objective
 
 
@@ -27,6 +29,13 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
+
+
+def recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:
+    """The objective with statistics of batch normalisation from the next samples, where it has any."""
+    if not method.recalibrate or not objective.has_batch_norm:
+        return objective
+    return objective.on(stream.draw(method.recalibrate)).recalibrated(method.recalibrate)
 
 
 def fresh_statistics(objective: Objective, samples: int) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from woodfisher.adaptive import recalibrated
 from woodfisher.dealing import check_same_samples, dealt
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import move_on
 from woodfisher.method import UPDATES
+from woodfisher.normalisation import recalibrated
 from woodfisher.refine import refine as refined
 from woodfisher.report import Stage
 from woodfisher.saliency import newton_point

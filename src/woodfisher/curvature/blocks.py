@@ -11,8 +11,11 @@ from woodfisher.curvature.dense import primal_blocks, triangular_inverse
 from woodfisher.curvature.lowrank import (
     SINGLE_TOLERANCE,
     LowRankInverse,
-    column_energies,
     gram_triangles,
+    ratios,
+    roundoff,
+    uncertainty,
+    unexplained,
 )
 from woodfisher.rows import block_rows
 
@@ -114,9 +117,9 @@ class FisherBlocks(InverseOperator):
         sound = rounding.isfinite().all()
         for columns in cut:
             G = self._read(blocks, columns)
-            x = torch.linalg.vector_norm(G, dim=1).double().square_() / scale
-            left = torch.maximum(1 - column_energies(lower, G).double(), 1 / (1 + x))
-            uncertain = x.sqrt() * _roundoff(G) + rounding[:, None] * (1 - left)
+            x = ratios(G, scale)
+            left = unexplained(lower, G, x)
+            uncertain = uncertainty(G, x) + rounding[:, None] * (1 - left)
             sound &= (uncertain <= SINGLE_TOLERANCE * left).all()
             out[:, columns] = left / self.damping
         return out, sound
@@ -143,12 +146,5 @@ def _factored(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     gram.diagonal(dim1=1, dim2=2).add_(shift)
     factor, info = torch.linalg.cholesky_ex(gram)
     inverse = triangular_inverse(factor)
-    rounding = _roundoff(gram.float()) * (inverse.square().sum(1) * energies).sum(1)
+    rounding = roundoff(gram) * (inverse.square().sum(1) * energies).sum(1)
     return inverse, torch.where(info == 0, rounding, torch.nan)
-
-
-def _roundoff(product: Tensor) -> float:
-    """2u of a float32 product where it is computed: TensorFloat-32 has ten bits behind the leading one."""
-    if product.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        return 2.0**-10
-    return torch.finfo(torch.float32).eps

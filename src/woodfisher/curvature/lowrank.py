@@ -39,6 +39,31 @@ def column_energies(lower: Tensor, G: Tensor) -> Tensor:
     return total
 
 
+def ratios(G: Tensor, scale: float) -> Tensor:
+    """x_i = ‖g_i‖²/(nλ), with nλ = `scale`: float64 `(count, B)`."""
+    return torch.linalg.vector_norm(G, dim=1).double().square_() / scale
+
+
+def unexplained(lower: Tensor, G: Tensor, x: Tensor) -> Tensor:
+    """1 − ‖v_i‖² with V = L⁻¹G, from products in G's dtype: float64 `(count, B)`.
+
+    The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
+    """
+    return torch.maximum(1 - column_energies(lower.to(G.dtype), G).double(), 1 / (1 + x))
+
+
+def uncertainty(G: Tensor, x: Tensor) -> Tensor:
+    """How far rounding of float32 products may move that: about 2u√x_i."""
+    return x.sqrt() * roundoff(G)
+
+
+def roundoff(product: Tensor) -> float:
+    """2u of a float32 product where it is computed: TensorFloat-32 has ten bits behind the leading one."""
+    if product.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
+        return 2.0**-10
+    return torch.finfo(torch.float32).eps
+
+
 class LowRankInverse(InverseOperator):
     """Inverses of `count` blocks λI + GᵀG/n through their N×N Gram matrices: the dual form, for N < B.
 
@@ -164,22 +189,16 @@ class LowRankInverse(InverseOperator):
         return out.div_(self.damping).flatten()
 
     def _unexplained(self, blocks: slice, columns: slice) -> Tensor:
-        """1 − ‖v_i‖² for a piece, from float32 products where their rounding is bounded, else float64.
-
-        With x_i = ‖g_i‖²/(nλ), float32 products leave ‖v_i‖² uncertain by about 2u√x_i, which matters where
-        ‖v_i‖² is near one. The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
-        """
+        """1 − ‖v_i‖² for a piece, from float32 products where rounding leaves it certain enough, else float64."""
         G = block_rows(self._rows, self._shape[2], blocks, columns)
-        factor = self._factor[blocks]
-        x = torch.linalg.vector_norm(G, dim=1).double().square_() / (self.divisor * self.damping)
-        floor = 1 / (1 + x)
+        factor, x = self._factor[blocks], ratios(G, self.divisor * self.damping)
         if G.dtype == torch.float32:
-            uncertain = x.sqrt_() * torch.finfo(torch.float32).eps
+            uncertain = uncertainty(G, x)
             if uncertain.max() <= SINGLE_TOLERANCE:
-                left = torch.maximum(1 - column_energies(factor.float(), G).double(), floor)
+                left = unexplained(factor, G, x)
                 if (uncertain <= SINGLE_TOLERANCE * left).all():
                     return left
-        return torch.maximum(1 - column_energies(factor, G.double()), floor)
+        return unexplained(factor, G.double(), x)
 
     def _submatrices(self, index: Tensor) -> Tensor:
         _, N, B = self._shape
