@@ -535,25 +535,26 @@ class Objective:
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
             for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
-                flat = self.weights.clone().requires_grad_()
-                state = self.state(flat)
-
-                def products(
-                    chunk: Batch = chunk, flat: Tensor = flat, state: State = state
-                ) -> Tensor | None:
-                    loss = self.forward.mean_loss(state, chunk)
-                    (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
-                    if not gradient.requires_grad:
-                        return None
-                    (product,) = torch.autograd.grad(gradient, flat, eye, is_grads_batched=True)
-                    return product
-
-                with explained(chunk):
-                    product = self.forward.at(state.copied(), products)
+                product = self._hessian_product(chunk, eye)
                 if product is not None:
                     total += product.mT.double() * samples_in(chunk)
                 count += samples_in(chunk)
         return total / count * self.kept[:, None] * self.kept[index]
+
+    def _hessian_product(self, chunk: Batch, vectors: Tensor) -> Tensor | None:
+        """`vectors` `(k, d)` times the Hessian of the mean loss of a chunk; None where its gradient is constant."""
+        flat = self.weights.clone().requires_grad_()
+        state = self.state(flat)
+
+        def product() -> Tensor | None:
+            loss = self.forward.mean_loss(state, chunk)
+            (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
+            if not gradient.requires_grad:
+                return None
+            return torch.autograd.grad(gradient, flat, vectors, is_grads_batched=True)[0]
+
+        with explained(chunk):
+            return self.forward.at(state.copied(), product)
 
     def write(self, model: nn.Module | None = None) -> None:
         """Put `weights` (removed ones exactly zero) and `buffers` into the model, or into another one like it.
