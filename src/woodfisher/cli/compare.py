@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 
 from woodfisher.adaptive import Adaptive
-from woodfisher.batches import Replay, fingerprints
+from woodfisher.batches import Replay, fingerprints, take
 from woodfisher.checks import check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
@@ -90,7 +90,7 @@ class Compare:
             dense.append(task.evaluate(task.model))
             note(f"dense: {task.metric_name} {dense[-1]:.2f}")
             data = Replay(task.train)
-            first.update(fingerprints(next(iter(data), ()))[:1])
+            first.update(*map(fingerprints, take(data, 1)))
             for name, method in methods.items():
                 cells = self._results(task, data, name, method, family)
                 results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
