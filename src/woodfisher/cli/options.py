@@ -62,8 +62,9 @@ class TaskOptions:
     def load(self) -> Task:
         """Load the task onto the device."""
         check_count("seed", self.seed, least=0)
+        reseed([], self.seed)
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
-        reseed(task.train, self.seed)
+        reseed([], self.seed)  # since many a task sets a seed of its own
         if self.train_samples is None:
             return task
         check_count("train_samples", self.train_samples)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import generators
 from woodfisher.tasks.base import Task, told
 from woodfisher.tasks.weights import load_into
 
@@ -48,7 +49,8 @@ def load_task(
         `.pt` or `.safetensors` file of the model's weights, which are put into the task's model where the function
         does not declare `weights` itself. Default: the task's own choice.
     seed:
-        Of the order of the training batches. Two tasks loaded with one seed give the same batches.
+        Of the order of the training batches. Two tasks loaded with one seed give the same batches. Generators that the
+        training data has of its own are set to it where the function does not declare `seed` itself.
     """
     where = BUILT_IN.get(name, name)
     if data_root is None and os.environ.get("WOODFISHER_DATA"):
@@ -69,6 +71,9 @@ def load_task(
             raise WoodfisherError(f"{where} failed while it made its task: {told(error)}") from error
     if not isinstance(task, Task):
         raise WoodfisherError(f"{where} must return a woodfisher.tasks.Task; a {type(task).__name__} came.")
+    if "seed" not in arguments:
+        for generator in generators(task.train):
+            generator.manual_seed(seed)
     if weights is not None and "weights" not in arguments:
         load_into(task.model, Path(weights))
     return task
