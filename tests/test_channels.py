@@ -414,3 +414,14 @@ def test_vectors_take_no_flops_and_stay_where_flops_are_ranked():
     assert flops.tolist() == [2] * 24 + [0] * 4 + [2] * 12 + [0] * 3
     report = wf.prune(model, data, cross_entropy, 0.5, params="*", scope="flops", criterion="magnitude")
     assert report.kept == 18 + 7 and report.masks["0.bias"].all() and report.masks["2.bias"].all()
+
+
+def test_channels_that_are_silent_on_the_example_are_not_taken_for_such_that_can_be_cut():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.LayerNorm(16), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[0].weight[0], model[0].bias[0] = 0, -1
+    with pytest.raises(wf.WoodfisherError):
+        wf.Channels.of(model, torch.randn(2, 8))
+    plain = nn.Sequential(model[0], nn.ReLU(), nn.Linear(16, 3))
+    assert wf.Channels.of(plain, torch.randn(2, 8)).coupled == (("0.weight", "0.bias"),)

@@ -376,3 +376,23 @@ def test_kfac_with_a_loss_that_cannot_be_vectorised():
     with pytest.warns(wf.WoodfisherWarning, match="can't vectorise"):
         finv = wf.KFAC(5, DAMPING)(wf.Objective(mlp(torch.float64), data, loss))
     torch.testing.assert_close(finv.dense(), exact)
+
+
+@pytest.mark.parametrize("kind", [wf.ExactHessian, wf.DiagonalHessian])
+def test_hessians_without_damping_go_on_where_weights_are_removed(kind):
+    torch.manual_seed(0)
+    x = torch.randn(100, 8)
+    model = torch.nn.Linear(8, 1)
+    data = [(x, x[:, :3].sum(1, keepdim=True))]
+    report = wf.prune(
+        model, data, torch.nn.functional.mse_loss, 0.5, curvature=kind(100, damping=0), stages=2
+    )
+    assert report.kept == 4
+
+
+def test_products_with_no_columns_and_blocks_of_no_weights():
+    model, data = mlp(), [samples(20)]
+    for estimator in (wf.KFAC(20), wf.WoodFisher(20, 6, 0.1), wf.DiagonalFisher(20), wf.Identity()):
+        finv = estimator(wf.Objective(model, data, cross_entropy))
+        assert (finv @ torch.empty(36, 0)).shape == finv.forward(torch.empty(36, 0)).shape == (36, 0)
+        assert finv.submatrix([]).shape == (0, 0)

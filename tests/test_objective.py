@@ -736,10 +736,6 @@ def test_arguments_of_a_wrong_kind_are_explained():
             "Identity has none",
         ),
         (lambda: wf.WoodFisher().of_rows(torch.full((4, 6), torch.nan)).diag(), "holds NaN or infinity"),
-        (
-            lambda: wf.DiagonalHessian(8, 0.0)(objective.at(objective.weights, objective.weights > 0)),
-            "damping above 0",
-        ),
     ):
         with pytest.raises(wf.WoodfisherError, match=message):
             call()

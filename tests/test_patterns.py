@@ -138,9 +138,9 @@ def test_on_the_way_to_n_m_exactly_the_amount_stays_and_never_less_in_a_set(seed
 
 
 def test_a_set_with_fewer_weights_than_n_m_keeps_them():
-    keep = by_size(
-        [[1.0, 0, 0, 0], [4, 3, 2, 1]][0] + [4.0, 3, 2, 1], 4, Selection(Layout({"w": (2, 4)}), wf.NM(2, 4))
-    )
+    selection = Selection(Layout({"w": (2, 4)}), wf.NM(2, 4))
+    with pytest.warns(wf.WoodfisherWarning, match=r"a sparsity of 62.50%, and not 50.00%"):
+        keep = by_size([1.0, 0, 0, 0, 4, 3, 2, 1], 4, selection)
     assert keep.tolist() == [True, False, False, False, True, True, False, False]
 
 
@@ -162,7 +162,9 @@ def test_groups_are_ranked_by_their_cost_for_each_weight():
     layout = Layout({"a": (2, 2), "b": (2, 4)})
     weights = [3.0, 0.1, 1, 1, 2, 2, 0.1, 0.1, 1.5, 1.5, 1.5, 1.5]
     keep = by_size(weights, 8, Selection(layout, wf.Channels()))
-    assert keep.tolist() == [True] * 2 + [False] * 2 + [False] * 4 + [True] * 4
+    assert keep.tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    keep = by_size(weights, 7, Selection(layout, wf.Channels()))
+    assert keep.tolist() == [True] * 2 + [False] * 6 + [True] * 4
 
 
 def test_the_cost_of_a_group_is_its_least_rise_of_the_quadratic_however_large(monkeypatch):
@@ -353,3 +355,47 @@ def test_a_class_of_ones_own_called_conv1d_is_a_convolution():
     model = nn.Sequential(Conv1D(8, 4, 1))
     wf.prune(model, None, criterion="magnitude", pattern=wf.NM(2, 4))
     assert ((model[0].weight != 0).reshape(4, 2, 4).sum(2) == 2).all()
+
+
+@pytest.mark.filterwarnings("ignore:every weight of '2.weight' is removed")
+def test_a_group_that_is_too_large_is_passed_over():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 50), nn.ReLU(), nn.Linear(50, 1))
+    with torch.no_grad():
+        model[2].weight.fill_(9.0)
+    report = wf.prune(model, None, sparsity=0.9, criterion="magnitude", pattern=wf.Channels())
+    assert report.kept == 24  # six channels of four; the best-ranked group has 50 weights, and 25 may stay
+
+
+@pytest.mark.parametrize("kind", ["separate", "in one", "by head"])
+def test_heads_however_their_weights_are_stored(kind):
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            if kind == "separate":
+                self.query, self.key, self.value = (nn.Linear(8, 8, bias=False) for _ in range(3))
+            else:
+                self.add_module(
+                    {"in one": "qkv", "by head": "query_key_value"}[kind], nn.Linear(8, 24, bias=False)
+                )
+            self.out = nn.Linear(8, 8, bias=False)
+
+    model = Attention()
+    wf.prune(model, None, sparsity=0.5, criterion="magnitude", pattern=wf.Heads(4))
+    heads = (model.out.weight != 0).reshape(8, 4, 2).any(2).any(0)
+    assert int(heads.sum()) == 2
+    for name, module in list(model.named_children())[:-1]:
+        shape = (4, 3, 2, 8) if name == "query_key_value" else (-1, 4, 2, 8)
+        rows = (module.weight != 0).reshape(shape).any(3).any(-1)
+        rows = rows if name == "query_key_value" else rows.mT
+        assert all(torch.equal(part, heads) for part in rows.mT)
+
+
+def test_fused_weights_with_fewer_keys_than_queries_are_refused():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv_proj, self.out = nn.Linear(8, 16, bias=False), nn.Linear(8, 8, bias=False)
+
+    with pytest.raises(wf.WoodfisherError, match="can't be cut into 4 heads"):
+        wf.prune(Attention(), None, sparsity=0.5, criterion="magnitude", pattern=wf.Heads(4))

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import prune
 
 import woodfisher as wf
 from models import ConvNet, DictModel, Recurrent, Transformer, mlp, samples
@@ -298,3 +299,20 @@ def test_statistics_stay_where_they_should():
     with pytest.warns(wf.WoodfisherWarning, match="no two samples of one shape come"):
         wf.prune(model, None, sparsity=0.5, criterion="magnitude", params="*.weight", recalibrate=10)
     assert torch.equal(model.norm.running_mean, before)
+
+
+def test_models_with_masks_of_torch_are_copied():
+    model = mlp()
+    prune.l1_unstructured(model[0], "weight", 0.3)
+    report = wf.prune(
+        model, [samples(20)], cross_entropy, max_drop=0.5, metric=lambda _: 1.0, criterion="magnitude"
+    )
+    assert report.sparsity > 0.3
+    assert wf.cost_of(model, samples(2)[0]).flops > 0
+
+
+def test_a_drop_of_a_network_that_is_sparser_than_the_search_goes_says_so():
+    model = torch.nn.Linear(400, 4)
+    wf.prune(model, None, sparsity=0.997, criterion="magnitude")
+    with pytest.warns(wf.WoodfisherWarning, match="5 of 1600 are left already"):
+        wf.prune(model, None, max_drop=0.5, metric=lambda _: 1.0, criterion="magnitude")

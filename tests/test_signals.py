@@ -574,3 +574,14 @@ def test_rows_of_models_that_return_more_than_a_tensor():
     torch.testing.assert_close(objective.rows(8), loop_rows(model, loss, *batch, ["layer.weight"]))
     rounded = wf.Objective(model, [batch], loss, precision="bfloat16")
     assert set(rounded.factors()) == {"layer.weight"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradients_that_are_zero_but_for_rounding_are_no_mixture(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    ).to(dtype)
+    objective = wf.Objective(model, [samples(20, (1, 6, 6), dtype=dtype)], cross_entropy, params="*")
+    assert len(objective.rows(20)) == 20
+    assert set(objective.factors()) == {"0.weight", "0.bias", "4.weight", "4.bias"}

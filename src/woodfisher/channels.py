@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from woodfisher.errors import WoodfisherError
 from woodfisher.flops import counting_flops
 from woodfisher.forward import called, outputs_of
+from woodfisher.isolation import copied
 from woodfisher.parameters import inputs_first, unwrapped
 from woodfisher.patterns import part_of
 from woodfisher.watch import warn
@@ -46,7 +46,7 @@ class Cost:
 def cost_of(model: nn.Module, example_inputs: Any) -> Cost:
     """Count the parameters of a model, and the FLOPs that it takes for these inputs (of one sample, say)."""
     with counting_flops(model) as counter:
-        outputs_of(copy.deepcopy(model).eval(), example_inputs)
+        outputs_of(copied(model).eval(), example_inputs)
     return Cost(sum(p.numel() for p in model.parameters()), counter.get_total_flops())
 
 
@@ -112,7 +112,7 @@ def shrink(model: nn.Module, example_inputs: Any) -> nn.Module:
             "the model has no channels to cut out, so its copy is no smaller: prune it with pattern=pattern and "
             "params=pattern.params, where pattern = wf.Channels.of(model, example_inputs)."
         )
-        return copy.deepcopy(model)
+        return copied(model)
     for before, after in zip(model.modules(), small.modules(), strict=True):
         after.training = before.training
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
@@ -175,7 +175,7 @@ class _Traced:
 
     def __init__(self, model: nn.Module, example_inputs: Any) -> None:
         pruning = _torch_pruning()
-        self.model = copy.deepcopy(model).eval()
+        self.model = copied(model).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # autograd's graph is what is traced
         self._graph = pruning.DependencyGraph()
@@ -251,10 +251,18 @@ def _is_grouped(module: nn.Module) -> bool:
 
 
 def _can_be_cut(model: nn.Module, example_inputs: Any, channels: _ChannelSet) -> bool:
-    silent, others = copy.deepcopy(model).eval(), range(1, channels.width)
-    channels.silence(silent, others)
-    wanted = outputs_of(silent, example_inputs)
-    return _without(silent, example_inputs, channels.root, others, wanted) is not None
+    def silenced(others: Sequence[int]) -> tuple[nn.Module, list[Tensor]]:
+        silent = copied(model).eval()
+        channels.silence(silent, others)
+        return silent, outputs_of(silent, example_inputs)
+
+    _, nothing = silenced(range(channels.width))
+    for audible in range(channels.width):
+        others = [channel for channel in range(channels.width) if channel != audible]
+        silent, wanted = silenced(others)
+        if not all(map(_close, wanted, nothing)):
+            return _without(silent, example_inputs, channels.root, others, wanted) is not None
+    return False
 
 
 def _without(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -65,6 +69,18 @@ def isolated(model: nn.Module) -> Iterator[None]:
             torch.set_rng_state(on_cpu)
             for device, state in on_devices.items():
                 torch.cuda.set_rng_state(state, device)
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy of a model, also of one whose weights are made of others before each forward pass."""
+    made = [
+        value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)
+    ]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in made if not value.is_leaf}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise WoodfisherError(f"the model can't be copied: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import numbers
 from collections.abc import Iterable
@@ -18,7 +17,7 @@ from woodfisher.checks import check_fraction, finite_number
 from woodfisher.dealing import align_random, can_be_dealt, check_alike
 from woodfisher.distributed import ALONE, in_a_group, on_first_rank, together
 from woodfisher.errors import TooSparseError, WoodfisherError
-from woodfisher.isolation import isolated
+from woodfisher.isolation import copied, isolated
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
 from woodfisher.report import report_of, warn_of_lost_layers, warnings_of
@@ -268,7 +267,7 @@ def _within(
         raise WoodfisherError(
             f"the pattern {method.pattern} has one sparsity, so there is none to look for: no max_drop."
         )
-    trial = copy.deepcopy(objective.model)
+    trial = copied(objective.model)
     objective, selection = _started(objective, method)
     now = selection.amount(objective.kept)
     if not now:
@@ -306,12 +305,17 @@ def _within(
                     best, low = found, middle + 1
                 else:
                     high = middle
-        if best is None:
+        if best is None and not counts:
+            warn(
+                f"{now} of {selection.total} are left already, and sparser networks than {1 - LEAST_KEPT:.1%} are not "
+                "looked for: nothing is removed."
+            )
+        elif best is None:
             warn(
                 f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "
                 f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
-            best = _pruned(objective, [], method, selection, watch)
+        best = best or _pruned(objective, [], method, selection, watch)
         warn_of_lost_layers(best.objective)
     return replace(best, report=replace(best.report, warnings=warnings_of(objective, watch)))
 

@@ -193,6 +193,10 @@ class Channels(Pattern):
         return "coupled channels" if self.coupled else "channels"
 
 
+_BY_HEAD = "query_key_value"
+"""In names of weights that hold query, key and value of the first head, then those of the second, and so on."""
+
+
 @dataclass(frozen=True)
 class Heads(Pattern):
     """Attention heads: a head's rows of the query, key and value weights go with its columns of the output weight.
@@ -206,7 +210,8 @@ class Heads(Pattern):
         Heads of a layer.
     inputs:
         Shell patterns of the names of query, key and value weights; the defaults fit torch and most of Hugging
-        Face.
+        Face. Where one weight holds all three, they follow one another, but for names with `query_key_value` (GPT-NeoX,
+        BLOOM), where each head's three lie together.
     """
 
     heads: int
@@ -249,13 +254,13 @@ class Heads(Pattern):
         parts = [columns]
         for name in inputs:
             rows = layout.index(name)[:, :, 0]
-            if len(rows) % width or width % self.heads:
+            if len(rows) not in (width, 3 * width) or width % self.heads:
                 raise WoodfisherError(
                     f"{name!r} of shape {tuple(layout.shapes[name])} with the output weight {output!r} of shape "
                     f"{tuple(layout.shapes[output])} can't be cut into {self.heads} heads: give the number that the "
                     "layer has."
                 )
-            parts += rows.split(width)
+            parts += [rows] if _BY_HEAD in name else rows.split(width)
         return torch.cat([part.reshape(self.heads, -1) for part in parts], dim=1)
 
     def __str__(self) -> str:

@@ -155,7 +155,10 @@ class Pruner:
             On a numerical failure, or where the optimizer trains other parameters; the model is then as it was.
         """
         if self._masks.released:
-            raise WoodfisherError("this pruner let its model go by release(): make another to go on.")
+            raise WoodfisherError(
+                "this pruner let its model go by release(), or is a copy, which holds none: make another to go on, and "
+                "give it state_dict() of the one that was copied."
+            )
         self._masks.check(self.objective.model)
         sparsity = self.schedule.at(self.steps)
         report = None if sparsity is None else self._prune(sparsity)

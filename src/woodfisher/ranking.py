@@ -103,7 +103,8 @@ def survivors(
 ) -> Tensor:
     """Mask of those with the highest scores among those in `kept`: as many as cost no more than `amount`.
 
-    Without `cost` each costs 1, so that exactly `amount` stay. Of equal scores those first in the flat order stay.
+    Without `cost` each costs 1, so that exactly `amount` stay. Of equal scores those first in the flat order stay. One
+    that would cost more than what is left is passed over, and those below it come next.
 
     Parameters
     ----------
@@ -119,14 +120,27 @@ def survivors(
     tensor([ True,  True, False, False])
     >>> survivors(scores, kept, 6, torch.tensor([4, 2, 2, 1]))
     tensor([ True,  True, False, False])
+    >>> survivors(scores, kept, 3, torch.tensor([4, 2, 1, 1]))
+    tensor([False,  True,  True, False])
     """
     each = kept.long() if cost is None else cost * kept
-    if amount >= standing.total(int(each.sum())):
-        return kept.clone()
     keys = _ordered(scores)
-    threshold, left = _threshold(keys[kept], each[kept], amount, standing)
-    ties = (keys == threshold) & kept
-    return ((keys > threshold) & kept) | (ties & (standing.running(each * ties) <= left))
+    stay, left = torch.zeros_like(kept), amount
+    fits = kept & (each <= left)
+    while standing.total(int(fits.sum())):
+        stay = stay | _highest(keys, fits, each * fits, left, standing)
+        left = amount - standing.total(int(each[stay].sum()))
+        fits = kept & ~stay & (each <= left)
+    return stay
+
+
+def _highest(keys: Tensor, fits: Tensor, cost: Tensor, amount: int, standing: Standing) -> Tensor:
+    """Those in `fits` from the highest key on, up to the first that would cost more than what is left of `amount`."""
+    if amount >= standing.total(int(cost.sum())):
+        return fits
+    threshold, left = _threshold(keys[fits], cost[fits], amount, standing)
+    ties = (keys == threshold) & fits
+    return ((keys > threshold) & fits) | (ties & (standing.running(cost * ties) <= left))
 
 
 def _ordered(scores: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.patterns import Unstructured
 from woodfisher.ranking import Standing, StandingAmong, survivors
 from woodfisher.saliency import group_saliency, saliency
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +199,14 @@ class Selection:
         fixed = self._protected(rank, alive, kept)
         only = self.pattern.sparsity
         if only is not None and amount <= self.target(only):
-            return self._spread(fixed, kept)
+            stay = self._spread(fixed, kept)
+            reached = self._standing.total(self.amount(stay))
+            if reached < amount:
+                warn(
+                    f"weights that were zero already lie where the pattern {self.pattern} keeps some: it leaves a "
+                    f"sparsity of {1 - reached / self.total:.2%}, and not {only:.2%}."
+                )
+            return stay
         rank[fixed] = torch.inf
         if self.scope == "layer":
             stay = self._within_layers(rank, alive, cost, amount, fixed)

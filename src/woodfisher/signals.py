@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 _TRIED_ROWS = 2
 """Rows that are also taken alone, to see whether gradients taken together are the same."""
 
+_CANCELLED = 32
+"""Units of rounding, each as large as the terms that are added up, that a gradient which is zero may come out as."""
+
 TRIED_ROWS_OF_OWN_LOSS = 8
 """The same where the model weighs samples in a loss of its own."""
 
@@ -124,7 +127,8 @@ class Signals:
         for name, rows in made.items():
             together, true = rows.part(slice(row, row + 1)).dense()[0], alone[name].flatten()
             tolerance = torch.finfo(rows.outputs.dtype).eps ** 0.25
-            if (together - true).norm() > tolerance * torch.maximum(together.norm(), true.norm()):
+            largest = max(float(together.norm()), float(true.norm()))
+            if float((together - true).norm()) > tolerance * largest + _noise(rows, row):
                 raise _uneven(name)
 
     def factors(
@@ -215,7 +219,7 @@ class Signals:
             )
             state = State(weights, buffers)
         signals = self._rows(state, batch, rows, names)
-        apart, norms = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
+        apart, norms, noise = (dict.fromkeys(names, 0.0) for _ in range(3))
         for i, row in enumerate(row_batches(batch, rows)):
             alone = self._forward.gradient(state, row)
             for name, each in signals.items():
@@ -224,8 +228,15 @@ class Signals:
                 norms[name] = max(norms[name], float(true.norm()))
                 together = each.part(slice(i, i + 1)).dense()[0]
                 apart[name] = max(apart[name], float((together - true).norm()))
+                noise[name] = max(noise[name], _noise(each, i))
         tolerance = torch.finfo(next(iter(signals.values())).outputs.dtype).eps ** 0.5
-        return {name: signals[name] for name in names if apart[name] <= tolerance * norms[name]}
+        return {name: signals[name] for name in names if apart[name] <= tolerance * norms[name] + noise[name]}
+
+
+def _noise(rows: LayerRows, row: int) -> float:
+    """What rounding leaves of a row whose terms cancel, as of a bias in front of a normalisation."""
+    terms = float(rows.inputs[row].norm()) * float(rows.outputs[row].norm())
+    return _CANCELLED * torch.finfo(rows.outputs.dtype).eps * terms
 
 
 def _form(batch: Batch, group: int) -> str:

@@ -78,7 +78,8 @@ class InverseOperator(ABC):
 
     def submatrix(self, index: Tensor | Sequence[int]) -> Tensor:
         """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""
-        return self.submatrices(torch.as_tensor(index).reshape(1, -1))[0]
+        index = torch.as_tensor(index)
+        return self.submatrices((index if index.numel() else index.long()).reshape(1, -1))[0]
 
     def submatrices(self, index: Tensor) -> Tensor:
         """[F⁻¹]_{QQ} for `m` groups of `k` flat indexes, int64 `(m, k)`: float64 `(m, k, k)`."""

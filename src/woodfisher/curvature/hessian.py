@@ -35,6 +35,11 @@ class _HessianEstimator(Estimator):
         check_count("samples", self.samples)
         check_not_negative("damping", self.damping)
 
+    def _shift(self, objective: Objective) -> Tensor:
+        """λ, and 1 for removed weights without any, whose rows are zero, `(d,)`."""
+        kept = objective.kept
+        return torch.where(kept, self.damping, self.damping or 1.0).double()
+
 
 @dataclass(frozen=True)
 class ExactHessian(_HessianEstimator):
@@ -60,7 +65,7 @@ class ExactHessian(_HessianEstimator):
             "Choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d².",
         )
         H = exact_hessian(objective, self.samples)
-        H.diagonal().add_(self.damping)
+        H.diagonal().add_(self._shift(objective))
         return DenseInverse(H[None], "the damped Hessian")
 
 
@@ -88,7 +93,7 @@ class DiagonalHessian(_HessianEstimator):
         diagonal = torch.cat(
             [columns[where].diagonal() for where, columns in _columns(objective, self.samples)]
         )
-        damped = diagonal + self.damping
+        damped = diagonal + self._shift(objective)
         if not (damped > 0).all():
             worst = float(diagonal.min())
             raise WoodfisherError(

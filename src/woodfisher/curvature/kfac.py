@@ -43,9 +43,9 @@ class KroneckerInverse(InverseOperator):
         self.device = A.device
 
     def _in_eigenbasis(self, V: Tensor, scale: Tensor) -> Tensor:
-        X = V.mT.reshape(-1, *self._spectrum.shape)
+        X = V.mT.reshape(V.shape[1], *self._spectrum.shape)
         X = self._W @ (scale * (self._W.mT @ X @ self._U)) @ self._U.mT
-        return X.reshape(V.shape[1], -1).mT
+        return X.reshape(V.mT.shape).mT
 
     def _inverse_product(self, V: Tensor) -> Tensor:
         return self._in_eigenbasis(V, 1 / self._spectrum)

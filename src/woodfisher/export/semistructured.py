@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +9,7 @@ from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import copied
 from woodfisher.parameters import unwrapped
 from woodfisher.structure import fits
 
@@ -47,7 +47,7 @@ def to_semi_structured(model: nn.Module, layers: Iterable[str] | None = None) ->
             f"2:4 runs on NVIDIA GPUs of compute capability 8.0 or more, and the model is on {device.type}: move it "
             "to such a GPU (--device cuda), or take another format."
         )
-    sparse = copy.deepcopy(unwrapped(model))
+    sparse = copied(unwrapped(model))
     for name in names:
         layer = sparse.get_submodule(name)
         assert isinstance(layer, nn.Linear)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch.nn.functional import unfold
 from woodfisher.errors import WoodfisherError
 from woodfisher.export.timing import Race, race
 from woodfisher.forward import outputs_of
+from woodfisher.isolation import copied
 from woodfisher.parameters import unwrapped
 from woodfisher.structure import is_blocked
 
@@ -213,7 +213,7 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
     layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
     model = unwrapped(model)
     replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
-    sparse = copy.deepcopy(model)
+    sparse = copied(model)
     for name, layer in replaced.items():
         sparse.set_submodule(name, layer)
     return sparse

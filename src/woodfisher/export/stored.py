@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.export.semistructured import to_semi_structured
 from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
+from woodfisher.isolation import copied
 from woodfisher.parameters import unwrapped
 from woodfisher.saved import EXPECTED, check_suffix, pack_state, read
 
@@ -82,7 +82,7 @@ def load_export(model: nn.Module, path: str | Path) -> nn.Module:
     path = Path(path)
     saved = read(path)
     tensors = saved.tensors
-    exported = copy.deepcopy(unwrapped(model))
+    exported = copied(unwrapped(model))
     try:
         listed = _listed(saved.metadata)
         for name in listed["sparse"]:
