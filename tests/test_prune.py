@@ -301,6 +301,7 @@ def test_statistics_stay_where_they_should():
     assert torch.equal(model.norm.running_mean, before)
 
 
+@pytest.mark.filterwarnings("ignore:every weight of")
 def test_models_with_masks_of_torch_are_copied():
     model = mlp()
     prune.l1_unstructured(model[0], "weight", 0.3)
