@@ -113,14 +113,70 @@ def wrapped():
     return model.state_dict(), report.masks, report.to_dict()
 
 
-def shuffled(rank=0):
-    """A network pruned on data whose order each process draws by itself, from another state where it is not first."""
-    torch.manual_seed(5 + rank)
-    model = Net()
+def loader(rank):
+    """Samples in an order that each process draws by itself."""
     torch.manual_seed(5 + rank)
     data = TensorDataset(*samples(60, (4, 6, 6), seed=1))
-    loader = DataLoader(data, 7, shuffle=True, generator=torch.Generator().manual_seed(rank))
-    report = wf.prune(model, loader, cross_entropy, 0.7, **BLOCK)
+    return DataLoader(data, 7, shuffle=True, generator=torch.Generator().manual_seed(rank))
+
+
+def shuffled(rank=0):
+    """A network pruned on data whose order each process draws by itself, from another state where it is not first."""
+    data, model = loader(rank), Net()
+    report = wf.prune(model, data, cross_entropy, 0.7, **BLOCK)
+    return model.state_dict(), report.masks, report.to_dict()
+
+
+def family_of_shuffled(rank=0):
+    """The second of a family, whose statistics of normalisation the first process alone takes from shuffled data."""
+    model, data = Net(), loader(rank)
+    _, found = wf.sweep(model, data, cross_entropy, [0.5, 0.7], recalibrate=20, **{**BLOCK, "stages": 2})
+    found.write()
+    return model.state_dict(), found.report.masks, found.report.to_dict()
+
+
+def first_alone(rank=0):
+    """The second of two networks, where the first was pruned by the first process alone, on the same shuffled data."""
+    data = loader(rank)
+    wf.prune(Net(), data, cross_entropy, 0.7, recalibrate=20, **CASES["full"])
+    torch.manual_seed(rank)
+    model = Net()
+    report = wf.prune(model, data, cross_entropy, 0.7, **BLOCK)
+    return model.state_dict(), report.masks, report.to_dict()
+
+
+def other_buffers(rank=0, case=BLOCK):
+    """A network whose statistics of normalisation differ; those of the first process count."""
+    model = Net()
+    model.norm.running_mean += rank
+    report = wf.prune(model, batches(), cross_entropy, 0.7, recalibrate=0, **case)
+    return model.state_dict(), report.masks, report.to_dict()
+
+
+def random_metric(rank=0):
+    """A metric of the first process that draws random numbers, between runs on shuffled data."""
+
+    def metric(model):
+        return float(torch.rand(3).sum()) * 0 + 1 - float(model.last.weight.eq(0).sum()) / 64
+
+    model = Net()
+    report = wf.prune(
+        model, loader(rank), cross_entropy, max_drop=0.2, metric=metric, recalibrate=20, **BLOCK
+    )
+    return model.state_dict(), report.masks, report.to_dict()
+
+
+def floor_within_a_drop(rank=0):
+    """A search that a floor ends, which only one of the processes would notice."""
+    model = mlp()
+    report = wf.prune(
+        model,
+        [samples(40, seed=1)],
+        cross_entropy,
+        max_drop=0.5,
+        metric=lambda model: 1.0,
+        **{**BLOCK, "scope": "layer", "floor": 0.3},
+    )
     return model.state_dict(), report.masks, report.to_dict()
 
 
@@ -144,6 +200,12 @@ OTHERS = {
     "wrapped": lambda rank=0: wrapped(),
     "shuffled": shuffled,
     "within a drop": within_a_drop,
+    "family of shuffled": family_of_shuffled,
+    "first alone": first_alone,
+    "other buffers": other_buffers,
+    "other buffers, first alone": lambda rank=0: other_buffers(rank, CASES["full"]),
+    "random metric": random_metric,
+    "floor within a drop": floor_within_a_drop,
 }
 
 
@@ -228,6 +290,11 @@ def what_fails(rank):
     other = Net()
     other.first.weight.data *= 1 + rank
     attempt("weights", model=other)
+    other = Net()
+    other.norm.bias.data += rank
+    attempt("weights that stay", model=other)
+    attempt("weights that stay, first alone", model=other, **CASES["full"])
+    attempt("generators", loader(0) if rank else batches())
     attempt("options", sparsity=0.5 + rank / 10)
     attempt("memory", curvature=wf.WoodFisher(23, 5, 1e-2, memory=1000 if rank else None))
     attempt("nothing", [])
@@ -246,7 +313,9 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     assert first["beginning"] == f"on process 1 of 2: {second['beginning']}"
     assert first["data"] == second["data"]
     assert "different samples" in first["data"] and "DistributedSampler" in first["data"]
-    assert "different weights" in first["weights"] and "different options" in first["options"]
+    assert all("different weights" in first[name] for name in first if name.startswith("weights"))
+    assert "different samples" in first["generators"]
+    assert "different options" in first["options"]
     assert "different options" in first["memory"]
     assert "the data holds no batch; at least one sample is needed." in first["nothing"]
 
@@ -300,12 +369,11 @@ def test_survivors_are_the_first_of_a_sorted_list(scores, data):
     )
     amount = data.draw(st.integers(0, 2 * count + 1))
     order = sorted((i for i in range(count) if kept[i]), key=lambda i: (-scores[i], i))
-    stay, spent = [], 0
+    stay, left = [], amount
     for i in order:
-        spent += int(cost[i])
-        if spent > amount:
-            break
-        stay.append(i)
+        if cost[i] <= left:
+            stay.append(i)
+            left -= int(cost[i])
     result = survivors(torch.tensor(scores, dtype=torch.float64), kept, amount, cost)
     assert result.nonzero().flatten().tolist() == sorted(stay)
 

@@ -31,6 +31,12 @@ if TYPE_CHECKING:
     from woodfisher.method import Method
 
 
+_UNLIKE = (
+    "the processes have different samples: each reads the same data in the same order and takes its share of the "
+    "gradients, so give all of them the same batches (a DataLoader without DistributedSampler)."
+)
+
+
 def can_be_dealt(method: Method) -> bool:
     """Whether what a method does with a parameter needs no other parameter, but for scores, the damping and sums."""
     curvature = method.curvature
@@ -65,20 +71,28 @@ def dealt_names(layout: Layout, ranks: Ranks) -> list[str]:
     return [name for name in layout.shapes if name in mine]
 
 
-def check_alike(objective: Objective, asked: object) -> None:
-    """Raise unless all ranks prune the same model in the same way."""
-    if objective.ranks.size == 1:
-        return
+def alike(objective: Objective, asked: object) -> Objective:
+    """The objective with the first rank's buffers; raises unless all ranks prune the same model in the same way.
+
+    Buffers may differ, as statistics of batch normalisation do after training by several processes.
+    """
+    ranks = objective.ranks
+    if ranks.size == 1:
+        return objective
     digest = hashlib.blake2b()
-    for flat in (objective.weights, objective.kept.byte()):
-        digest.update(flat.cpu().numpy().data)
-    told = objective.ranks.gather((digest.digest(), str(objective.layout), repr(asked)))
-    for number, what in enumerate(("weights", "chosen parameters", "options")):
+    for tensor in (*objective.model.parameters(), objective.kept):
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    told = ranks.gather((str(objective.layout), digest.digest(), repr(asked)))
+    for number, what in enumerate(("chosen parameters", "weights", "options")):
         if len({each[number] for each in told}) > 1:
             raise ElsewhereError(
                 f"the processes have different {what}, and they prune one model together: load the same one in each, "
                 "and call with the same arguments."
             )
+    buffers = ranks.first(lambda: {name: buffer.cpu() for name, buffer in objective.buffers.items()})
+    if ranks.rank == 0:
+        return objective
+    return objective.changed((objective.weights, objective.kept, buffers))
 
 
 def check_same_samples(objective: Objective) -> None:
@@ -87,10 +101,7 @@ def check_same_samples(objective: Objective) -> None:
         return
     seen = [(describe(batch), fingerprints(map_tensors(lambda t: t[:1], batch))) for batch in objective.data]
     if any(each != seen for each in objective.ranks.gather(seen)):
-        raise ElsewhereError(
-            "the processes have different samples: each reads the same data in the same order and takes its share "
-            "of the gradients, so give all of them the same batches (a DataLoader without DistributedSampler)."
-        )
+        raise ElsewhereError(_UNLIKE)
 
 
 def align_random(data: Iterable[Batch], ranks: Ranks) -> None:
@@ -107,6 +118,8 @@ def align_random(data: Iterable[Batch], ranks: Ranks) -> None:
             [generator.get_state() for generator in own],
         )
 
+    if len(set(ranks.gather(len(own)))) > 1:
+        raise ElsewhereError(_UNLIKE)
     python, numpy, default, others = ranks.first(states)
     random.setstate(python)
     np.random.set_state(numpy)  # noqa: NPY002

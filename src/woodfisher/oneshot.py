@@ -14,10 +14,10 @@ from torch import Tensor
 from woodfisher.adaptive import Adaptive, adaptive_run
 from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
-from woodfisher.dealing import align_random, can_be_dealt, check_alike
-from woodfisher.distributed import ALONE, in_a_group, on_first_rank, together
+from woodfisher.dealing import align_random, alike, can_be_dealt
+from woodfisher.distributed import ALONE, on_first_rank, together
 from woodfisher.errors import TooSparseError, WoodfisherError
-from woodfisher.isolation import copied, isolated
+from woodfisher.isolation import copied, isolated, unmoved
 from woodfisher.method import method_for, replaced
 from woodfisher.objective import Objective
 from woodfisher.report import report_of, warn_of_lost_layers, warnings_of
@@ -102,19 +102,19 @@ def prune(
     with together():
         if max_drop is not None and sparsity is not None:
             raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
+        if max_drop is not None and not callable(metric):
+            raise WoodfisherError(
+                "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
+                f"metric=lambda model: accuracy(model, validation_batches); {metric!r} came."
+            )
         method = _method(criterion, preset, parts)
         objective = Objective(
             model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
         )
-    if max_drop is None:
-        usual = method.pattern.sparsity or 0.9
-        return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
-    if not callable(metric):
-        raise WoodfisherError(
-            "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
-            f"metric=lambda model: accuracy(model, validation_batches); {metric!r} came."
-        )
-    return prune_within(objective, max_drop, metric, method, progress)
+    if max_drop is not None and metric is not None:
+        return prune_within(objective, max_drop, metric, method, progress)
+    usual = method.pattern.sparsity or 0.9
+    return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
 
 
 def sweep(
@@ -203,13 +203,15 @@ def _in_all_processes(
     objective: Objective, method: Method, asked: object, prune: Callable[[Objective], list[Pruned]]
 ) -> list[Pruned]:
     """Prune on all ranks of the process group, each with its weights, or else on the first, which tells the others."""
-    if not in_a_group() or can_be_dealt(method):
-        with together() as ranks:
-            among = objective.among(ranks)
-            check_alike(among, (method, asked))
+    with together() as ranks:
+        among = alike(objective.among(ranks), (method, asked))
+        if ranks.size == 1 or can_be_dealt(method):
             return [replace(each, objective=each.objective.among(ALONE)) for each in prune(among)]
-    told = on_first_rank(lambda: [pruned.told() for pruned in prune(objective)])
-    return [Pruned.of(each, objective) for each in told]
+    alone = among.among(ALONE)
+    told = on_first_rank(lambda: [pruned.told() for pruned in prune(alone)])
+    with together() as ranks:
+        align_random(objective.data, ranks)
+    return [Pruned.of(each, alone) for each in told]
 
 
 def _sweep(
@@ -223,7 +225,6 @@ def _sweep(
     selection.check_pattern(objective.kept, min(amounts))
     reached: dict[int, Pruned] = {}
     with watching(progress) as watch, phase("total"), isolated(objective.model):
-        align_random(objective.data, objective.ranks)
         for sparsity, amount in zip(sparsities, amounts, strict=True):
             if amount > now:
                 warn(
@@ -276,15 +277,17 @@ def _within(
     counts = sorted({round(now * FINEST_RATIO**step) for step in range(1, steps + 1)} - {0}, reverse=True)
     best: Pruned | None = None
     with watching(progress) as watch, phase("total"), isolated(objective.model):
-        align_random(objective.data, objective.ranks)
-        with phase("metric"):
-            dense = objective.ranks.first(lambda: _metric_of(metric, trial))
+
+        def measured() -> float:
+            with phase("metric"), unmoved(objective.data):
+                return objective.ranks.first(lambda: _metric_of(metric, trial))
+
+        dense = measured()
         least = dense - max_drop * abs(dense)
 
         def good(pruned: Pruned) -> bool:
             pruned.write(trial)
-            with phase("metric"):
-                return objective.ranks.first(lambda: _metric_of(metric, trial)) >= least
+            return measured() >= least
 
         if isinstance(method.staging, Adaptive):
             with suppress(TooSparseError):
@@ -321,7 +324,8 @@ def _within(
 
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
-    value: object = metric(model)
+    with isolated(model):
+        value: object = metric(model)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
@@ -348,6 +352,7 @@ def _each(
             yield amount, at.objective, at.stages
     else:
         for amount in amounts:
+            align_random(objective.data, objective.ranks)
             yield amount, *run_stages(objective, amount, method, selection, Stream(objective.data))
 
 

@@ -273,10 +273,12 @@ class Selection:
     def _within_layers(self, rank: Tensor, alive: Tensor, cost: Tensor, amount: int, fixed: Tensor) -> Tensor:
         layers = self._layers()
         available = self._standing.of_all([int(cost[units].sum()) for _, units in layers])
-        counts = self._standing.own(_counts(self._standing.sizes, available, amount))
+        counts = _counts(self._standing.sizes, available, amount)
+        held = self._standing.of_all([int(cost[units][fixed[units]].sum()) for _, units in layers])
+        for least, number in zip(held, counts, strict=True):
+            self._check_floor(least, number)
         stay = torch.zeros_like(alive)
-        for (_, units), number in zip(layers, counts, strict=True):
-            self._check_floor(int(cost[units][fixed[units]].sum()), number)
+        for (_, units), number in zip(layers, self._standing.own(counts), strict=True):
             stay[units] = survivors(rank[units], alive[units], number, cost[units])
         return stay
 
