@@ -52,14 +52,26 @@ def test_the_cheapest_place_that_fits_is_taken(monkeypatch):
     assert kept(115 * MIB).peak <= 115 * MIB
 
 
+@pytest.mark.parametrize("keep", ["auto", "memory", "half", "factors", "disk", "again"])
+@pytest.mark.parametrize(("workspace", "samples"), [(0, 400), (MIB, 100), (512 * MIB, 400), (512 * MIB, 3)])
 @pytest.mark.usefixtures("_nothing_is_small")
-def test_what_can_not_fit_is_refused_with_the_least_that_would():
-    with pytest.raises(
-        wf.WoodfisherError, match=r"memory=100 MiB is not enough: .* 100 MiB as it is.*Give"
-    ) as said:
-        kept(100 * MIB)
-    least = parse_bytes(str(said.value).split("Give ")[1].split(" or more")[0]) * 1.01
-    assert kept(int(least)).peak <= least
+def test_what_can_not_fit_is_refused_with_the_least_that_would(keep, workspace, samples):
+    def plan(memory):
+        return planned(wide().within(workspace), wf.WoodFisher(samples, 500, 1e-3, keep=keep, memory=memory))
+
+    for memory in (1, 100 * MIB):
+        with pytest.raises(wf.WoodfisherError, match=r"is not enough: .* 100 MiB as it is.*Give") as said:
+            plan(memory)
+        least = parse_bytes(str(said.value).split("Give ")[1].split(" or more")[0])
+        assert plan(least).peak <= least
+
+
+@pytest.mark.usefixtures("_nothing_is_small")
+def test_later_stages_count_the_memory_that_the_first_one_found(monkeypatch):
+    objective = wide().begun()
+    monkeypatch.setattr(planning, "resident_memory", lambda _: 1000 * MIB)
+    again = objective.on(objective.data).begun()
+    assert planned(again, wf.WoodFisher(9, 500, 1e-3)).base == objective.base < 1000 * MIB
 
 
 def test_a_plan_counts_its_work_and_reads_one_batch_at_most():

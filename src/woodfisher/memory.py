@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,10 +69,10 @@ def _status(field: str) -> int:
 def parse_bytes(size: str | int) -> int:
     """Bytes from a number, or from one with a unit.
 
-    >>> parse_bytes("1.5KiB"), parse_bytes("2 GB"), parse_bytes(10)
-    (1536, 2000000000, 10)
+    >>> parse_bytes("1.5KiB"), parse_bytes("2 GB"), parse_bytes("4gib"), parse_bytes(10)
+    (1536, 2000000000, 4294967296, 10)
     """
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kKMGT]?)(i?)B?\s*", str(size))
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", str(size), re.IGNORECASE)
     if match is None or float(match[1]) <= 0:
         raise WoodfisherError(
             f"an amount of memory is a number of bytes, or as in 4GiB or 500MB; {size!r} came."
@@ -100,14 +101,15 @@ def check_memory(needs: Iterable[tuple[str, int]], device: torch.device, advice:
         )
 
 
-def format_bytes(size: float) -> str:
-    """Bytes in the largest binary unit that leaves a number above one.
+def format_bytes(size: float, *, enough: bool = False) -> str:
+    """Bytes to three digits in a binary unit; `enough` rounds up, for an amount that has to do.
 
-    >>> format_bytes(1536)
-    '1.5 KiB'
+    >>> format_bytes(1536), format_bytes(1001), format_bytes(1001, enough=True), format_bytes(1000 * 2**20)
+    ('1.5 KiB', '0.978 KiB', '0.978 KiB', '0.977 GiB')
     """
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.3g} {unit}"
-        size /= 1024
-    return f"{size:.4g} TiB"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    power = next((i for i in range(len(units)) if abs(size) < 1000 * 1024**i), len(units) - 1)
+    number = size / 1024**power
+    step = 10 ** (math.floor(math.log10(abs(number))) - 2) if number else 1
+    steps = math.ceil(number / step) if enough else round(number / step)
+    return f"{steps * step:.4g} {units[power]}"

@@ -28,7 +28,7 @@ from woodfisher.flops import flops_of_modules, flops_of_weights
 from woodfisher.forward import PRECISIONS, Forward, State, explained
 from woodfisher.isolation import isolated, unmoved
 from woodfisher.layout import Layout
-from woodfisher.memory import new_matrix
+from woodfisher.memory import new_matrix, resident_memory
 from woodfisher.normalisation import batch_norms, fresh_statistics
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
 from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
@@ -100,6 +100,8 @@ class Objective:
         weight counts as removed and takes part in no gradient row.
     ranks:
         The processes among which samples and weights are dealt out; this one alone unless pruning set others.
+    base:
+        Bytes that the process had when the run began that this belongs to; None outside of one.
     warnings:
         What making it warned of.
     """
@@ -144,15 +146,17 @@ class Objective:
         self.workspace = GRADIENT_WORKSPACE
         self._chunks = Chunks()
         self.ranks: Ranks = ALONE
+        self.base: int | None = None
 
     def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain, and other buffers."""
         self.layout.check(weights, "weights")
         self.layout.check(kept, "kept")
-        other = copy.copy(self)
-        other.buffers = {**self.buffers, **(buffers or {})}
-        other.weights, other.kept = torch.where(kept, weights, 0).to(self.weights), kept
-        return other
+        return self._with(
+            buffers={**self.buffers, **(buffers or {})},
+            weights=torch.where(kept, weights, 0).to(self.weights),
+            kept=kept,
+        )
 
     def changes(self) -> Changes:
         """What became of the model, for `changed` in another process."""
@@ -168,9 +172,7 @@ class Objective:
 
     def among(self, ranks: Ranks) -> Objective:
         """The same objective, whose samples and weights are dealt out among several processes."""
-        other = copy.copy(self)
-        other.ranks = ranks
-        return other
+        return self._with(ranks=ranks)
 
     def joined(self) -> Objective:
         """The objective for the weights of all processes: this one, unless it is for a part of them."""
@@ -182,7 +184,7 @@ class Objective:
         Without `kept` these are the ones that are not zero, as for a new objective. The model may have moved to
         another device or dtype.
         """
-        other = copy.copy(self)
+        other = self._with()
         other._read(kept)
         return other
 
@@ -214,14 +216,23 @@ class Objective:
 
     def within(self, workspace: int) -> Objective:
         """The same objective, chunks of whose samples take at most `workspace` bytes with their gradients."""
-        other = copy.copy(self)
-        other.workspace = workspace
-        return other
+        return self._with(workspace=workspace)
 
     def on(self, data: Iterable[Batch]) -> Objective:
         """The same objective on other data."""
+        return self._with(data=data)
+
+    def begun(self) -> Objective:
+        """The same objective in a run that begins now: its plans count the memory that the process has at this point.
+
+        What one stage has given back to the process is there for the next.
+        """
+        return self if self.base is not None else self._with(base=resident_memory(self.device))
+
+    def _with(self, **changes: Any) -> Objective:
+        """A copy with other attributes."""
         other = copy.copy(self)
-        other.data = data
+        vars(other).update(changes)
         return other
 
     @property
@@ -235,9 +246,7 @@ class Objective:
         Running means and variances become their plain averages over batches of the first `samples` samples,
         from forward passes alone. Models without such layers stay as they are.
         """
-        other = copy.copy(self)
-        other.buffers = {**self.buffers, **fresh_statistics(self, samples)}
-        return other
+        return self._with(buffers={**self.buffers, **fresh_statistics(self, samples)})
 
     def state(self, weights: Tensor | None = None) -> State:
         """What the model is run on: `weights` `(d,)`, its own by default, in the model's dtypes, and the buffers."""

@@ -339,7 +339,7 @@ def _method(criterion: str, preset: str | None, parts: MethodParts) -> Method:
 def _started(objective: Objective, method: Method) -> tuple[Objective, Selection]:
     """The objective with what is there to begin with, and what may stay of it."""
     selection = method.selection(objective)
-    return objective.at(objective.weights, selection.present(objective.kept)), selection
+    return objective.at(objective.weights, selection.present(objective.kept)).begun(), selection
 
 
 def _each(

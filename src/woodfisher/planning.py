@@ -207,7 +207,7 @@ class _Work:
         self.item = objective.dtype.itemsize
         self.dense = self.rows * self.weights * self.item
         self.budget = None if curvature.memory is None else parse_bytes(curvature.memory)
-        self.base = resident_memory(objective.device)
+        self.base = resident_memory(objective.device) if objective.base is None else objective.base
         free = available_memory(objective.device)
         if free is not None and objective.device.type == "cpu":
             free //= objective.ranks.local_size
@@ -269,16 +269,15 @@ class _Work:
         """The plan with the rows kept so; unless it may `look` at samples, it knows less of them than it could."""
         N, d = self.rows, self.weights
         kept = self._kept(keep)
-        chunk = self._chunk(look)
         vectors = VECTORS * 8 * self.objective.layout.size
         largest = max((run.size for run in self.runs), default=0)
         scratch = min(TILE, 8 * N * d) + 8 * max(min(WORKSPACE, 8 * N * d), 8 * min(N, largest) ** 2)
         if keep == "factors":
             scratch += N * self.item * max((each.unfolded for each in self._factors.values()), default=0)
         left = (2**62 if self.room is None else self.room) - kept - scratch
+        chunk = self._chunk(look, left - self._at_hand(keep, self._window(keep, 0, largest)))
         window = self._window(keep, left - max(chunk, vectors), largest)
-        at_hand = window * N * self.item if window < d or keep not in ("memory", "half") else 0
-        at_hand *= 2 if keep == "host" else 1
+        at_hand = self._at_hand(keep, window)
         factors = sum(8 * run.count * min(N, run.size) ** 2 for run in self.runs)
         hold = factors <= left - at_hand - vectors
         gathering = [("a chunk of samples with its gradients", chunk)]
@@ -321,11 +320,11 @@ class _Work:
             return self.rows * self.objective.flow_itemsize * floats
         return {"memory": self.dense, "half": self.dense * 2 // self.item}.get(keep, 0)
 
-    def _chunk(self, look: bool) -> int:
-        """Bytes for a chunk of samples: a share of what there is, and a row at least."""
+    def _chunk(self, look: bool, left: int) -> int:
+        """Bytes for a chunk of samples: a share of what there is and no more than is left, but a row at least."""
         most = self.objective.workspace
         if self.room is not None:
-            most = min(most, max(self.room // 6, 0))
+            most = max(min(most, self.room // 6, left), 0)
         if self.objective.reads_once or not look:
             return most
         each = 2 * self._row_bytes
@@ -339,6 +338,12 @@ class _Work:
         column = max(self.rows * self.item, 1)
         least = max(min(largest, WORKSPACE // column), 1)
         return min(max(most // column, least), self.weights)
+
+    def _at_hand(self, keep: Keep, window: int) -> int:
+        """Bytes of the rows of a window, and of the next one where that is on its way."""
+        if window == self.weights and keep in ("memory", "half"):
+            return 0
+        return window * self.rows * self.item * (2 if keep == "host" else 1)
 
     def _passes(self, keep: Keep, window: int) -> int:
         return READS * -(-self.weights // window) if keep == "again" and window else 1
@@ -373,7 +378,7 @@ class _Work:
             )
         return (
             f"memory={format_bytes(self.budget)} is not enough: the process has {format_bytes(way.base)} as it is, and "
-            f"the least to add is {bill}. Give {format_bytes(way.peak)} or more, or take fewer samples."
+            f"the least to add is {bill}. Give {format_bytes(way.peak, enough=True)} or more, or take fewer samples."
         )
 
 

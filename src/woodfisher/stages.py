@@ -35,6 +35,7 @@ def run_stages(
     stage did.
     """
     assert isinstance(method.staging, int)
+    objective = objective.begun()
     stages = []
     targets = through(selection.amount(objective.kept), [final], method.staging)
     for number, amount in enumerate(targets):
