@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,9 +21,11 @@ from woodfisher.adaptive import AdaptiveRun, adaptive_run
 from woodfisher.batches import Replay, Stream, length, samples_in
 from woodfisher.curvature.damping import _GRID, held_out_damping
 from woodfisher.curvature.running import RunningFisher
+from woodfisher.memory import parse_bytes
 from woodfisher.method import METHODS
 from woodfisher.schedule import through
 from woodfisher.selection import survivors
+from woodfisher.window import window_for
 
 QUICK = wf.Adaptive(stages=6, window=20, held_out=12)
 METHOD = replace(METHODS["woodfisher"], stages=QUICK, curvature=wf.WoodFisher(400, None, "auto", group=2))
@@ -49,6 +52,12 @@ def trained():
 def batches(n=120, size=20):
     inputs, targets = learnable(n)
     return list(zip(inputs.split(size), targets.split(size), strict=True))
+
+
+def adaptive(objective, method, held_out, stream, first_order):
+    """A run on the 120 samples of `batches`."""
+    window = window_for(objective, method, 120)
+    return AdaptiveRun(objective, method, method.selection(objective), window, held_out, stream, first_order)
 
 
 def weights_of(model):
@@ -287,7 +296,7 @@ def test_stages_measure_what_they_did_on_the_held_out_samples():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
     held_out = stream.hold_out(12)
-    run = AdaptiveRun(objective, METHOD, METHOD.selection(objective), QUICK, held_out, stream, 108, True)
+    run = adaptive(objective, METHOD, held_out, stream, True)
     dense = run.loss
     inputs, targets = (torch.cat(part) for part in zip(*held_out, strict=True))
     assert dense == pytest.approx(cross_entropy(objective.model(inputs), targets).item(), rel=1e-5)
@@ -302,10 +311,8 @@ def test_stages_measure_what_they_did_on_the_held_out_samples():
 def test_a_stage_trusted_too_far_is_taken_back_and_split():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
-    plan = replace(QUICK, stages=2)
-    run = AdaptiveRun(
-        objective, METHOD, METHOD.selection(objective), plan, stream.hold_out(12), stream, 108, False
-    )
+    method = replace(METHOD, stages=replace(QUICK, stages=2))
+    run = adaptive(objective, method, stream.hold_out(12), stream, False)
     (passed,) = run.passing([4])
     taken_back = [i for i, stage in enumerate(passed.stages) if not stage.accepted]
     assert len(taken_back) == 1
@@ -321,7 +328,7 @@ def test_the_gradient_is_that_of_the_data_where_rows_are_of_drawn_targets():
     method = replace(METHOD, curvature=replace(METHOD.curvature, labels="model", group=1))
     stream = Stream(objective.data)
     held_out = stream.hold_out(12)
-    run = AdaptiveRun(objective, method, method.selection(objective), QUICK, held_out, stream, 108, True)
+    run = adaptive(objective, method, held_out, stream, True)
     seen = stream.fork().draw(20)
     run._renew()
     torch.testing.assert_close(run.gradient.float(), objective.on(seen).gradient(20))
@@ -508,24 +515,35 @@ def test_wrong_plans(field, value):
         wf.Adaptive(**{field: value})
 
 
-def test_the_window_fits_the_memory_that_is_given(monkeypatch):
-    monkeypatch.setattr("woodfisher.adaptive.resident_memory", lambda _: 0)
-    objective = wf.Objective(mlp(), [samples(60)], cross_entropy).within(0)
-    method = wf.METHODS["woodfisher"]
-    vectors = 9 * 8 * objective.layout.size
+@pytest.mark.parametrize("workspace", [0, 3000, 2**29])
+@pytest.mark.parametrize("first_order", ["auto", True])
+def test_the_window_fits_the_memory_that_is_given(first_order, workspace, monkeypatch):
+    monkeypatch.setattr("woodfisher.window.resident_memory", lambda _: 100)
+    objective = wf.Objective(mlp(), [samples(60)], cross_entropy).within(workspace)
+    method = replace(wf.METHODS["woodfisher"], first_order=first_order, stages=wf.Adaptive(stages=2))
 
     def window(memory):
-        curvature = replace(method.curvature, samples=400, group=1, memory=memory)
-        chosen = replace(method, curvature=curvature)
-        held_out, stream = [samples(5)], Stream(objective.data)
-        selection = chosen.selection(objective)
-        run = AdaptiveRun(objective, chosen, selection, wf.Adaptive(stages=2), held_out, stream, 60, True)
-        return len(run.fisher._store)
+        curvature = replace(method.curvature, samples=2000, group=1, memory=memory)
+        return window_for(objective, replace(method, curvature=curvature), 60)
 
-    assert window(None) == 60
-    assert window(vectors + 2 * 4 * 36 * 20) == 20
-    with pytest.raises(wf.WoodfisherError, match=r"no room for 5 gradient rows of 36 weights"):
-        window(vectors + 2 * 4 * 36 * 4)
+    assert window(None).rows == 48
+    for memory in (20, 200, 5000):
+        with pytest.raises(
+            wf.WoodfisherError, match=r"5 gradient rows of 36 weights at least.*memory="
+        ) as said:
+            window(memory)
+    least = parse_bytes(re.search("That makes (.* .?i?B) with", str(said.value))[1])
+    assert window(least).rows == 5
+    for memory in range(least, 2**21, 7919):
+        assert window(memory).peak <= memory
+    assert window(2**31).rows == 48
+
+
+def test_few_rows_where_little_memory_is_free(monkeypatch):
+    monkeypatch.setattr("woodfisher.window.available_memory", lambda _: 400_000)
+    with pytest.warns(wf.WoodfisherWarning, match=r"room for \d+ gradient rows of 36 weights, and 800 were"):
+        report = wf.prune(trained(), batches(), cross_entropy, 0.5, stages=wf.Adaptive(stages=2))
+    assert report.sparsity == 0.5
 
 
 def test_damping_follows_the_curvature_where_a_network_fits_its_samples():
@@ -560,6 +578,29 @@ def test_each_point_of_a_sweep_has_its_own_statistics_in_whatever_order_they_are
     points[1].write()
     points[0].write()
     assert torch.equal(model.norm.running_mean, first.norm.running_mean)
+
+
+@pytest.mark.parametrize("batch", [4, 7])
+def test_held_out_samples_that_the_data_repeats_never_come_again(batch):
+    x = torch.arange(10.0)[torch.randint(10, (60,), generator=torch.Generator().manual_seed(0))]
+    stream = Stream([(part[:, None], part) for part in x.split(batch)])
+    held_out = {float(x) for _, part in stream.hold_out(5) for x in part}
+    drawn = [float(x) for _ in range(3) for _, part in stream.draw(11) for x in part]
+    assert len(drawn) == 33
+    assert not held_out & set(drawn)
+
+
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_prediction_is_the_quadratic_model_without_damping(first_order):
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    stream = Stream(objective.data)
+    run = adaptive(objective, METHOD, stream.hold_out(12), stream, first_order)
+    run._renew()
+    step = run._try(30)
+    moved = run._full(step.candidate.weights, step.keep) - run.weights
+    curvature = run.fisher.inverse(1.0).forward(moved) - moved
+    expected = float(moved @ curvature) / 2 + first_order * float(run.gradient @ moved)
+    assert step.stage.predicted == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:400 samples were asked for")

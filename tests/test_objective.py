@@ -617,7 +617,7 @@ def test_models_that_cannot_be_used_are_explained():
         wf.prune(made_inside, None, sparsity=0.5, criterion="magnitude")
 
 
-def test_targets_of_a_summed_square_and_of_weighted_labels():
+def test_targets_of_a_summed_square():
     torch.manual_seed(0)
     model, x = nn.Linear(3, 4), torch.randn(4000, 3)
     objective = wf.Objective(model, [(x, torch.zeros(4000, 4))], nn.MSELoss(reduction="sum"))
@@ -626,9 +626,20 @@ def test_targets_of_a_summed_square_and_of_weighted_labels():
     torch.testing.assert_close(trace, gauss_newton, rtol=1e-4, atol=0)
     drawn = objective.rows(4000, labels="model").square().sum() / 4000
     torch.testing.assert_close(drawn, gauss_newton, rtol=0.1, atol=0)
-    weighted = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([5.0] * 4))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([5.0] * 4)),
+        nn.BCEWithLogitsLoss(weight=torch.tensor([5.0] * 4)),
+        nn.CrossEntropyLoss(label_smoothing=0.1),
+    ],
+)
+def test_losses_that_are_no_likelihoods_need_a_sampler(loss):
+    objective = wf.Objective(nn.Linear(3, 4), [(torch.randn(9, 3), torch.zeros(9, 4))], loss)
     with pytest.raises(wf.WoodfisherError, match="pass sampler="):
-        wf.Objective(model, [(x, torch.zeros(4000, 4))], weighted).rows(8, labels="model")
+        objective.rows(8, labels="model")
 
 
 def test_tied_weights_take_part_in_the_flops_of_each_place():

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from woodfisher.batches import Stream, samples_in
+from woodfisher.batches import Stream
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import move_on
-from woodfisher.memory import check_memory, parse_bytes, resident_memory
 from woodfisher.normalisation import recalibrated
-from woodfisher.planning import VECTORS
 from woodfisher.report import Stage
 from woodfisher.saliency import newton_point
 from woodfisher.schedule import through
 from woodfisher.watch import phase, report_progress
+from woodfisher.window import samples_that_matter, window_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -35,18 +34,13 @@ if TYPE_CHECKING:
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
+    from woodfisher.window import Window
 
 _FACTOR = 3.0
 """Ratio of one damping tried to the next."""
 
 _FIRST_POWERS = {True: range(10), False: range(-1, 2)}
 """Powers of that ratio tried at the first stage, with and without the gradient, around what held-out rows say."""
-
-MOST_PASSES = 8
-"""Passes over the data up to which its gradients are taken for those of new samples."""
-
-MOST_OPERATIONS = 130_000_000_000
-"""Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
 _MOST_DAMPING = {True: 3.0, False: 81.0}
 """How many times what was best at the first stage the damping may grow to, both relative to the mean curvature then:
@@ -73,8 +67,8 @@ class Adaptive:
     stages:
         Planned stages; splits may add half as many again.
     window:
-        Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be
-        more than `MOST_OPERATIONS`, or where the data has not as many.
+        Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be more
+        than about a second on two cores, or where the data has not as many or the memory no room for them.
     held_out:
         Samples to check on, at most a fifth of the data; never used for rows.
     momentum:
@@ -134,16 +128,14 @@ def adaptive_run(
 
     With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
-    reads the data more than `MOST_PASSES` times the run is made with and without, in a fifth of the stages, as
-    there is less that is new to each; at each target the one with the lower loss on the held-out samples
-    counts. Removing by magnitude alone competes with both, so that what comes is never worse than that on these
-    samples.
+    reads the data many times (`MOST_PASSES`) the run is made with and without, in fewer stages, as there is less that
+    is new to each; at each target the one with the lower loss on the held-out samples counts. Removing by magnitude
+    alone competes with both, so that what comes is never worse than that on these samples.
     """
-    options = method.staging
-    assert isinstance(options, Adaptive)
-    curvature = cast("WoodFisher", method.curvature)
     stream = Stream(objective.data)
-    known = objective.known_samples() or stream.count(_enough(options, curvature, stream))
+    known = objective.known_samples() or stream.count(
+        samples_that_matter(method, reads_once=stream.reads_once)
+    )
     if not known:
         raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
     if known < 2:
@@ -151,26 +143,12 @@ def adaptive_run(
             f"stages that adapt hold out samples to check on, and the data has {known}: give 2 at least, or "
             "a number of stages."
         )
-    held_out = stream.hold_out(min(options.held_out, max(known // 5, 1)))
-    repeats = curvature.samples > MOST_PASSES * known and not stream.reads_once
-    if repeats:
-        options = replace(options, stages=-(-options.stages // 5))
-    orders = [True, False] if repeats else [True]
-    if method.first_order != "auto":
-        orders = [bool(method.first_order)]
-    samples = known - sum(map(samples_in, held_out))
+    window = window_for(objective, method, known)
+    held_out = stream.hold_out(window.held_out)
+    streams = [stream, *(stream.fork() for _ in window.orders[1:])]
     runs = [
-        AdaptiveRun(
-            objective,
-            method,
-            selection,
-            options,
-            held_out,
-            stream if order is orders[0] else stream.fork(),
-            samples,
-            order,
-        )
-        for order in orders
+        AdaptiveRun(objective, method, selection, window, held_out, each, order)
+        for each, order in zip(streams, window.orders, strict=True)
     ]
     by_size = _by_magnitude(objective, targets, method, selection, held_out, stream)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
@@ -188,14 +166,12 @@ class AdaptiveRun:
         With a `WoodFisher` in one block for its curvature.
     selection:
         What may stay.
-    options:
-        Its plan, which may have fewer stages.
+    window:
+        What it takes of the data.
     held_out:
         Batches to check stages on.
     stream:
         Where samples for rows come from.
-    samples:
-        How many different ones it has, as far as is known.
     first_order:
         Whether the gradient takes part.
     """
@@ -205,33 +181,20 @@ class AdaptiveRun:
         objective: Objective,
         method: Method,
         selection: Selection,
-        options: Adaptive,
+        window: Window,
         held_out: Sequence[Batch],
         stream: Stream,
-        samples: int,
         first_order: bool,
     ) -> None:
-        self.objective, self.method, self.options = objective, method, options
-        self.selection = selection
-        self.curvature = cast("WoodFisher", method.curvature)
+        self.objective, self.method, self.selection = objective.within(window.chunk), method, selection
+        self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
+        self.window = window
         self.stream, self.first_order = stream, first_order
         self._held_out = held_out
         self.weights = objective.weights[objective.kept].double()
-        affordable = math.isqrt(MOST_OPERATIONS // (2 * len(self.weights)))
-        most = max(min(self.options.window, affordable, self._rows_that_fit()), 1)
-        self.group = max(g for g in _divisors(self.curvature.group) if g == 1 or g * most <= samples)
-        rows = self.curvature.samples // self.group
-        window = max(min(most, samples // self.group, rows), 1)
-        fresh = max(rows - window, 0) // self.options.stages
-        self._next_rows = window
-        self._rows_each = min(max(fresh, 1), window)
-        self._check_memory(window)
+        self._next_rows = window.rows
         self.fisher = RunningFisher(
-            len(self.weights),
-            window,
-            self.group,
-            dtype=objective.dtype,
-            device=objective.device,
+            len(self.weights), window.rows, window.group, dtype=objective.dtype, device=objective.device
         )
         self.gradient = torch.zeros_like(self.weights)
         self._weight = 0.0
@@ -239,7 +202,7 @@ class AdaptiveRun:
         self._most_damping = 0.0
         self.loss = _loss_on(held_out, objective)
         if not math.isfinite(self.loss):
-            for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
+            for _ in objective.on(held_out).iter_rows(window.held_out):
                 pass
             raise WoodfisherError(
                 f"the mean loss of the model as it came is {self.loss} on held-out samples: check the loss, the "
@@ -248,9 +211,9 @@ class AdaptiveRun:
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
-        path = through(self._left, targets, self.options.stages, self.options.pace)
+        path = through(self._left, targets, self.window.stages, self.options.pace)
         done: list[Stage] = []
-        splits = self.options.stages // 2
+        splits = self.window.stages // 2
         planned = len(path)
         while path:
             report_progress("stages", planned - len(path), planned)
@@ -264,6 +227,7 @@ class AdaptiveRun:
                 if not accepted:
                     splits -= 1
                     amount = self._left - removed // 2
+                    del step  # the rows that it holds
             self._accept(step)
             if amount == path[0]:
                 path.pop(0)
@@ -279,12 +243,12 @@ class AdaptiveRun:
         """Take new rows, and their mean into the averaged gradient."""
         index = self.objective.kept.nonzero().squeeze(1)
         columns = None if len(index) == len(self.objective.kept) else index
-        samples = self._next_rows * self.group
-        self._next_rows = self._rows_each
+        samples = self._next_rows * self.window.group
+        self._next_rows = self.window.renewed
         if self.curvature.labels == "model":
             move_on()
         fresh = self.objective.on(self.stream.draw(samples))
-        rows = fresh.rows(samples, group=self.group, labels=self.curvature.labels, columns=columns)
+        rows = fresh.rows(samples, group=self.window.group, labels=self.curvature.labels, columns=columns)
         with phase("curvature"):
             self.fisher.add(rows)
             self._weight += len(rows)
@@ -372,7 +336,7 @@ class AdaptiveRun:
         gram = self.fisher.gram
         if len(gram) < LEAST_ROWS:
             return self._scale
-        return held_out_damping(gram, len(self.weights), self.group)
+        return held_out_damping(gram, len(self.weights), self.window.group)
 
     def _absolute(self) -> float | None:
         damping = self.curvature.damping
@@ -412,46 +376,6 @@ class AdaptiveRun:
             return Passed(self.objective, self.loss, stages)
         loss = _loss_on(self._held_out, fresh)
         return Passed(fresh, loss, stages) if loss <= self.loss else Passed(self.objective, self.loss, stages)
-
-    def _rows_that_fit(self) -> int:
-        """Rows of the window, with their copy, that the memory which the curvature may take has room for."""
-        if self.curvature.memory is None:
-            return self.options.window
-        objective = self.objective
-        room = parse_bytes(self.curvature.memory) - resident_memory(objective.device)
-        room -= objective.workspace + VECTORS * 8 * objective.layout.size
-        rows = max(room, 0) // (2 * objective.dtype.itemsize * len(self.weights))
-        if rows < LEAST_ROWS:
-            raise WoodfisherError(
-                f"memory={self.curvature.memory} has no room for {LEAST_ROWS} gradient rows of {len(self.weights)} "
-                "weights and their copy, beside the process as it is: give more, or a number of stages in blocks "
-                "(criterion='woodfisher-block')."
-            )
-        return rows
-
-    def _check_memory(self, window: int) -> None:
-        size = self.objective.dtype.itemsize * window * len(self.weights)
-        check_memory(
-            [
-                (f"{window} gradient rows of {len(self.weights)} weights", size),
-                ("their copy while a stage is tried", size),
-                ("Gram matrices", 4 * 8 * window**2),
-            ],
-            self.objective.device,
-            "Take a smaller window, or a fixed number of stages with fewer samples.",
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    """All of them; a group that divides another one fills batches that hold whole groups of that."""
-    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
-
-
-def _enough(options: Adaptive, curvature: WoodFisher, stream: Stream) -> int:
-    """Samples above which it makes no difference how many the data has."""
-    first = options.held_out + options.window * curvature.group
-    passes = 0 if stream.reads_once else -(-curvature.samples // MOST_PASSES)
-    return max(5 * options.held_out, first, passes)
 
 
 def _by_magnitude(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sized
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -331,6 +332,8 @@ class Stream:
         drawn = self.draw(samples)
         self._last = []
         self._held_out.update(key for batch in drawn for key in fingerprints(batch))
+        self._current = self._without_held_out(chain(reversed(self._rest), self._current))
+        self._rest = []
         return drawn
 
     def _without_held_out(self, batches: Iterable[Batch]) -> Iterator[Batch]:

@@ -25,7 +25,8 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any],
 
     Softmax losses draw a class, the logistic loss draws 0 or 1, the squared error (as torch takes its mean
     over the outputs of a sample, or sums) draws from the normal distribution that it is the likelihood of. For any
-    other loss, one with `pos_weight` among them, which is no likelihood, the returned function raises.
+    other loss the returned function raises; so it does with `label_smoothing`, `pos_weight` or the logistic loss's
+    `weight`, which make no likelihoods.
     """
     if loss is None:
         return _model_classes
@@ -62,8 +63,10 @@ def _known(
 ) -> tuple[Callable[[Any], Tensor], Callable[[Any], Weighted]] | None:
     if isinstance(loss, nn.MSELoss) and loss.reduction == "sum":
         return partial(_normal, variance=0.5), partial(_every_normal, variance=0.5)
+    if isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing:
+        return None
     if isinstance(loss, nn.BCEWithLogitsLoss):
-        if loss.pos_weight is not None:
+        if loss.pos_weight is not None or loss.weight is not None:
             return None
         if loss.reduction == "sum":
             return partial(_binary, terms=1), partial(_every_binary, terms=1)

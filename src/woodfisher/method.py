@@ -112,6 +112,14 @@ class Method:
         elif self.stages != "auto":
             check_count("stages", self.stages)
             object.__setattr__(self, "stages", int(self.stages))
+        if isinstance(self.staging, Adaptive) and getattr(self.curvature, "keep", "auto") not in (
+            "auto",
+            "memory",
+        ):
+            raise WoodfisherError(
+                "stages that adapt carry their rows along in memory, as many as it has room for; "
+                f"keep={getattr(self.curvature, 'keep', None)!r} came. Leave it out, or give a number of stages."
+            )
         if self.refine:
             check_count("refine", self.refine)
             if self.scope != "global" or self.pattern != Unstructured() or isinstance(self.staging, Adaptive):

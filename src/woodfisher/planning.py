@@ -15,7 +15,7 @@ from woodfisher.memory import available_memory, format_bytes, parse_bytes, resid
 from woodfisher.rows import disk_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from woodfisher.curvature.woodfisher import WoodFisher
     from woodfisher.layer_rows import Factors
@@ -125,18 +125,14 @@ class Plan:
         return max(min(self.window // run.size, TILE // factors), 1)
 
     def __str__(self) -> str:
-        budget = "" if self.memory is None else f" of {format_bytes(self.memory)}"
-        bill = [("the process as it is", self.base), *self.bill]
         times = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in self.seconds.items())
-        width = max(len(what) for what, _ in bill)
         return "\n".join(
             [
                 f"{self.rows} gradient rows of {self.weights:,} weights, {self.blocks:,} blocks of at most "
                 f"{self.block_size:,}",
                 f"rows are kept {KEEPS[self.keep]}; {self.window:,} weights are at hand at once",
                 f"factors are {'held' if self.hold else 'made again for each product'}",
-                f"peak memory {format_bytes(self.peak)}{budget}:",
-                *(f"  {what:<{width}}  {format_bytes(size):>9}" for what, size in bill),
+                *bill_lines(self.base, self.bill, self.memory),
                 f"{self.flops / 1e9:.3g} GFLOP to factor and score, {format_bytes(self.traffic)} of rows moved",
                 f"expected: {times}",
             ]
@@ -350,12 +346,8 @@ class _Work:
 
     @cached_property
     def _gathering(self) -> float:
-        """Seconds of taking all gradients once: three times the operations of a forward pass."""
-        if self.objective.reads_once:
-            return 0.0
-        return (
-            3 * self.objective.forward_flops() * self.rows * self.curvature.group / (0.3 * self.machine.flops)
-        )
+        """Seconds of taking all gradients once."""
+        return gradient_seconds(self.objective, self.rows * self.curvature.group, self.machine)
 
     def _reading(self, keep: Keep, traffic: float) -> float:
         if keep in ("disk", "host"):
@@ -380,6 +372,24 @@ class _Work:
             f"memory={format_bytes(self.budget)} is not enough: the process has {format_bytes(way.base)} as it is, and "
             f"the least to add is {bill}. Give {format_bytes(way.peak, enough=True)} or more, or take fewer samples."
         )
+
+
+def bill_lines(base: int, bill: Sequence[tuple[str, int]], memory: int | None) -> list[str]:
+    """What memory goes to at the peak, a line each; of a budget where there is one."""
+    budget = "" if memory is None else f" of {format_bytes(memory)}"
+    whole = [("the process as it is", base), *bill]
+    width = max(len(what) for what, _ in whole)
+    return [
+        f"peak memory {format_bytes(sum(size for _, size in whole))}{budget}:",
+        *(f"  {what:<{width}}  {format_bytes(size):>9}" for what, size in whole),
+    ]
+
+
+def gradient_seconds(objective: Objective, samples: float, machine: Machine) -> float:
+    """Seconds of taking gradients of so many samples: three times the operations of a forward pass."""
+    if objective.reads_once:
+        return 0.0
+    return 3 * objective.forward_flops() * samples / (0.3 * machine.flops)
 
 
 def calibrated(objective: Objective) -> Machine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from woodfisher.checks import check_choice
@@ -11,7 +11,8 @@ from woodfisher.cli.options import MethodOptions, TaskOptions
 from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.method import METHODS
-from woodfisher.planning import plan
+from woodfisher.planning import calibrated, plan
+from woodfisher.window import samples_that_matter, window_for
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,21 @@ class Plan:
                 f"the criterion {self.criterion} keeps no gradient rows, so that there is nothing to plan: it takes "
                 "little more memory than the model."
             )
-        if not isinstance(method.staging, int):
-            window = method.staging.window * method.curvature.group
-            method = replace(method, curvature=replace(method.curvature, samples=window), stages=1)
-            note(
-                f"stages that adapt carry a window of rows along; planned for the first one, {window} samples"
-            )
         note(f"loading {self.model.task}")
         task = self.model.load()
-        assert isinstance(method.curvature, WoodFisher)
-        made = plan(self.model.objective(task, task.model), method.curvature)
+        objective = self.model.objective(task, task.model)
+        if isinstance(method.staging, int):
+            made: Any = plan(objective, method.curvature)
+            seconds, text = made.seconds, f"at each stage: {made}"
+        else:
+            known = objective.known_samples() or samples_that_matter(method, reads_once=objective.reads_once)
+            made = window_for(objective, method, known, look=True)
+            seconds = made.seconds(objective, calibrated(objective))
+            text = made.text(seconds)
         if self.json:
             content: dict[str, Any] = {"task": self.model.task, "criterion": self.criterion}
-            print_json({**content, **asdict(made), "peak": made.peak, "bill": dict(made.bill)})
+            print_json(
+                {**content, **asdict(made), "seconds": seconds, "peak": made.peak, "bill": dict(made.bill)}
+            )
         else:
-            out().print(f"{self.model.task}, {self.criterion}, at each stage: {made}", soft_wrap=True)
+            out().print(f"{self.model.task}, {self.criterion}, {text}", soft_wrap=True)
