@@ -405,6 +405,35 @@ def test_blocks_that_do_not_fit_the_memory_are_refused(folder, capsys, monkeypat
     assert not (folder / "out").exists()
 
 
+def test_only_prune_runs_in_several_processes(folder, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert main(["compare", "--out", "out"]) == 2
+    assert "only `woodfisher prune` works in several processes" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert main(["tour", "--out", "out"]) == 2
+    assert capsys.readouterr() == ("", "")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("memory", ["2GiB", "100MiB"])
+def test_plans_of_stages_that_adapt(memory, folder, capsys):
+    arguments = ["plan", "--criterion", "woodfisher", "--memory", memory]
+    if memory == "100MiB":
+        assert main(arguments) == 2
+        assert "stages that adapt carry 5 gradient rows" in capsys.readouterr().err
+        return
+    assert main([*arguments, "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["peak"] == made["base"] + sum(made["bill"].values()) <= 2**31
+    assert made["orders"] == [True, False] and made["held_out"] == 216
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert f"{made['rows']} gradient rows of 21,456 weights in one block" in said and "of 2 GiB" in said
+    assert main([*arguments, "--keep", "disk"]) == 2
+    assert "keep='disk' came" in capsys.readouterr().err
+
+
 def test_the_installed_command_and_the_module(folder):
     installed = Path(sys.executable).parent / "woodfisher"
     for command in ([installed], [sys.executable, "-m", "woodfisher"]):

@@ -13,7 +13,7 @@ import tyro
 from woodfisher._version import __version__
 from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
-from woodfisher.cli.console import note, results_apart
+from woodfisher.cli.console import note, results_apart, several
 from woodfisher.cli.export import Export
 from woodfisher.cli.inspect import Inspect
 from woodfisher.cli.origin import given
@@ -75,6 +75,7 @@ def main(args: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings(), given(args), results_apart():
             warnings.simplefilter("always", WoodfisherWarning)
             warnings.showwarning = _shown_once()
+            _check_alone(command)
             command.run()
     except WoodfisherError as error:
         if not isinstance(error, ElsewhereError) or os.environ.get("RANK", "0") == "0":
@@ -92,6 +93,15 @@ def main(args: Sequence[str] | None = None) -> int:
         note("woodfisher: interrupted; no results were written")
         return 130
     return 0
+
+
+def _check_alone(command: object) -> None:
+    """Raise where `torchrun` starts several processes of a command that is for one."""
+    if several() and not isinstance(command, Prune):
+        raise ElsewhereError(
+            "of the commands only `woodfisher prune` works in several processes together: run this one without "
+            "torchrun."
+        )
 
 
 def _shown_once() -> Callable[..., None]:

@@ -35,10 +35,15 @@ LONGEST_WAIT = timedelta(hours=12)
 """Time that processes wait for one that computes alone; one that ends is noticed at once."""
 
 
+def several() -> bool:
+    """Whether `torchrun` started this process with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def process_group(device: str) -> Iterator[None]:
     """The group of the processes that `torchrun` started, if it did; of these only the first says anything."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+    if not several() or distributed.is_initialized():
         yield
         return
     # Its functions' default is the group that there is when it is first imported, as by an optimizer: they would keep

@@ -239,6 +239,8 @@ def _stages(report: Report) -> Table:
     for column in ("sparsity", "predicted", "measured", "damping", "gradient", ""):
         table.add_column(column, justify="right")
     every = -(-len(report.stages) // SHOWN_STAGES)
+    if every > 1:
+        table.caption = f"one in {every}, those taken back and the last; report.json has all"
     for number, stage in enumerate(report.stages, 1):
         if stage.accepted and number % every and number != len(report.stages):
             continue
