@@ -121,7 +121,10 @@ def test_sparse_models_come_back_from_files(layers, tmp_path):
     assert size == (tmp_path / "model.safetensors").stat().st_size
     assert torch.equal(again.eval()(IMAGES), sparse(IMAGES))
     assert read(tmp_path / "model.safetensors").metadata[EXPORT] == json.dumps(
-        {"sparse": list(layers), "semi_structured": []}
+        {
+            "sparse": {name: list(model.get_submodule(name).weight.shape) for name in layers},
+            "semi_structured": [],
+        }
     )
 
 
@@ -165,10 +168,13 @@ def listed(text):
         (lambda tensors, metadata: tensors.pop("5.values"), "5.values is missing"),
         (set_("0.weight", lambda t: torch.zeros(9, 3, 3, 3)), "0.weight is larger in the file"),
         (set_("0.bias", lambda t: t[None]), "size mismatch for 0.bias"),
-        (listed('{"sparse": ["1"]}'), "must be a plain Linear or Conv2d"),
-        (listed('{"sparse": ["7"]}'), "has none of that name"),
-        (listed('{"sparse": "5"}'), "must hold lists of names"),
-        (listed("[]"), "must hold lists of names"),
+        (listed('{"sparse": {"1": [9]}}'), "must be a plain Linear or Conv2d"),
+        (listed('{"sparse": {"7": [3, 3]}}'), "has none of that name"),
+        (listed('{"sparse": {"5": [300, 300]}}'), "5.weight is larger in the file"),
+        (listed('{"sparse": ["5"]}'), "must hold shapes by name"),
+        (listed('{"sparse": {"5": 3}}'), "must hold shapes by name"),
+        (listed('{"semi_structured": [5]}'), "must hold shapes by name"),
+        (listed("[]"), "must hold shapes by name"),
         (listed("{"), "Expecting property name"),
     ],
 )
@@ -291,6 +297,11 @@ def test_channels_that_were_cut_out_come_back_from_files(tmp_path):
     assert torch.equal(again(example), small(example))
     assert str(again) == str(small)
     torch.testing.assert_close(again(example), model(example))
+    sparse = to_sparse(small, ["4", "8"])
+    save_export(sparse, tmp_path / "sparse.safetensors")
+    again = load_export(fresh.eval(), tmp_path / "sparse.safetensors")
+    assert str(again) == str(sparse)
+    assert torch.equal(again(example), sparse(example))
 
 
 def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
@@ -463,7 +474,7 @@ def test_layers_that_do_not_win_are_not_converted(folder, capsys, monkeypatch):
     monkeypatch.setattr("woodfisher.cli.export.race", lambda *_: timed(2.0, 1.0))
     assert main([*EXPORT_IT, "--to", "csr"]) == 0
     header = read(folder / "csr" / "model.safetensors").metadata[EXPORT]
-    assert json.loads(header)["sparse"] == ["0"]
+    assert json.loads(header)["sparse"] == {"0": [256, 64]}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import abstractmethod
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class SparseLayer(nn.Module):
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_load_state_dict_post_hook(_check)  # type: ignore[no-untyped-call]
 
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Of the dense weight."""
+        return self.outputs, self.inputs
+
     def matrix(self, *, check: bool = False) -> Tensor:
         """The sparse matrix, which shares its memory with the buffers."""
         layout = torch.sparse_csr if self.values.ndim == 1 else torch.sparse_bsr
@@ -102,6 +108,10 @@ class SparseConv2d(SparseLayer):
         assert not isinstance(conv.padding, str)
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation = conv.padding, conv.dilation
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.outputs, self.inputs // math.prod(self.kernel_size), *self.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
         batched = input if input.ndim == 4 else input[None]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 EXPORT = "woodfisher.export"
-"""Key in a file's header: JSON of the names of `sparse` and of `semi_structured` layers."""
+"""Key in a file's header: JSON of the shapes of `sparse` layers' weights by name, and of `semi_structured` names."""
 
 
 def save_dense(model: nn.Module, path: str | Path) -> None:
@@ -52,7 +52,9 @@ def save_export(model: nn.Module, path: str | Path) -> int:
     """
     check_suffix(path)
     model = unwrapped(model)
-    sparse = [name for name, module in model.named_modules() if isinstance(module, SparseLayer)]
+    sparse = {
+        name: module.weight_shape for name, module in model.named_modules() if isinstance(module, SparseLayer)
+    }
     semi = [
         name
         for name, module in model.named_modules()
@@ -84,27 +86,32 @@ def load_export(model: nn.Module, path: str | Path) -> nn.Module:
     tensors = saved.tensors
     exported = copied(unwrapped(model))
     try:
-        listed = _listed(saved.metadata)
-        for name in listed["sparse"]:
+        sparse, semi_structured = _listed(saved.metadata)
+        forms = {f"{name}.weight": torch.empty(shape, device="meta") for name, shape in sparse.items()}
+        _fit(exported, {**tensors, **forms})
+        for name in sparse:
             layer = layer_named(exported, name)
             parts = {part: tensors[f"{name}.{part}"] for part in ("crow_indices", "col_indices", "values")}
             exported.set_submodule(name, sparse_from(layer, parts))
-        _fit(exported, tensors)
         exported.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         told = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise unreadable(path, f"{EXPECTED} of this {type(model).__name__}", ValueError(told)) from error
-    return to_semi_structured(exported, listed["semi_structured"]) if listed["semi_structured"] else exported
+    return to_semi_structured(exported, semi_structured) if semi_structured else exported
 
 
-def _listed(metadata: Mapping[str, str]) -> dict[str, list[str]]:
+def _listed(metadata: Mapping[str, str]) -> tuple[dict[str, list[int]], list[str]]:
+    """Shapes of the sparse layers' weights by name, and names of the semi-structured ones."""
     content = json.loads(metadata.get(EXPORT, "{}"))
     if isinstance(content, dict):
-        listed = {kind: content.get(kind, []) for kind in ("sparse", "semi_structured")}
-        names = [name for each in listed.values() for name in (each if isinstance(each, list) else [None])]
-        if all(isinstance(name, str) for name in names):
-            return listed
-    raise ValueError(f"{EXPORT} in its header must hold lists of names")
+        sparse, names = content.get("sparse", {}), content.get("semi_structured", [])
+        if isinstance(sparse, dict) and isinstance(names, list):
+            shapes = [shape if isinstance(shape, list) else [None] for shape in sparse.values()]
+            if all(isinstance(n, int) and n > 0 for shape in shapes for n in shape) and all(
+                isinstance(name, str) for name in names
+            ):
+                return sparse, names
+    raise ValueError(f"{EXPORT} in its header must hold shapes by name, and a list of names")
 
 
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
