@@ -57,6 +57,13 @@ def test_rows_in_bfloat16_are_those_of_float32_but_for_rounding(build, shape, gr
     assert objective.mean_loss() == wf.Objective(model, [(x, y)], cross_entropy).mean_loss()
 
 
+@pytest.mark.parametrize("supported", [False, True])
+def test_a_processor_without_bfloat16_is_told(supported, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    objective = wf.Objective(mlp(), [samples(8)], cross_entropy, precision="bfloat16")
+    assert any("this processor" in warning for warning in objective.warnings) is not supported
+
+
 def test_bfloat16_is_for_models_in_float32():
     with pytest.raises(wf.WoodfisherError, match="autocast leaves a float64 model as it is"):
         wf.Objective(mlp().double(), [], cross_entropy, precision="bfloat16")

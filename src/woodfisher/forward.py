@@ -90,6 +90,12 @@ class Forward:
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
         self._around = _Around(model)
+        on_cpu = any(p.device.type == "cpu" for p in model.parameters())
+        if precision == "bfloat16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            warn(
+                "this processor does not multiply in bfloat16, so that passes in it take several times as long: leave "
+                "out precision='bfloat16'."
+            )
         if _cancels_weights(loss):
             warn(
                 "class weights cancel in the loss of a single sample, which is divided by its own weight, so that "
