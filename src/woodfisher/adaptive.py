@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from woodfisher.batches import Stream
+from woodfisher.batches import FORWARD_BATCH, Stream, rechunk
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
@@ -144,7 +144,8 @@ def adaptive_run(
             "a number of stages."
         )
     window = window_for(objective, method, known)
-    held_out = stream.hold_out(window.held_out)
+    drawn = stream.hold_out(window.held_out)
+    held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
     streams = [stream, *(stream.fork() for _ in window.orders[1:])]
     runs = [
         AdaptiveRun(objective, method, selection, window, held_out, each, order)

@@ -67,6 +67,11 @@ def map_tensors(function: Callable[..., Tensor], *batches: Batch) -> Batch:
     )
 
 
+def some(batch: Batch, first: int, last: int | None = None) -> Batch:
+    """The samples `first … last - 1` of a batch; to its end without `last`."""
+    return map_tensors(lambda t: t[first:last], batch)
+
+
 def tensors_of(batch: Batch) -> list[Tensor]:
     """All tensors of a batch, in order."""
     found: list[Tensor] = []
@@ -127,7 +132,7 @@ def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     left = samples
     for batch in batches:
         count = samples_in(batch)
-        yield batch if count <= left else map_tensors(lambda t, left=left: t[:left], batch)
+        yield batch if count <= left else some(batch, 0, left)
         left -= count
         if left <= 0:
             return
@@ -150,7 +155,7 @@ def rechunk(batches: Iterable[Batch], size: int, group: int) -> Iterator[Batch]:
                     f"shape follow: pad samples to one shape, or use batches of a multiple of {group} samples."
                 )
             if count >= group:
-                yield map_tensors(lambda t, whole=count - count % group: t[:whole], _join(pending))
+                yield some(_join(pending), 0, count - count % group)
             pending, count = [], 0
         pending.append(batch)
         count += samples_in(batch)
@@ -158,17 +163,17 @@ def rechunk(batches: Iterable[Batch], size: int, group: int) -> Iterator[Batch]:
             joined = _join(pending)
             whole = count - count % size
             for first in range(0, whole, size):
-                yield map_tensors(lambda t, first=first: t[first : first + size], joined)
+                yield some(joined, first, first + size)
             count -= whole
-            pending = [map_tensors(lambda t, whole=whole: t[whole:], joined)] if count else []
+            pending = [some(joined, whole)] if count else []
     if count >= group:
-        yield map_tensors(lambda t: t[: count - count % group], _join(pending))
+        yield some(_join(pending), 0, count - count % group)
 
 
 def row_batches(batch: Batch, rows: int) -> Iterator[Batch]:
     """A batch cut into `rows` of the same number of samples."""
     group = samples_in(batch) // rows
-    return (map_tensors(lambda t, i=i: t[i * group : (i + 1) * group], batch) for i in range(rows))
+    return (some(batch, i * group, (i + 1) * group) for i in range(rows))
 
 
 def _join(pending: list[Batch]) -> Batch:
@@ -296,8 +301,8 @@ class Stream:
                 break
             count = samples_in(batch)
             if count > samples:
-                self._rest.append(map_tensors(lambda t, n=samples: t[n:], batch))
-                batch = map_tensors(lambda t, n=samples: t[:n], batch)
+                self._rest.append(some(batch, samples))
+                batch = some(batch, 0, samples)
             drawn.append(batch)
             samples -= count
         return drawn

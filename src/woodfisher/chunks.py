@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from woodfisher.batches import describe, map_tensors, rechunk, samples_in, take
+from woodfisher.batches import describe, map_tensors, rechunk, samples_in, some, take
 from woodfisher.checks import check_count
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import explained
@@ -51,7 +51,7 @@ class Chunks:
                 "the data holds no batch; at least one sample is needed. Where it can be read only once, an earlier "
                 "stage, sparsity or call has done so: give a list of batches or a DataLoader."
             )
-        row = objective.on_device(map_tensors(lambda t: t[:group], first))
+        row = objective.on_device(some(first, 0, group))
         if mean or group > 1:
             self.check_mean(objective, row)
         each = 2 * self.bytes_saved(objective, row) + floats * objective.dtype.itemsize

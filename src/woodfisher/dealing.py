@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from woodfisher.batches import describe, fingerprints, map_tensors
+from woodfisher.batches import describe, fingerprints, some
 from woodfisher.curvature import DiagonalFisher, Identity, WoodFisher
 from woodfisher.errors import ElsewhereError
 from woodfisher.isolation import generators
@@ -48,7 +48,7 @@ def can_be_dealt(method: Method) -> bool:
     )
     return (
         apart
-        and getattr(curvature, "labels", "data") == "data"
+        and curvature.labels == "data"
         and isinstance(method.pattern, (Unstructured, NM, Block))
         and isinstance(method.staging, int)
         and not method.refine
@@ -92,14 +92,14 @@ def alike(objective: Objective, asked: object) -> Objective:
     buffers = ranks.first(lambda: {name: buffer.cpu() for name, buffer in objective.buffers.items()})
     if ranks.rank == 0:
         return objective
-    return objective.changed((objective.weights, objective.kept, buffers))
+    return objective.with_buffers(buffers)
 
 
 def check_same_samples(objective: Objective) -> None:
     """Raise unless the data of all ranks looks the same: the shapes and the first sample of each batch."""
     if objective.ranks.size == 1:
         return
-    seen = [(describe(batch), fingerprints(map_tensors(lambda t: t[:1], batch))) for batch in objective.data]
+    seen = [(describe(batch), fingerprints(some(batch, 0, 1))) for batch in objective.data]
     if any(each != seen for each in objective.ranks.gather(seen)):
         raise ElsewhereError(_UNLIKE)
 
@@ -244,7 +244,7 @@ class Part(Objective):
                 else:
                     outgoing = [[] for _ in wanted]
                     if factored and not forms:
-                        first = map_tensors(lambda t: t[:group], turn[0][0])
+                        first = some(turn[0][0], 0, group)
                         _made(whole, first, 1, group, wanted, done, forms)
                 received = self.ranks.exchange(outgoing)
                 del outgoing

@@ -78,8 +78,10 @@ class Group(Ranks):
         return total.to(value.device)
 
     def first(self, compute: Callable[[], T]) -> T:
-        result = compute() if self.rank == 0 else None
-        return cast("T", self._told("first", result)[0])
+        told = [compute() if self.rank == 0 else None]
+        self._told("first", None)
+        _together(lambda: distributed.broadcast_object_list(told, src=0, device=self._device))
+        return cast("T", told[0])
 
     def exchange(self, outgoing: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         forms = [[(tuple(t.shape), t.dtype) for t in each] for each in outgoing]
@@ -180,20 +182,5 @@ def on_first_rank(compute: Callable[[], T]) -> T:
     Without a process group, or in one of a single process, it is just called. All ranks must call it, and wait
     no longer for the first than the group's timeout. What it returns must be picklable.
     """
-    if not in_a_group():
-        return compute()
-    if distributed.get_rank() != 0:
-        received: list[tuple[T | None, str | None]] = [(None, None)]
-        _together(lambda: distributed.broadcast_object_list(received, src=0))
-        result, failure = received[0]
-        if failure is not None:
-            raise ElsewhereError(f"on the first of the processes: {failure}")
-        return cast("T", result)
-    try:
-        result = compute()
-    except Exception as error:
-        # As text, for an exception may not be picklable, and the others would then wait for ever.
-        distributed.broadcast_object_list([(None, message_of(error))], src=0)
-        raise
-    distributed.broadcast_object_list([(result, None)], src=0)
-    return result
+    with together() as ranks:
+        return ranks.first(compute)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _WORKSPACE = 64 * 2**20
-"""Bytes of rows, or of products between their terms, that exist at a time in sums over all of them."""
+"""Bytes of dense rows, or of products between their terms, that exist at a time where all of them are gone through."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,25 @@ class LayerRows:
             else:
                 rows = (S @ A.mT).flatten(1, 2)[:, inside]
         return rows.flatten(1).to(self.dtype) if out is None else out.copy_(rows.flatten(1))
+
+    def select(self, index: Tensor, out: Tensor) -> None:
+        """Write the rows for some of the layer's weights, int64 `(k,)` and ascending, to `out` `(N, k)`.
+
+        Dense rows are made of a few channels at a time.
+        """
+        if not len(index):
+            return
+        rows, channels = self.unfolded(), index // self.width
+        step = max(_WORKSPACE // (self.count * self.width * self.dtype.itemsize), 1)
+        for first in range(int(channels[0]), int(channels[-1]) + 1, step):
+            some = slice(first, min(first + step, self.channels))
+            ends = torch.tensor([some.start, some.stop], device=channels.device)
+            start, stop = torch.searchsorted(channels, ends).tolist()
+            here = index[start:stop] - first * self.width
+            if len(here) == (some.stop - some.start) * self.width:
+                rows.dense(some, out=out[:, start:stop])
+            elif len(here):
+                torch.index_select(rows.dense(some), 1, here, out=out[:, start:stop])
 
     def gram(self) -> Tensor:
         """Inner products of the rows, float64 `(N, N)`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast
 
@@ -112,13 +113,11 @@ class Method:
         elif self.stages != "auto":
             check_count("stages", self.stages)
             object.__setattr__(self, "stages", int(self.stages))
-        if isinstance(self.staging, Adaptive) and getattr(self.curvature, "keep", "auto") not in (
-            "auto",
-            "memory",
-        ):
+        keep = self.curvature.keep if isinstance(self.curvature, WoodFisher) else "auto"
+        if isinstance(self.staging, Adaptive) and keep not in ("auto", "memory"):
             raise WoodfisherError(
                 "stages that adapt carry their rows along in memory, as many as it has room for; "
-                f"keep={getattr(self.curvature, 'keep', None)!r} came. Leave it out, or give a number of stages."
+                f"keep={keep!r} came. Leave it out, or give a number of stages."
             )
         if self.refine:
             check_count("refine", self.refine)
@@ -205,6 +204,9 @@ _TRAINING = {
 }
 """What they are inside a training loop, which mends what small blocks miss and has no time for large ones."""
 
+USUAL_SPARSITY = 0.95
+"""What is pruned to where neither a sparsity is asked for nor the pattern has one."""
+
 PRESETS = ("paper",)
 _PAPER = {"samples": 100, "damping": 1e-5, "block_size": 2000, "group": 1, "labels": "data"}
 
@@ -249,15 +251,26 @@ def with_options(curvature: Estimator, options: Mapping[str, Any]) -> Estimator:
 class MethodParts(TypedDict, total=False):
     """The parts of a `Method` that a caller may replace, by the names that it has for them."""
 
-    curvature: Estimator
-    first_order: FirstOrder
-    update: Update
-    scope: Scope
-    pattern: Pattern
-    floor: float
-    stages: Stages
-    refine: int
-    recalibrate: int
+    curvature: Estimator | None
+    first_order: FirstOrder | None
+    update: Update | None
+    scope: Scope | None
+    pattern: Pattern | None
+    floor: float | None
+    stages: Stages | None
+    refine: int | None
+    recalibrate: int | None
+
+
+def use_for(parts: MethodParts) -> Use:
+    """What for a method is taken with these parts: they may need a fixed number of stages."""
+    fixed = isinstance(parts.get("stages"), numbers.Integral) or bool(parts.get("refine"))
+    return "fixed" if fixed or parts.get("update") not in (None, "joint") else "adaptive"
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Those that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def replaced(method: Method, parts: MethodParts) -> Method:
@@ -268,5 +281,4 @@ def replaced(method: Method, parts: MethodParts) -> Method:
         raise WoodfisherError(
             f"there is no argument {sorted(unknown)[0]!r}; the parts of a method are {known}."
         )
-    given: dict[str, Any] = {name: part for name, part in parts.items() if part is not None}
-    return replace(method, **given)
+    return replace(method, **given(**parts))

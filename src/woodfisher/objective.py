@@ -17,6 +17,7 @@ from woodfisher.batches import (
     reads_once,
     rechunk,
     samples_in,
+    some,
     take,
     tensors_of,
 )
@@ -148,27 +149,30 @@ class Objective:
         self.ranks: Ranks = ALONE
         self.base: int | None = None
 
-    def at(self, weights: Tensor, kept: Tensor, buffers: Mapping[str, Tensor] | None = None) -> Objective:
-        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain, and other buffers."""
+    def at(self, weights: Tensor, kept: Tensor) -> Objective:
+        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
         self.layout.check(weights, "weights")
         self.layout.check(kept, "kept")
-        return self._with(
-            buffers={**self.buffers, **(buffers or {})},
-            weights=torch.where(kept, weights, 0).to(self.weights),
-            kept=kept,
-        )
+        return self._with(weights=torch.where(kept, weights, 0).to(self.weights), kept=kept)
 
     def changes(self) -> Changes:
         """What became of the model, for `changed` in another process."""
+        return self.weights.cpu(), self.kept.cpu(), self.fresh_buffers()
+
+    def fresh_buffers(self) -> dict[str, Tensor]:
+        """Name → the buffers that are not the model's own, on the CPU."""
         own = dict(self.model.named_buffers())
-        fresh = {name: b.cpu() for name, b in self.buffers.items() if b is not own[name]}
-        return self.weights.cpu(), self.kept.cpu(), fresh
+        return {name: buffer.cpu() for name, buffer in self.buffers.items() if buffer is not own[name]}
 
     def changed(self, changes: Changes) -> Objective:
         """The same objective after the changes of another process."""
         weights, kept, buffers = changes
+        return self.at(weights.to(self.device), kept.to(self.device)).with_buffers(buffers)
+
+    def with_buffers(self, buffers: Mapping[str, Tensor]) -> Objective:
+        """The same objective with some buffers, by name, in the place of others."""
         fresh = {name: buffer.to(self.buffers[name].device) for name, buffer in buffers.items()}
-        return self.at(weights.to(self.device), kept.to(self.device), fresh)
+        return self._with(buffers={**self.buffers, **fresh})
 
     def among(self, ranks: Ranks) -> Objective:
         """The same objective, whose samples and weights are dealt out among several processes."""
@@ -246,7 +250,7 @@ class Objective:
         Running means and variances become their plain averages over batches of the first `samples` samples,
         from forward passes alone. Models without such layers stay as they are.
         """
-        return self._with(buffers={**self.buffers, **fresh_statistics(self, samples)})
+        return self.with_buffers(fresh_statistics(self, samples))
 
     def state(self, weights: Tensor | None = None) -> State:
         """What the model is run on: `weights` `(d,)`, its own by default, in the model's dtypes, and the buffers."""
@@ -268,7 +272,7 @@ class Objective:
                     chunk = self.on_device(chunk)
                     with explained(chunk):
                         total += float(self.forward.mean_loss(state, chunk)) * samples_in(chunk)
-                    self._chunks.check_mean(self, map_tensors(lambda t: t[:1], chunk))
+                    self._chunks.check_mean(self, some(chunk, 0, 1))
         if not count:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
         return sum(self.ranks.gather(total)) / count
@@ -441,7 +445,7 @@ class Objective:
                 if index is None:
                     signals.pop(name).dense(out=out[:, place])
                 else:
-                    out[:, place] = signals.pop(name).dense()[:, index]
+                    signals.pop(name).select(index, out[:, place])
         else:
             grouped = map_tensors(lambda t: t.reshape(len(out), group, *t.shape[1:]), chunk)
             gradients = self.forward.row_gradients(self.state(), grouped, len(out))
@@ -587,7 +591,7 @@ class Objective:
             return
         row, position = (~torch.isfinite(rows)).nonzero()[0].tolist()
         name = self.layout.name_at(position if columns is None else int(columns[position]))
-        samples = map_tensors(lambda t: t[row * group : (row + 1) * group], batch)
+        samples = some(batch, row * group, (row + 1) * group)
         bad = [t for t in tensors_of(samples) if t.is_floating_point() and not torch.isfinite(t).all()]
         cause = (
             "The data of that row itself holds NaN or infinity: clean it."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,10 +14,10 @@ from woodfisher.adaptive import Adaptive, adaptive_run
 from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
 from woodfisher.dealing import align_random, alike, can_be_dealt
-from woodfisher.distributed import ALONE, on_first_rank, together
+from woodfisher.distributed import ALONE, together
 from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.isolation import copied, isolated, unmoved
-from woodfisher.method import method_for, replaced
+from woodfisher.method import USUAL_SPARSITY, method_for, replaced, use_for
 from woodfisher.objective import Objective
 from woodfisher.report import report_of, warn_of_lost_layers, warnings_of
 from woodfisher.stages import run_stages
@@ -76,7 +75,7 @@ def prune(
         As for `Objective`. Training samples are drawn from the beginning of `data`, so shuffle it. Every stage
         draws new ones while there are any; a few hundred in all are enough to begin with.
     sparsity:
-        Fraction of the chosen weights to remove, in [0, 1); by default what the pattern says, or 0.9 if neither
+        Fraction of the chosen weights to remove, in [0, 1); by default what the pattern says, or 0.95 if neither
         that nor `max_drop` does. The number kept is exactly the nearest integer to `(1 − sparsity) · d`, which has
         to be one at least; where groups of weights go together, the most whole groups that are no more.
     max_drop:
@@ -107,13 +106,13 @@ def prune(
                 "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
                 f"metric=lambda model: accuracy(model, validation_batches); {metric!r} came."
             )
-        method = _method(criterion, preset, parts)
+        method = replaced(method_for(criterion, preset, use=use_for(parts)), parts)
         objective = Objective(
             model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
         )
     if max_drop is not None and metric is not None:
         return prune_within(objective, max_drop, metric, method, progress)
-    usual = method.pattern.sparsity or 0.9
+    usual = method.pattern.sparsity or USUAL_SPARSITY
     return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
 
 
@@ -142,7 +141,7 @@ def sweep(
     In the order of `sparsities`.
     """
     with together():
-        method = _method(criterion, preset, parts)
+        method = replaced(method_for(criterion, preset, use=use_for(parts)), parts)
         objective = Objective(
             model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
         )
@@ -207,9 +206,8 @@ def _in_all_processes(
         among = alike(objective.among(ranks), (method, asked))
         if ranks.size == 1 or can_be_dealt(method):
             return [replace(each, objective=each.objective.among(ALONE)) for each in prune(among)]
-    alone = among.among(ALONE)
-    told = on_first_rank(lambda: [pruned.told() for pruned in prune(alone)])
-    with together() as ranks:
+        alone = among.among(ALONE)
+        told = ranks.first(lambda: [pruned.told() for pruned in prune(alone)])
         align_random(objective.data, ranks)
     return [Pruned.of(each, alone) for each in told]
 
@@ -331,11 +329,6 @@ def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
     return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
 
 
-def _method(criterion: str, preset: str | None, parts: MethodParts) -> Method:
-    fixed = isinstance(parts.get("stages"), numbers.Integral) or parts.get("update") not in (None, "joint")
-    return replaced(method_for(criterion, preset, use="fixed" if fixed else "adaptive"), parts)
-
-
 def _started(objective: Objective, method: Method) -> tuple[Objective, Selection]:
     """The objective with what is there to begin with, and what may stay of it."""
     selection = method.selection(objective)
@@ -362,5 +355,4 @@ def _pruned(
     report = report_of(objective, stages, method, selection, watch)
     seconds, warnings = objective.ranks.first(lambda: (report.seconds, report.warnings))
     own = {name: buffer.clone() for name, buffer in objective.buffers.items()}
-    settled = objective.at(objective.weights, objective.kept, own)
-    return Pruned(replace(report, seconds=seconds, warnings=warnings), settled)
+    return Pruned(replace(report, seconds=seconds, warnings=warnings), objective.with_buffers(own))

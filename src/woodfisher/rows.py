@@ -349,18 +349,7 @@ class FactorRows(WindowRows):
         out = new_matrix(self.count, span.stop - span.start, self.dtype, self.device)
         for name, (place, index) in self._layout.places(_indexes(span, self._index, self.device)).items():
             assert index is not None
-            layer, part = self._layers[name].unfolded(), out[:, place]
-            channels = index // layer.width
-            step = max(SPAN // (self.count * layer.width * self.dtype.itemsize), 1)
-            for first in range(int(channels[0]), int(channels[-1]) + 1, step):
-                some = slice(first, min(first + step, layer.channels))
-                ends = torch.tensor([some.start, some.stop], device=channels.device)
-                start, stop = torch.searchsorted(channels, ends).tolist()
-                here = index[start:stop] - first * layer.width
-                if len(here) == (some.stop - some.start) * layer.width:
-                    layer.dense(some, out=part[:, start:stop])
-                elif len(here):
-                    torch.index_select(layer.dense(some), 1, here, out=part[:, start:stop])
+            self._layers[name].select(index, out[:, place])
         return out
 
     def gram(self) -> Tensor:

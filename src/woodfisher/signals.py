@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.conv import _ConvNd
 
-from woodfisher.batches import describe, map_tensors, row_batches, samples_in
+from woodfisher.batches import describe, map_tensors, row_batches, samples_in, some
 from woodfisher.errors import NoFactorsError
 from woodfisher.forward import State, evenly_labelled, explained
 from woodfisher.layer_rows import LayerRows
@@ -122,7 +122,7 @@ class Signals:
             size += (inputs * outputs).cpu()
         row = half + int(size.argmax())
         group = samples_in(chunk) // count
-        sample = map_tensors(lambda t: t[row * group : (row + 1) * group], chunk)
+        sample = some(chunk, row * group, (row + 1) * group)
         alone = self._forward.gradient(state, sample)
         for name, rows in made.items():
             together, true = rows.part(slice(row, row + 1)).dense()[0], alone[name].flatten()
@@ -149,8 +149,7 @@ class Signals:
         form = _form(batch, group)
         tried, found = self._tried.get(form, (0, {}))
         if tried < rows:
-            some = map_tensors(lambda t: t[: rows * group], batch)
-            found = self._try(state, some, rows, workspace)
+            found = self._try(state, some(batch, 0, rows * group), rows, workspace)
             self._tried[form] = rows, found
         return found
 
@@ -241,7 +240,7 @@ def _noise(rows: LayerRows, row: int) -> float:
 
 def _form(batch: Batch, group: int) -> str:
     """What a sample of a batch looks like, in rows of `group`."""
-    return f"{group} {describe(map_tensors(lambda t: t[:1], batch))}"
+    return f"{group} {describe(some(batch, 0, 1))}"
 
 
 def has_factors(module: nn.Module, weight: Tensor) -> bool:

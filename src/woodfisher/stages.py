@@ -40,7 +40,7 @@ def run_stages(
     targets = through(selection.amount(objective.kept), [final], method.staging)
     for number, amount in enumerate(targets):
         report_progress("stages", number, len(targets))
-        if getattr(method.curvature, "labels", "data") == "model":
+        if method.curvature.labels == "model":
             move_on()
         here = objective.on(stream.draw(method.curvature.samples))
         check_same_samples(here)
@@ -55,7 +55,8 @@ def _recalibrated(objective: Objective, stream: Stream, method: Method) -> Objec
     """With statistics of batch normalisation that the first rank takes anew."""
     if objective.ranks.size == 1:
         return recalibrated(objective, stream, method)
-    return objective.changed(objective.ranks.first(lambda: recalibrated(objective, stream, method).changes()))
+    fresh = objective.ranks.first(lambda: recalibrated(objective, stream, method).fresh_buffers())
+    return objective.with_buffers(fresh)
 
 
 def _stage(

@@ -12,16 +12,28 @@ from tyro.conf import arg
 from woodfisher.batches import Few
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
+from woodfisher.curvature.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
 from woodfisher.forward import Precision  # noqa: TC001  tyro reads the annotations
 from woodfisher.isolation import reseed
-from woodfisher.method import METHODS, Method, Scope, Update, Use, method_for, options_of, with_options
+from woodfisher.method import (
+    METHODS,
+    Method,
+    MethodParts,
+    Scope,
+    Update,
+    given,
+    method_for,
+    options_of,
+    replaced,
+    use_for,
+    with_options,
+)
 from woodfisher.objective import Objective
 from woodfisher.patterns import parse_pattern
 from woodfisher.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.tasks import Task, load_task
 
-Labels = Literal["data", "model"]
 Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
 Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
@@ -143,23 +155,27 @@ class MethodOptions:
         Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update
         and stages for methods that take no samples.
         """
-        fixed = isinstance(self.stages, int) or self.update not in (None, "joint") or self.refine is not None
-        use: Use = "training" if training else "fixed" if fixed else "adaptive"
-        method = method_for(criterion, self.preset, use=use)
-        block_size: dict[str, Any] = {}
-        if self.block_size is not None:
-            block_size["block_size"] = None if self.block_size == "all" else self.block_size
-        asked = {
-            **_given(
-                samples=self.samples,
-                group=self.group,
-                damping=_damping(self.damping),
-                labels=self.labels,
-                memory=self.memory,
-                keep=self.keep,
-            ),
-            **block_size,
+        parts: MethodParts = {
+            "update": self.update,
+            "stages": self.stages,
+            "scope": self.scope,
+            "pattern": None if self.pattern is None else parse_pattern(self.pattern),
+            "floor": self.floor,
+            "refine": self.refine,
+            "recalibrate": self.recalibrate,
         }
+        method = method_for(criterion, self.preset, use="training" if training else use_for(parts))
+        asked = given(
+            samples=self.samples,
+            group=self.group,
+            damping=_damping(self.damping),
+            labels=self.labels,
+            memory=self.memory,
+            keep=self.keep,
+            block_size=self.block_size,
+        )
+        if self.block_size == "all":
+            asked["block_size"] = None
         known = options_of(method.curvature)
         foreign = asked.keys() - known
         if self.refine is not None and not method.curvature.samples:
@@ -168,14 +184,11 @@ class MethodOptions:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
             raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
         curvature = with_options(method.curvature, {k: v for k, v in asked.items() if k in known})
-        moves = _given(update=self.update, stages=self.stages)
-        pattern = None if self.pattern is None else parse_pattern(self.pattern)
-        parts = {
-            **_given(scope=self.scope, pattern=pattern, floor=self.floor),
-            **(moves if strict or method.curvature.samples else {}),
-            **_given(recalibrate=self.recalibrate, refine=self.refine if method.curvature.samples else None),
-        }
-        return replace(method, curvature=curvature, **parts)
+        if not method.curvature.samples:
+            parts["refine"] = None
+            if not strict:
+                parts["update"] = parts["stages"] = None
+        return replaced(replace(method, curvature=curvature), parts)
 
 
 def usable_device(name: str) -> torch.device:
@@ -221,7 +234,3 @@ def _damping(text: str | None) -> Damping | None:
             f"{text!r} came."
         ) from None
     return Relative(number) if text.endswith("x") else number
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}

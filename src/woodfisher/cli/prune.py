@@ -20,7 +20,7 @@ from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_json, write_folder
-from woodfisher.method import METHODS
+from woodfisher.method import METHODS, USUAL_SPARSITY
 from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_layers, require_plots
@@ -176,7 +176,7 @@ class Prune:
     def _goal(self, method: Method) -> tuple[float | None, float]:
         """The drop allowed, or None, and the sparsity."""
         if self.max_drop is None:
-            usual = method.pattern.sparsity or 0.95
+            usual = method.pattern.sparsity or USUAL_SPARSITY
             sparsity = usual if self.sparsity is None else self.sparsity
             check_sparsity(sparsity)
             return None, sparsity

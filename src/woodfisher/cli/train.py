@@ -15,7 +15,7 @@ from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.origin import origin
 from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_json, write_folder
-from woodfisher.method import METHODS, Method
+from woodfisher.method import METHODS, USUAL_SPARSITY, Method
 from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_training, require_plots
 from woodfisher.saved import packed_model
@@ -88,7 +88,7 @@ class Train:
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True, training=True)
         check_count("stages", method.stages)
-        usual = method.pattern.sparsity or 0.95
+        usual = method.pattern.sparsity or USUAL_SPARSITY
         sparsity = usual if self.sparsity is None else self.sparsity
         check_sparsity(sparsity)
         schedule = self._schedule(sparsity)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from woodfisher.objective import Objective
+
+Labels = Literal["data", "model"]
 
 WORKSPACE = 16 * 2**20
 """Bytes of float64 scratch that an operator may use at a time, beside vectors of the model's size."""
@@ -132,9 +134,12 @@ class Estimator(ABC):
     ----------
     samples:
         Samples of data that it takes; 0 for none.
+    labels:
+        `data` where their targets are the data's, `model` where they are drawn from the model's own distribution.
     """
 
     samples: int = 0
+    labels: Labels = "data"
 
     @abstractmethod
     def __call__(self, objective: Objective) -> InverseOperator:

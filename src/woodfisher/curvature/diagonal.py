@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from woodfisher.checks import check_choice, check_count, check_positive
-from woodfisher.curvature.base import DiagonalInverse, Estimator
+from woodfisher.curvature.base import DiagonalInverse, Estimator, Labels
 from woodfisher.errors import NoFactorsError
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class DiagonalFisher(Estimator):
     samples: int = 400
     damping: float = 1e-5
     group: int = 1
-    labels: Literal["data", "model"] = "data"
+    labels: Labels = "data"
 
     def __post_init__(self) -> None:
         check_count("samples", self.samples)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from woodfisher.checks import check_choice, check_count, check_positive
-from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, spans
+from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, Labels, spans
 from woodfisher.errors import WoodfisherError
 from woodfisher.watch import warn
 
@@ -125,7 +125,7 @@ class KFAC(Estimator):
 
     samples: int = 400
     damping: float = 1e-5
-    labels: Literal["data", "model"] = "data"
+    labels: Labels = "data"
 
     def __post_init__(self) -> None:
         check_count("samples", self.samples)

@@ -13,6 +13,7 @@ from woodfisher.curvature.base import (
     DiagonalInverse,
     Estimator,
     InverseOperator,
+    Labels,
     removed_part,
 )
 from woodfisher.curvature.blocks import FisherBlocks
@@ -73,7 +74,7 @@ class WoodFisher(Estimator):
     block_size: int | None = 2000
     damping: Damping = 1e-5
     group: int = 1
-    labels: Literal["data", "model"] = "data"
+    labels: Labels = "data"
     across_layers: bool = False
     keep: Keep | Literal["auto"] = "auto"
     memory: int | str | None = None
