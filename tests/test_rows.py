@@ -15,8 +15,30 @@ import woodfisher as wf
 from models import mlp, samples
 from woodfisher import rows as module
 from woodfisher.curvature import base
+from woodfisher.layer_rows import LayerRows
 from woodfisher.planning import planned
 from woodfisher.rows import FactorRows, FileRows, HeldRows, HostRows, WindowRows, gathered
+
+
+def test_rows_for_some_weights_are_made_a_few_channels_at_a_time(monkeypatch):
+    model = nn.Sequential(nn.Linear(50, 60), nn.Tanh(), nn.Linear(60, 3))
+    objective = wf.Objective(model, [samples(8, (50,))], cross_entropy)
+    some = torch.randperm(objective.layout.size)[:400].sort().values
+    expected = objective.rows(8)[:, some]
+    sizes, dense = [], LayerRows.dense
+
+    def noted(self, *args, **options):
+        made = dense(self, *args, **options)
+        sizes.append(made.numel() * made.element_size())
+        return made
+
+    monkeypatch.setattr("woodfisher.layer_rows._WORKSPACE", 6400)
+    monkeypatch.setattr(LayerRows, "dense", noted)
+    objective.rows(8, columns=some)  # the first time, a few rows are tried whole
+    sizes.clear()
+    torch.testing.assert_close(objective.rows(8, columns=some), expected, rtol=0, atol=0)
+    assert max(sizes) <= 6400
+
 
 EXACT = ["factors", "disk", "again"]
 

@@ -89,7 +89,8 @@ class Report:
     masks:
         Name → bool tensor of the weight's shape, False where removed.
     seconds:
-        Phase → wall-clock time: `gradients`, `curvature`, `saliency`, `update`, and `total`.
+        Phase → wall-clock time: `gradients`, `curvature`, `saliency`, `update`, of `refine`, `check`, `measuring`,
+        `recalibration` and `metric` that there were, and `total`.
     method:
         The options of the `Method` that ran.
     warnings:

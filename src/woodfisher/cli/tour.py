@@ -38,7 +38,7 @@ class Tour:
     trained. A task of one's own is toured as it is, and at the earlier points that it keeps. Matrices are dense, so in
     a model of more than some thousand weights choose some of them with --params.
 
-    Writes OUT/matrices.png, OUT/layers-POINT.png, OUT/blocks.png, OUT/spectra.png, OUT/samples.png, OUT/report.json
+    Writes OUT/matrices.png, OUT/layers-N-POINT.png, OUT/blocks.png, OUT/spectra.png, OUT/samples.png, OUT/report.json
     and OUT/spectra.csv.
     """
 
