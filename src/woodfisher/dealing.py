@@ -150,12 +150,7 @@ class Part(Objective):
         names = dealt_names(whole.layout, whole.ranks)
         self.parameters = {name: whole.parameters[name] for name in names}
         self.layout = whole.layout.only(names)
-        self.weights, self.kept = self._own(whole.weights), self._own(whole.kept)
-
-    def _own(self, flat: Tensor) -> Tensor:
-        """The part of a vector of all weights."""
-        parts = self.whole.layout.split(flat)
-        return torch.cat([flat[:0], *(parts[name].reshape(-1) for name in self.layout.shapes)])
+        self.weights, self.kept = (whole.layout.of(self.layout, flat) for flat in (whole.weights, whole.kept))
 
     def joined(self) -> Objective:
         """The whole objective, with what each rank has made of its weights."""
@@ -178,7 +173,7 @@ class Part(Objective):
         return self.whole.forward_flops() // self.ranks.size
 
     def gradient(self, samples: int) -> Tensor:
-        return self._own(self.whole.gradient(samples))
+        return self.whole.layout.of(self.layout, self.whole.gradient(samples))
 
     def rows(
         self,

@@ -87,6 +87,11 @@ class Layout:
         self.check(flat, "a flat vector of all chosen weights")
         return {name: flat[where].view(self.shapes[name]) for name, where in self.slices.items()}
 
+    def of(self, part: Layout, flat: Tensor) -> Tensor:
+        """What of a flat vector `(d,)` belongs to the weights of another layout, in its order."""
+        parts = self.split(flat)
+        return torch.cat([flat[:0], *(parts[name].reshape(-1) for name in part.shapes)])
+
     def index(self, name: str) -> Tensor:
         """Flat indexes of a weight as int64 `(outputs, inputs, positions)`; a vector has one input.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,7 +11,7 @@ from woodfisher.checks import check_fraction, check_sparsity
 from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.patterns import Unstructured
 from woodfisher.ranking import Standing, StandingAmong, survivors
-from woodfisher.saliency import group_saliency, saliency
+from woodfisher.units import Singles, units_of
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -64,9 +64,9 @@ class Selection:
         self._flops = flops
         self.total = layout.size if flops is None else int(flops.sum())
         self._standing = standing or Standing(layout.sizes)
-        self._groups = pattern.groups(layout) if layout.size else None
-        self._owner = None if self._groups is None else _owners(self._groups, layout.size)
+        self._device = torch.device("cpu")
         self._quota = pattern.quota(layout) if layout.size else None
+        self._units = units_of(pattern, layout)
         if scope == "layer" and self._spans_tensors:
             raise WoodfisherError(
                 f"the pattern {pattern} has groups that span several tensors, so the scope layer can't rank them: use "
@@ -80,23 +80,17 @@ class Selection:
         """
         if ranks.size == 1:
             return self
-        flops = self._flops
-        if flops is not None:
-            parts = self.layout.split(flops)
-            flops = torch.cat([flops[:0], *(parts[name].reshape(-1) for name in part.shapes)])
-        width = 1 if self._groups is None else self._groups[0].shape[1]
-        standing = StandingAmong(self.layout, part, ranks, width)
+        flops = None if self._flops is None else self.layout.of(part, self._flops)
+        standing = StandingAmong(self.layout, part, ranks, self._units.width)
         selection = Selection(part, self.pattern, self.scope, self.floor, flops, standing)
         selection.total = self.total
         return selection
 
     @property
     def _spans_tensors(self) -> bool:
-        """Whether groups have weights of several tensors."""
-        if self._owner is None:
-            return False
-        units = [units for _, units in self._layers()]
-        return sum(map(len, units)) > len(torch.cat(units).unique())
+        """Whether units have weights of several tensors."""
+        units = [self._units.of(where) for where in self.layout.slices.values()]
+        return bool(units) and sum(map(len, units)) > len(torch.cat(units).unique())
 
     def present(self, kept: Tensor) -> Tensor:
         """What is there to begin with, where `kept` `(d,)` is what isn't zero.
@@ -104,21 +98,19 @@ class Selection:
         A zero counts as a removed weight, but for biases and parameters of normalisation in a group that has other
         weights left: these begin at zero.
         """
-        if self._owner is None:
-            return kept
-        owner = self._owner.to(kept.device)
-        alive = torch.zeros_like(self._units(kept.device)).index_add(0, owner, kept.long()) > 0
+        self._move(kept.device)
+        alive = self._units.spread(self._units.sums(kept.long()) > 0)
         vectors = torch.cat(
             [
                 torch.full((size,), len(shape) < 2, device=kept.device)
                 for size, shape in zip(self.layout.sizes, self.layout.shapes.values(), strict=True)
             ]
         )
-        return kept | (vectors & alive[owner])
+        return kept | (vectors & alive)
 
     def amount(self, kept: Tensor) -> int:
         """How much of `total` the weights in `kept` `(d,)` are."""
-        return int(kept.sum()) if self._flops is None else int(self._flops.to(kept.device)[kept].sum())
+        return int(self._each(kept).sum())
 
     def target(self, sparsity: float) -> int:
         """How much of `total` stays at a sparsity; raises where nothing would, or the pattern or floor forbids it."""
@@ -138,7 +130,7 @@ class Selection:
                 f"the pattern {self.pattern} leaves a sparsity of {only:g}, and {sparsity:g} was "
                 "asked for: leave the sparsity out, or choose another pattern."
             )
-        if self.floor and self._owner is None and self._flops is None:
+        if self.floor and isinstance(self._units, Singles) and self._flops is None:
             self._check_floor(sum(self._needed(size) for size in self.layout.sizes), amount)
         return amount
 
@@ -158,7 +150,8 @@ class Selection:
         only = self.pattern.sparsity
         if only is None or self._quota is None or not self.amount(kept) <= amount <= self.target(only):
             return
-        index, number = self._quota[0].to(kept.device), self._quota[1]
+        self._move(kept.device)
+        index, number = self._quota
         if bool(((self._costs(kept) > 0)[index].sum(1) > number).any()):
             raise WoodfisherError(
                 f"{1 - self.amount(kept) / self.total:.2%} of the chosen weights are zero already, but not in the "
@@ -186,20 +179,20 @@ class Selection:
         point:
             w or the Newton point, `(d,)`.
         """
-        scores, cost = self._scores(point, finv), self._costs(kept)
+        self._move(kept.device)
+        scores, cost = self._units.scores(point, finv), self._costs(kept)
         bad = scores.isnan().nonzero()
         if len(bad):
             unit = int(bad[0])
-            first = unit if self._owner is None else int((self._owner == unit).nonzero()[0])
             raise WoodfisherError(
-                f"the score of a weight of {self.layout.name_at(first)!r} is NaN: raise the damping."
+                f"the score of a weight of {self.layout.name_at(self._units.first(unit))!r} is NaN: raise the damping."
             )
         alive = cost > 0
         rank = scores / cost.clamp_min(1)
         fixed = self._protected(rank, alive, kept)
         only = self.pattern.sparsity
         if only is not None and amount <= self.target(only):
-            stay = self._spread(fixed, kept)
+            stay = self._units.spread(fixed) & kept
             reached = self._standing.total(self.amount(stay))
             if reached < amount:
                 warn(
@@ -219,78 +212,54 @@ class Selection:
                 f"{amount} of {self.total} may stay, and no group of the pattern {self.pattern} is as small: ask for "
                 "less sparsity."
             )
-        return self._spread(stay, kept)
+        return self._units.spread(stay) & kept
 
-    def _scores(self, point: Tensor, finv: InverseOperator) -> Tensor:
-        if self._groups is None:
-            return saliency(point, finv)
-        return torch.cat([group_saliency(point, finv, index) for index in self._groups])
+    def _move(self, device: torch.device) -> None:
+        """Have everything where the weights are, once."""
+        if device == self._device:
+            return
+        self._device, self._units = device, self._units.to(device)
+        if self._flops is not None:
+            self._flops = self._flops.to(device)
+        if self._quota is not None:
+            self._quota = self._quota[0].to(device), self._quota[1]
+
+    def _each(self, kept: Tensor) -> Tensor:
+        """What of `total` each weight still is, int64 `(d,)`."""
+        self._move(kept.device)
+        return kept.long() if self._flops is None else self._flops * kept
 
     def _costs(self, kept: Tensor) -> Tensor:
-        """What of `total` each unit (weight or group) still is, int64 `(u,)`."""
-        each = kept.long() if self._flops is None else self._flops.to(kept.device) * kept
-        if self._owner is None:
-            return each
-        return self._units(kept.device).index_add(0, self._owner.to(kept.device), each)
-
-    def _units(self, device: torch.device) -> Tensor:
-        return torch.zeros(
-            sum(map(len, cast("list[Tensor]", self._groups))), dtype=torch.int64, device=device
-        )
-
-    def _spread(self, units: Tensor, kept: Tensor) -> Tensor:
-        """Units that stay → weights that stay."""
-        return (units if self._owner is None else units[self._owner.to(kept.device)]) & kept
+        """What of `total` each unit still is, int64 `(u,)`."""
+        return self._units.sums(self._each(kept))
 
     def _protected(self, rank: Tensor, alive: Tensor, kept: Tensor) -> Tensor:
         """Units that the pattern's quota or the floor keeps: the best of each set that are left."""
         fixed = torch.zeros_like(alive)
         if self._quota is not None:
-            index, number = self._quota[0].to(rank.device), self._quota[1]
+            index, number = self._quota
             best = torch.where(alive, rank, -torch.inf)[index].topk(number).indices
             fixed[index.gather(1, best)] = True
         elif self.floor:
-            for where, units in self._layers():
-                units = units.to(rank.device)
-                if self._owner is None:
-                    sizes = kept[where].long()
-                else:
-                    owner = self._owner[where].to(rank.device)
-                    sizes = self._units(rank.device).index_add(0, owner, kept[where].long())[units]
+            for where in self.layout.slices.values():
+                units, sizes = self._units.of(where), self._units.sums_in(where, kept[where].long())
                 order = torch.where(alive, rank, -torch.inf)[units].argsort(descending=True)
                 needed = self._needed(where.stop - where.start)
                 before = sizes[order].cumsum(0) - sizes[order]
                 fixed[units[order[before < needed]]] = True
         return fixed & alive
 
-    def _layers(self) -> list[tuple[slice, Tensor]]:
-        """Where each tensor lies in the flat vector, and its units."""
-        spans = self.layout.slices.values()
-        if self._owner is None:
-            return [(where, torch.arange(where.start, where.stop)) for where in spans]
-        return [(where, self._owner[where].unique()) for where in spans]
-
     def _within_layers(self, rank: Tensor, alive: Tensor, cost: Tensor, amount: int, fixed: Tensor) -> Tensor:
-        layers = self._layers()
-        available = self._standing.of_all([int(cost[units].sum()) for _, units in layers])
+        layers = [self._units.of(where) for where in self.layout.slices.values()]
+        available = self._standing.of_all([int(cost[units].sum()) for units in layers])
         counts = _counts(self._standing.sizes, available, amount)
-        held = self._standing.of_all([int(cost[units][fixed[units]].sum()) for _, units in layers])
+        held = self._standing.of_all([int(cost[units][fixed[units]].sum()) for units in layers])
         for least, number in zip(held, counts, strict=True):
             self._check_floor(least, number)
         stay = torch.zeros_like(alive)
-        for (_, units), number in zip(layers, self._standing.own(counts), strict=True):
+        for units, number in zip(layers, self._standing.own(counts), strict=True):
             stay[units] = survivors(rank[units], alive[units], number, cost[units])
         return stay
-
-
-def _owners(groups: list[Tensor], size: int) -> Tensor:
-    """Group that each weight belongs to, int64 `(d,)`."""
-    owner = torch.empty(size, dtype=torch.int64)
-    first = 0
-    for index in groups:
-        owner[index] = torch.arange(first, first + len(index))[:, None]
-        first += len(index)
-    return owner
 
 
 def _counts(sizes: list[int], available: list[int], count: int) -> list[int]:
