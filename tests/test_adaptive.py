@@ -612,6 +612,15 @@ def test_data_whose_samples_are_all_held_out_is_explained():
     wf.prune(mlp(), data, cross_entropy, 0.5, stages=2)
 
 
+@pytest.mark.parametrize("options", [{"stages": 1}, {"criterion": "magnitude"}, {"stages": QUICK}])
+@pytest.mark.filterwarnings("ignore:400 samples were asked for")
+def test_points_of_a_sweep_are_on_the_data_that_came(options):
+    data = batches()
+    (point,) = wf.sweep(trained(), data, cross_entropy, [0.5], **options)
+    assert point.objective.data is data
+    assert math.isfinite(point.objective.mean_loss())
+
+
 def test_sparsities_and_stages_may_be_numpys():
     points = wf.sweep(mlp(), batches(), cross_entropy, np.array([0.5, 0.75]), criterion="magnitude")
     assert [point.report.sparsity for point in points] == [0.5, 0.75]

@@ -425,3 +425,18 @@ def test_channels_that_are_silent_on_the_example_are_not_taken_for_such_that_can
         wf.Channels.of(model, torch.randn(2, 8))
     plain = nn.Sequential(model[0], nn.ReLU(), nn.Linear(16, 3))
     assert wf.Channels.of(plain, torch.randn(2, 8)).coupled == (("0.weight", "0.bias"),)
+
+
+def test_what_can_not_be_traced_ends_in_one_error():
+    pytest.importorskip("torch_pruning")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.recurrent, self.last = nn.Linear(6, 12), nn.GRU(12, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.recurrent(torch.relu(self.first(x)))[0])
+
+    with pytest.raises(wf.WoodfisherError, match="torch-pruning can't trace the model"):
+        wf.Channels.of(Net(), torch.randn(4, 5, 6))

@@ -416,6 +416,15 @@ def test_only_prune_runs_in_several_processes(folder, capsys, monkeypatch):
     assert not (folder / "out").exists()
 
 
+def test_blocks_and_swaps_are_for_a_fixed_number_of_stages(folder, capsys):
+    arguments = ["prune", "--sparsity", "0.5", "--json", "--out", "out", "--block-size", "500"]
+    assert main([*arguments, "--stages", "1"]) == 0
+    fixed = json.loads(capsys.readouterr().out)["method"]
+    assert main(["plan", "--block-size", "500", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == fixed["curvature"]["samples"] == 400
+    assert main(["prune", "--criterion", "magnitude", "--refine", "0", "--out", "out"]) == 0
+
+
 @pytest.mark.parametrize("memory", ["2GiB", "100MiB"])
 def test_plans_of_stages_that_adapt(memory, folder, capsys):
     arguments = ["plan", "--criterion", "woodfisher", "--memory", memory]

@@ -304,6 +304,23 @@ def test_channels_that_were_cut_out_come_back_from_files(tmp_path):
     assert torch.equal(again(example), sparse(example))
 
 
+def test_recurrent_layers_of_fewer_inputs_come_back_from_files(tmp_path):
+    class Net(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.first, self.recurrent = nn.Linear(6, width), nn.LSTM(width, 8, 2)
+            self.last = nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.last(self.recurrent(torch.relu(self.first(x)))[0])
+
+    small, example = Net(5).eval(), torch.randn(4, 5, 6)
+    save_export(small, tmp_path / "small.safetensors")
+    again = load_export(Net(12).eval(), tmp_path / "small.safetensors")
+    assert torch.equal(again(example), small(example))
+    assert str(again) == str(small)
+
+
 def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     model = convnet()

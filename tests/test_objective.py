@@ -641,12 +641,107 @@ def test_targets_of_a_summed_square():
         nn.BCEWithLogitsLoss(pos_weight=torch.tensor([5.0] * 4)),
         nn.BCEWithLogitsLoss(weight=torch.tensor([5.0] * 4)),
         nn.CrossEntropyLoss(label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=torch.ones(4), reduction="none"),
+        nn.NLLLoss(weight=torch.ones(4), reduction="sum"),
     ],
 )
 def test_losses_that_are_no_likelihoods_need_a_sampler(loss):
     objective = wf.Objective(nn.Linear(3, 4), [(torch.randn(9, 3), torch.zeros(9, 4))], loss)
     with pytest.raises(wf.WoodfisherError, match="pass sampler="):
         objective.rows(8, labels="model")
+
+
+class Positions(nn.Module):
+    """Classes at each of five positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4 * 5)
+
+    def forward(self, x):
+        return self.layer(x).unflatten(1, (4, 5))
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")])
+def test_the_fisher_of_classes_at_positions_is_the_gauss_newton_matrix_of_those_that_count(loss):
+    torch.manual_seed(0)
+    model, x, y = Positions(), torch.randn(6000, 3), torch.randint(4, (6000, 5))
+    y[::3, 2:] = -100
+    objective = wf.Objective(model, [(x, y)], loss)
+    logits = model(x)
+    p = logits.softmax(1)
+    curvature = (p * (1 - p)).sum(1) * (y != -100)  # trace of the Hessian by the logits of a position
+    if getattr(loss, "reduction", "mean") == "mean":
+        curvature = curvature / (y != -100).sum(1, keepdim=True)
+    expected = (curvature.sum(1) * (x.square().sum(1) + 0)).mean()
+    drawn = objective.rows(6000, labels="model").square().sum() / 6000
+    torch.testing.assert_close(drawn, expected.detach(), rtol=0.05, atol=0)
+
+
+def test_classes_at_positions_that_no_targets_stand_for_are_refused():
+    data = [(torch.randn(9, 3), torch.randint(4, (9, 5)))]
+    for loss, name in ((nll_loss, "nll_loss"), (nn.CrossEntropyLoss(ignore_index=3), "ignore_index=3")):
+        with pytest.raises(wf.WoodfisherError, match=f"{name}.*several positions: pass sampler="):
+            wf.Objective(Positions(), data, loss).rows(8, labels="model")
+
+
+@pytest.mark.parametrize(
+    ("loss", "ignored"), [(cross_entropy, -100), (nn.CrossEntropyLoss(ignore_index=2), 2)]
+)
+def test_samples_that_the_loss_ignores_have_no_rows_of_drawn_targets(loss, ignored):
+    x, y = samples(30)
+    y[:10] = ignored
+    objective = wf.Objective(mlp(), [(x, y)], loss)
+    norms = objective.rows(30, labels="model").norm(dim=1)
+    assert (norms[:10] == 0).all() and (norms[y != ignored] > 0).all()
+    every = torch.cat(list(objective.iter_fisher_rows(30)))
+    alone = wf.Objective(mlp(), [(x[y != ignored], y[y != ignored])], loss)
+    expected = torch.cat(list(alone.iter_fisher_rows(int((y != ignored).sum()))))
+    torch.testing.assert_close(every.square().sum(), expected.square().sum())
+
+
+@pytest.mark.parametrize("size", [251, 250, 7])
+def test_the_mean_loss_is_over_the_targets_that_count(size):
+    x, y = samples(251)
+    y[[3, 4, 100, 250]] = -100
+    model = mlp()
+    objective = wf.Objective(model, list(zip(x.split(size), y.split(size), strict=True)), cross_entropy)
+    assert objective.mean_loss() == pytest.approx(float(cross_entropy(model(x), y)), rel=1e-5)
+    with pytest.raises(wf.WoodfisherError, match="none with a target that counts"):
+        objective.on([(x, torch.full_like(y, -100))]).mean_loss()
+
+
+@pytest.mark.parametrize("params", [None, "*"])
+def test_embeddings_that_scale_their_weights_stay_as_they_are(params):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(20, 8, max_norm=0.5), nn.Flatten(), nn.Linear(24, 3))
+    before = copy.deepcopy(model.state_dict())
+    x, y = torch.randint(20, (30, 3)), torch.randint(3, (30,))
+    expected = copy.deepcopy(model)
+    cross_entropy(expected(x), y).backward()
+    objective = wf.Objective(model, [(x, y)], cross_entropy, params=params)
+    flat = torch.cat([expected.get_parameter(name).grad.flatten() for name in objective.parameters])
+    torch.testing.assert_close(objective.gradient(30), flat)
+    wf.sweep(model, [(x, y)], cross_entropy, [0.5], params=params, stages=2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(objective.weights, objective.current().weights)
+
+
+def test_linear_layers_of_transformers_are_pruned_by_default():
+    class Conv1D(nn.Module):
+        def __init__(self, outputs, inputs):
+            super().__init__()
+            self.nf = outputs
+            self.weight = nn.Parameter(torch.randn(inputs, outputs))
+            self.bias = nn.Parameter(torch.zeros(outputs))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    model = nn.Sequential(Conv1D(5, 6), nn.Tanh(), nn.Linear(5, 3))
+    objective = wf.Objective(model, [samples(8)], cross_entropy)
+    assert list(objective.parameters) == ["0.weight", "2.weight"]
+    assert list(wf.Objective(model, [], cross_entropy, exclude=":first").parameters) == ["2.weight"]
 
 
 def test_tied_weights_take_part_in_the_flops_of_each_place():

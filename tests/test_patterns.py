@@ -399,3 +399,14 @@ def test_fused_weights_with_fewer_keys_than_queries_are_refused():
 
     with pytest.raises(wf.WoodfisherError, match="can't be cut into 4 heads"):
         wf.prune(Attention(), None, sparsity=0.5, criterion="magnitude", pattern=wf.Heads(4))
+
+
+@pytest.mark.parametrize("scope", ["global", "layer", "flops"])
+def test_a_floor_that_a_pattern_breaks_is_refused(scope):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 4))
+    options = {"criterion": "magnitude", "pattern": wf.NM(1, 4), "scope": scope}
+    with pytest.raises(
+        wf.WoodfisherError, match=r"1:4 keeps 0.25 of every tensor, less than the floor of 0.5"
+    ):
+        wf.prune(model, [samples(9, (8,), classes=4)], cross_entropy, floor=0.5, **options)
+    wf.prune(model, [samples(9, (8,), classes=4)], cross_entropy, floor=0.25, **options)

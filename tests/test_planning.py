@@ -132,6 +132,13 @@ def test_pruning_under_a_budget_gives_the_same_network():
         torch.testing.assert_close(one, other)
 
 
+def test_rows_that_the_data_is_too_small_for_are_refused():
+    with pytest.raises(
+        wf.WoodfisherError, match="a row averages 16 samples, and there are 10: give more data"
+    ):
+        wf.plan(wf.Objective(mlp(), [samples(10)], cross_entropy), wf.WoodFisher(400, 10, 1e-3, group=16))
+
+
 @pytest.mark.parametrize("small", [0, 2**30])
 def test_planning_draws_no_random_numbers(small, monkeypatch):
     monkeypatch.setattr(planning, "SMALL", small)

@@ -186,10 +186,7 @@ class _Traced:
         except WoodfisherError:
             raise
         except Exception as error:
-            raise WoodfisherError(
-                f"torch-pruning can't trace the model: {type(error).__name__}: {error}\nIt follows autograd from the "
-                "outputs back to the inputs."
-            ) from error
+            raise _untraceable(error) from error
         self._names = {module: name for name, module in self.model.named_modules()}
         uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         self._shared = {each for each, count in uses.items() if count > 1}
@@ -197,7 +194,10 @@ class _Traced:
 
     def sets(self) -> list[_ChannelSet]:
         """Sets of channels that torch-pruning would cut, in the model's order."""
-        groups = self._graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear))
+        try:
+            groups = list(self._graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)))
+        except Exception as error:  # of what it follows through a layer that it doesn't know
+            raise _untraceable(error) from error
         sets = [each for group in groups if (each := self._set_of(group)) is not None]
         return sorted(sets, key=lambda each: self._place(each.members[0]))
 
@@ -241,6 +241,13 @@ class _Traced:
             names = (f"{self._names[module]}.{name}".lstrip(".") for name, _ in module.named_parameters())
             members += [name + part for name in names]
         return _ChannelSet(self._names[modules[0]], width, tuple(sorted(members, key=self._place)))
+
+
+def _untraceable(error: Exception) -> WoodfisherError:
+    return WoodfisherError(
+        f"torch-pruning can't trace the model: {type(error).__name__}: {error}\nIt follows autograd from the outputs "
+        "back to the inputs, and knows no GRU, for one."
+    )
 
 
 def _is_grouped(module: nn.Module) -> bool:

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from woodfisher.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.errors import WoodfisherError
-from woodfisher.likelihood import every_target, target_sampler
+from woodfisher.likelihood import IGNORED, every_target, kept_ignored, target_sampler
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -43,9 +43,6 @@ _OF_ENTRIES = (F.mse_loss, F.binary_cross_entropy_with_logits)
 
 _OF_CLASSES = (F.cross_entropy, F.nll_loss)
 """Losses of which torch gives the terms, one for each sample."""
-
-_IGNORED = -100
-"""The label that cross-entropy ignores."""
 
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
@@ -86,7 +83,7 @@ class Forward:
         precision: Precision,
     ) -> None:
         self.model, self.loss, self.precision = model, loss, precision
-        self._sampler = sampler or target_sampler(loss)
+        self._draw = target_sampler(loss) if sampler is None else lambda outputs, _: sampler(outputs)
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
         self._around = _Around(model)
@@ -115,6 +112,12 @@ class Forward:
             for other in others
         }
         inside = {f"model.{name}": tensor for name, tensor in {**tensors, **tied}.items()}
+        for name, module in self.model.named_modules():
+            if (
+                getattr(module, "max_norm", None) is not None
+            ):  # an embedding, which scales its weight in place
+                name = f"model.{name}.weight".replace("..", ".")
+                inside[name] = (inside[name] if name in inside else module.weight.detach()).clone()
         return functional_call(self._around, inside, (compute,), tie_weights=False)
 
     def outputs(self, state: State, batch: Batch, precision: Precision = "float32") -> Any:
@@ -134,6 +137,20 @@ class Forward:
         """Mean loss of the samples of a batch; `state` is left as it is."""
         check_form(self.loss, batch)
         return self.at(state.copied(), lambda: mean_loss(self.loss, self.called(batch, precision), batch))
+
+    def counted(self, batch: Batch) -> float:
+        """Samples of a batch that its mean loss is of: without the share of labels that the loss ignores."""
+        labels = labels_of(batch)
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or not self._ignores:
+            return samples_in(batch)
+        ignored = getattr(self.loss, "ignore_index", IGNORED)
+        return samples_in(batch) * float((labels != ignored).float().mean())
+
+    @property
+    def _ignores(self) -> bool:
+        """Whether the loss is known to leave out some labels, as models' own do."""
+        kinds = (nn.CrossEntropyLoss, nn.NLLLoss)
+        return self.loss is None or self.loss in _OF_CLASSES or isinstance(self.loss, kinds)
 
     def sum_of_losses(self, state: State, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
@@ -185,7 +202,7 @@ class Forward:
     def with_sampled_targets(self, state: State, batch: Batch) -> Batch:
         """The batch with targets drawn from the model's own distribution."""
         with torch.no_grad():
-            return _with_targets(batch, self._sampler(self.outputs(state.copied(), batch)))
+            return _with_targets(batch, self._draw(self.outputs(state.copied(), batch), labels_of(batch)))
 
     def with_every_target(self, state: State, batch: Batch) -> list[tuple[Tensor, Batch]]:
         """The batch with all that the model's distribution may draw, and each sample's weights, as `every_target`.
@@ -197,8 +214,14 @@ class Forward:
             every = [] if self._every is None else list(self._every(outputs))
             if not every:
                 one = torch.ones(samples_in(batch), device=tensors_of(batch)[0].device)
-                every = [(one, self._sampler(outputs))]
-        return [(weight, _with_targets(batch, targets)) for weight, targets in every]
+                every = [(one, self._draw(outputs, labels_of(batch)))]
+        return [(weight, _with_targets(batch, self._as_ignored(targets, batch))) for weight, targets in every]
+
+    def _as_ignored(self, labels: Tensor, batch: Batch) -> Tensor:
+        """Labels, with those of the batch's own that the loss ignores."""
+        if labels.is_floating_point():
+            return labels
+        return kept_ignored(labels, labels_of(batch), getattr(self.loss, "ignore_index", IGNORED))
 
     def row_gradients(self, state: State, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
@@ -306,7 +329,7 @@ def evenly_labelled(batch: Batch, rows: int) -> bool:
     for labels in tensors_of(batch):
         if labels.ndim < 2 or labels.is_floating_point():
             continue
-        counted = labels != _IGNORED
+        counted = labels != IGNORED
         if any(len(part.reshape(rows, -1).sum(1).unique()) > 1 for part in (counted, counted[:, 1:])):
             return False
     return True
@@ -339,6 +362,11 @@ def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Ba
             f"{type(outputs).__name__}. Pass loss=, as in torch.nn.functional.cross_entropy."
         )
     return own.mean()
+
+
+def labels_of(batch: Batch) -> Any:
+    """The targets of a batch; None where a dict has no labels."""
+    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
 
 
 def _with_targets(batch: Batch, targets: Tensor) -> Batch:

@@ -20,13 +20,18 @@ MOST_TARGETS = 100
 """Targets of a sample beyond which the Fisher is taken over drawn ones instead of all of them."""
 
 
-def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], Tensor]:
+IGNORED = -100
+"""The label that torch's losses of classes leave out of their mean, unless they are told another one."""
+
+
+def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor]:
     """How to draw targets for a loss that is a negative log-likelihood.
 
+    The returned function takes outputs and the data's targets, of which those that the loss ignores stay as they are.
     Softmax losses draw a class, the logistic loss draws 0 or 1, the squared error (as torch takes its mean
     over the outputs of a sample, or sums) draws from the normal distribution that it is the likelihood of. For any
-    other loss the returned function raises; so it does with `label_smoothing`, `pos_weight` or the logistic loss's
-    `weight`, which make no likelihoods.
+    other loss the returned function raises; so it does with `label_smoothing`, `pos_weight` or `weight`, which make no
+    likelihoods.
     """
     if loss is None:
         return _model_classes
@@ -34,13 +39,17 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any],
     if known is not None:
         return known[0]
 
-    def unknown(outputs: Any) -> Tensor:
-        raise UnknownDistributionError(
-            'labels="model" has to draw targets from the model\'s distribution, which is not known for the loss '
-            f"{getattr(loss, '__name__', type(loss).__name__)}: pass sampler=, a function of the outputs."
-        )
+    def unknown(outputs: Any, targets: Any) -> Tensor:
+        raise _unknown(loss)
 
     return unknown
+
+
+def _unknown(loss: Any, how: str = "") -> UnknownDistributionError:
+    return UnknownDistributionError(
+        'labels="model" has to draw targets from the model\'s distribution, which is not known for the loss '
+        f"{getattr(loss, '__name__', type(loss).__name__)}{how}: pass sampler=, a function of the outputs."
+    )
 
 
 def every_target(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], Weighted] | None:
@@ -60,11 +69,15 @@ def every_target(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], W
 
 def _known(
     loss: Callable[[Any, Any], Tensor],
-) -> tuple[Callable[[Any], Tensor], Callable[[Any], Weighted]] | None:
+) -> tuple[Callable[[Any, Any], Tensor], Callable[[Any], Weighted]] | None:
+    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+        smoothed = isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing > 0
+        if loss.weight is not None or smoothed:
+            return None
+        classes = _classes if isinstance(loss, nn.CrossEntropyLoss) else _labels
+        return partial(classes, ignored=loss.ignore_index, summed=loss.reduction == "sum"), _every_class
     if isinstance(loss, nn.MSELoss) and loss.reduction == "sum":
         return partial(_normal, variance=0.5), partial(_every_normal, variance=0.5)
-    if isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing:
-        return None
     if isinstance(loss, nn.BCEWithLogitsLoss):
         if loss.pos_weight is not None or loss.weight is not None:
             return None
@@ -102,13 +115,49 @@ def _every_normal(outputs: Tensor, variance: float | None = None) -> Weighted:
     yield from _every_coordinate(outputs, outputs.new_tensor((variance or _variance(outputs)) ** 0.5))
 
 
-def _classes(outputs: Tensor) -> Tensor:
+def _drawn(outputs: Tensor) -> Tensor:
     """Draw from softmax over dimension 1 (log-probabilities are logits too): `(n, C, …)` → `(n, …)`."""
     probabilities = outputs.movedim(1, -1).float().softmax(-1)
     return torch.multinomial(probabilities.flatten(0, -2), 1).reshape(probabilities.shape[:-1])
 
 
-def _binary(outputs: Tensor, terms: int | None = None) -> Tensor:
+def _labels(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, summed: bool = False) -> Tensor:
+    """A class for each sample; the sum over several positions of one is a likelihood, and their mean is not."""
+    if outputs.ndim > 2 and not summed:
+        raise _unknown("nll_loss", " as a mean over several positions")
+    return kept_ignored(_drawn(outputs), targets, ignored)
+
+
+def kept_ignored(drawn: Tensor, targets: Any, ignored: int = IGNORED) -> Tensor:
+    """Drawn labels, with those of `targets` that a loss leaves out."""
+    return torch.where(_left_out(drawn, targets, ignored), ignored, drawn)
+
+
+def _left_out(drawn: Tensor, targets: Any, ignored: int) -> Tensor:
+    if isinstance(targets, Tensor) and targets.shape == drawn.shape and not targets.is_floating_point():
+        return targets == ignored
+    return torch.zeros_like(drawn, dtype=torch.bool)
+
+
+def _classes(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, summed: bool = False) -> Tensor:
+    """Labels, or where a sample has several positions, targets in the form of probabilities `(n, C, …)`.
+
+    The mean over L positions has an Lth of their gradient, and its Fisher an Lth of its Gauss-Newton matrix. Targets √L
+    times as far from the model's probabilities make up for that, as ∇ℓ is linear in them; it is zero at those
+    themselves, which positions get that the loss ignores.
+    """
+    if outputs.ndim == 2 or summed:
+        return _labels(outputs, targets, ignored=ignored, summed=summed)
+    if ignored >= 0:  # with which torch takes no probabilities
+        raise _unknown("cross_entropy", f" with ignore_index={ignored} over several positions")
+    labels, p = _drawn(outputs), outputs.softmax(1)
+    counted = ~_left_out(labels, targets, ignored)
+    stretch = labels[0].numel() / counted.flatten(1).sum(1).clamp_min(1).sqrt()
+    far = F.one_hot(labels, outputs.shape[1]).movedim(-1, 1) - p
+    return p + far * (counted * stretch.reshape(-1, *[1] * (labels.ndim - 1)))[:, None].to(p)
+
+
+def _binary(outputs: Tensor, targets: Any, terms: int | None = None) -> Tensor:
     """0 or 1 for one output a sample.
 
     A mean over K terms has a Kth of their gradient, and its Fisher a Kth of its Gauss-Newton matrix. Targets √K times
@@ -118,7 +167,7 @@ def _binary(outputs: Tensor, terms: int | None = None) -> Tensor:
     return p + (terms or outputs[0].numel()) ** 0.5 * (torch.bernoulli(p) - p)
 
 
-def _normal(outputs: Tensor, variance: float | None = None) -> Tensor:
+def _normal(outputs: Tensor, targets: Any, variance: float | None = None) -> Tensor:
     return outputs + (variance or _variance(outputs)) ** 0.5 * torch.randn_like(outputs)
 
 
@@ -127,8 +176,8 @@ def _variance(outputs: Tensor) -> float:
     return outputs[0].numel() / 2
 
 
-def _model_classes(outputs: Any) -> Tensor:
-    return _classes(_logits(outputs))
+def _model_classes(outputs: Any, targets: Any) -> Tensor:
+    return _labels(_logits(outputs), targets)
 
 
 def _logits(outputs: Any) -> Tensor:
@@ -141,8 +190,9 @@ def _logits(outputs: Any) -> Tensor:
     return logits
 
 
-_DISTRIBUTIONS: list[tuple[tuple[Any, ...], Callable[[Any], Tensor], Callable[[Any], Weighted]]] = [
-    ((F.cross_entropy, F.nll_loss, nn.CrossEntropyLoss, nn.NLLLoss), _classes, _every_class),
+_DISTRIBUTIONS: list[tuple[tuple[Any, ...], Callable[[Any, Any], Tensor], Callable[[Any], Weighted]]] = [
+    ((F.cross_entropy,), _classes, _every_class),
+    ((F.nll_loss,), _labels, _every_class),
     ((F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss), _binary, _every_binary),
     ((F.mse_loss, nn.MSELoss), _normal, _every_normal),
 ]

@@ -73,9 +73,9 @@ class Objective:
         averaged). None for models that compute their own.
     params:
         Patterns (as in a shell: `encoder.*`, `*.weight`) of parameter names, or of names of modules that
-        hold them. Default: the weights of Linear and convolution layers; no biases, no norms, and not the
-        packed weights of attention and recurrent layers (`in_proj_weight`, `weight_ih_l0`, ...), which patterns
-        choose.
+        hold them. Default: the weights of Linear layers (transformers' Conv1D among them) and of convolutions; no
+        biases, no norms, and not the packed weights of attention and recurrent layers (`in_proj_weight`,
+        `weight_ih_l0`, ...), which patterns choose.
     exclude:
         Patterns of what to leave out.
     sampler:
@@ -263,18 +263,21 @@ class Objective:
 
     def mean_loss(self) -> float:
         """Mean loss over all of the data, from forward passes alone; NaN or infinity where the model gives it."""
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         with isolated(self.model), torch.no_grad():
             state = self.state()
             for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
-                count += samples_in(chunk)
-                if number % self.ranks.size == self.ranks.rank:
+                counted = self.forward.counted(chunk)
+                count += counted
+                if counted and number % self.ranks.size == self.ranks.rank:
                     chunk = self.on_device(chunk)
                     with explained(chunk):
-                        total += float(self.forward.mean_loss(state, chunk)) * samples_in(chunk)
+                        total += float(self.forward.mean_loss(state, chunk)) * counted
                     self._chunks.check_mean(self, some(chunk, 0, 1))
         if not count:
-            raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
+            raise WoodfisherError(
+                "the mean loss of no samples was asked for: the data holds no batch, or none with a target that counts."
+            )
         return sum(self.ranks.gather(total)) / count
 
     def flops(self) -> Tensor:

@@ -230,10 +230,11 @@ def _sweep(
                     f"{sparsity:.2%} asks for; nothing is removed."
                 )
                 reached[amount] = _pruned(objective, [], method, selection, watch)
+        data = objective.data
         wanted = sorted(set(amounts) - set(reached), reverse=True)
         for amount, at, stages in _each(objective, wanted, method, selection):
             warn_of_lost_layers(at)
-            reached[amount] = _pruned(at, stages, method, selection, watch)
+            reached[amount] = _pruned(at.on(data), stages, method, selection, watch)
             if not isinstance(method.staging, Adaptive):
                 watch.restart()
     return [reached[amount] for amount in amounts]

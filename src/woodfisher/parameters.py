@@ -19,8 +19,6 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-
 ENDS = {":first": 0, ":last": -1}
 """Patterns for the weight of the first and of the last Linear or convolution layer, in the model's order."""
 
@@ -47,14 +45,19 @@ def is_conv1d(module: nn.Module) -> bool:
     return named_so and not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
+def _is_layer(module: nn.Module) -> bool:
+    """Whether it is a linear or convolution layer, whose weight is pruned where nobody says what."""
+    return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_conv1d(module)
+
+
 def choose(
     model: nn.Module, params: str | Sequence[str] | None, exclude: str | Sequence[str]
 ) -> dict[str, nn.Parameter]:
     """Choose parameters by name, tied ones once.
 
-    Without `params` these are the weights of Linear and convolution layers, but for frozen ones where others are
-    not, and for parametrized ones; patterns are those of a shell, and match the name of a parameter or of a module
-    that holds it; `:first` and `:last` are the ends of the network.
+    Without `params` these are the weights of Linear (and transformers' Conv1D) and convolution layers, but for frozen
+    ones where others are not, and for parametrized ones; patterns are those of a shell, and match the name of a
+    parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
     """
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
@@ -94,7 +97,7 @@ def _layer_weights(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str
     own = {
         id(p)
         for module in model.modules()
-        if isinstance(module, _LAYERS) and not _computes_weight(module)
+        if _is_layer(module) and not _computes_weight(module)
         for p in module.parameters(recurse=False)
         if p.ndim > 1
     }
@@ -110,9 +113,7 @@ def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Par
     """What is chosen where nobody says: `_layer_weights` but for frozen ones where others are not."""
     weights = _layer_weights(model, named)
     computed = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, _LAYERS) and _computes_weight(module)
+        name for name, module in model.named_modules() if _is_layer(module) and _computes_weight(module)
     ]
     if computed:
         warn(

@@ -200,6 +200,12 @@ class _Work:
         self.runs: list[Run] = curvature.runs(objective)
         self.weights = int(objective.kept.sum())
         self.rows = objective.most_rows(curvature.samples, curvature.group)
+        if not self.rows:
+            known = objective.known_samples()
+            raise WoodfisherError(
+                f"a row averages {curvature.group} samples, and there are {min(curvature.samples, known or 0)}: give "
+                "more data or a smaller group."
+            )
         self.item = objective.dtype.itemsize
         self.dense = self.rows * self.weights * self.item
         self.budget = None if curvature.memory is None else parse_bytes(curvature.memory)

@@ -64,6 +64,12 @@ class Selection:
         self._flops = flops
         self.total = layout.size if flops is None else int(flops.sum())
         self._standing = standing or Standing(layout.sizes)
+        only = pattern.sparsity
+        if only is not None and floor > 1 - only + 1e-9:
+            raise WoodfisherError(
+                f"the pattern {pattern} keeps {1 - only:g} of every tensor, less than the floor of {floor:g}: lower "
+                "the floor, or choose another pattern."
+            )
         self._device = torch.device("cpu")
         self._quota = pattern.quota(layout) if layout.size else None
         self._units = units_of(pattern, layout)

@@ -164,7 +164,10 @@ class MethodOptions:
             "refine": self.refine,
             "recalibrate": self.recalibrate,
         }
-        method = method_for(criterion, self.preset, use="training" if training else use_for(parts))
+        use = (
+            "fixed" if isinstance(self.block_size, int) else use_for(parts)
+        )  # stages that adapt have one block
+        method = method_for(criterion, self.preset, use="training" if training else use)
         asked = given(
             samples=self.samples,
             group=self.group,
@@ -178,7 +181,7 @@ class MethodOptions:
             asked["block_size"] = None
         known = options_of(method.curvature)
         foreign = asked.keys() - known
-        if self.refine is not None and not method.curvature.samples:
+        if self.refine and not method.curvature.samples:
             foreign |= {"refine"}
         if foreign and strict:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))

@@ -117,7 +117,7 @@ def _listed(metadata: Mapping[str, str]) -> tuple[dict[str, list[int]], list[str
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Make layers as narrow as their tensors are; what can't be made so is left to `load_state_dict` to refuse."""
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.PReLU, _ConvNd, _NormBase)):
+        if not isinstance(module, (nn.Linear, nn.PReLU, nn.RNNBase, _ConvNd, _NormBase)):
             continue
         held: dict[str, Any] = {**module._parameters, **module._buffers}
         for key, old in held.items():
@@ -139,6 +139,8 @@ def _count(module: nn.Module) -> None:
     """Set the numbers of channels that a layer knows to those of its tensors."""
     if isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
+    elif isinstance(module, nn.RNNBase):
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, _ConvNd):
