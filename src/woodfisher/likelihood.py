@@ -40,15 +40,15 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, 
         return known[0]
 
     def unknown(outputs: Any, targets: Any) -> Tensor:
-        raise _unknown(loss)
+        raise _unknown(getattr(loss, "__name__", type(loss).__name__))
 
     return unknown
 
 
-def _unknown(loss: Any, how: str = "") -> UnknownDistributionError:
+def _unknown(loss: str) -> UnknownDistributionError:
     return UnknownDistributionError(
         'labels="model" has to draw targets from the model\'s distribution, which is not known for the loss '
-        f"{getattr(loss, '__name__', type(loss).__name__)}{how}: pass sampler=, a function of the outputs."
+        f"{loss}: pass sampler=, a function of the outputs."
     )
 
 
@@ -124,7 +124,7 @@ def _drawn(outputs: Tensor) -> Tensor:
 def _labels(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, summed: bool = False) -> Tensor:
     """A class for each sample; the sum over several positions of one is a likelihood, and their mean is not."""
     if outputs.ndim > 2 and not summed:
-        raise _unknown("nll_loss", " as a mean over several positions")
+        raise _unknown("nll_loss as a mean over several positions")
     return kept_ignored(_drawn(outputs), targets, ignored)
 
 
@@ -149,7 +149,7 @@ def _classes(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, summed: b
     if outputs.ndim == 2 or summed:
         return _labels(outputs, targets, ignored=ignored, summed=summed)
     if ignored >= 0:  # with which torch takes no probabilities
-        raise _unknown("cross_entropy", f" with ignore_index={ignored} over several positions")
+        raise _unknown(f"cross_entropy with ignore_index={ignored} over several positions")
     labels, p = _drawn(outputs), outputs.softmax(1)
     counted = ~_left_out(labels, targets, ignored)
     stretch = labels[0].numel() / counted.flatten(1).sum(1).clamp_min(1).sqrt()
