@@ -711,7 +711,9 @@ def test_the_mean_loss_is_over_the_targets_that_count(size):
 
 
 @pytest.mark.parametrize("params", [None, "*"])
-@pytest.mark.filterwarnings("ignore:400 samples", "ignore:torch.func can't vectorise", "ignore:every weight of")
+@pytest.mark.filterwarnings(
+    "ignore:400 samples", "ignore:torch.func can't vectorise", "ignore:every weight of"
+)
 def test_embeddings_that_scale_their_weights_stay_as_they_are(params):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(20, 8, max_norm=0.5), nn.Flatten(), nn.Linear(24, 3))

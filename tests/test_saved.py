@@ -17,8 +17,9 @@ from torch import nn
 import woodfisher as wf
 from models import Tied, mlp
 from woodfisher.bitmask import PARTS, pack, unpack
+from woodfisher.contents import contents_of
 from woodfisher.export import save_dense, save_export
-from woodfisher.saved import COMPRESSED, MASKED, pack_state, packed_model, read
+from woodfisher.saved import COMPRESSED, INPUTS_FIRST, MASKED, pack_state, packed_model, read
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "shipping.md"
@@ -258,6 +259,7 @@ def flip(bitmask):
         (header('{"conv": {"name": "conv.weight", "shape": [16, 8, 3, 4]}}'), "'conv.weight' is broken"),
         (lambda tensors, metadata: metadata.update({MASKED: "[3]"}), "must list weights that have a mask"),
         (lambda tensors, metadata: metadata.update({MASKED: '["conv.bias"]'}), "must list weights that have"),
+        (lambda tensors, metadata: metadata.update({INPUTS_FIRST: '"conv"'}), "must list names"),
         (header('{"none": {"name": "none", "shape": [1]}}'), "'none' is broken: its shape and compressed"),
     ],
 )
@@ -388,3 +390,15 @@ def test_files_are_written_under_the_name_that_they_are_read_by(name, tmp_path):
         with pytest.raises(wf.WoodfisherError, match=f"a .safetensors file; .*{name}' came"):
             save(nn.Linear(2, 2), tmp_path / name)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("pattern", "name"), [(wf.Channels(), "channels"), (wf.NM(2, 4), "2:4")])
+def test_patterns_of_weights_with_inputs_first_are_named(pattern, name, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.ConvTranspose2d(8, 6, 3), nn.Flatten(), nn.Linear(6 * 25, 3))
+    wf.prune(model, None, sparsity=0.5, criterion="magnitude", pattern=pattern, params="0.weight")
+    wf.save_weights(model, tmp_path / "model.safetensors")
+    (entry,) = [
+        each for each in contents_of(tmp_path / "model.safetensors").layers if each.name == "0.weight"
+    ]
+    assert name in entry.pattern and "input" not in entry.pattern

@@ -90,13 +90,13 @@ def contents_of(path: str | Path) -> Contents:
     """Look into a `.safetensors` file, compressed or plain, or a state dict in a `.pt` file."""
     saved = read(Path(path))
     entries = [
-        _entry(name, tensor, saved.kept.get(name), saved.stored[name])
+        _entry(name, tensor, saved.kept.get(name), saved.stored[name], turned=name in saved.inputs_first)
         for name, tensor in sorted(saved.tensors.items())
     ]
     return Contents(entries, saved.size, saved.metadata.get("woodfisher"))
 
 
-def _entry(name: str, tensor: Tensor, mask: Tensor | None, stored: int) -> Entry:
+def _entry(name: str, tensor: Tensor, mask: Tensor | None, stored: int, *, turned: bool) -> Entry:
     kept = tensor != 0 if mask is None else mask
     weight = tensor.is_floating_point() and tensor.numel() > 0
     told = weight and (mask is not None or tensor.ndim > 1)
@@ -106,7 +106,7 @@ def _entry(name: str, tensor: Tensor, mask: Tensor | None, stored: int) -> Entry
         str(tensor.dtype).removeprefix("torch."),
         tensor.numel(),
         int(kept.sum()) if weight else tensor.numel(),
-        structure_of(kept) if told else None,
+        structure_of(kept.transpose(0, 1) if turned and kept.ndim > 1 else kept) if told else None,
         tensor.numel() * tensor.element_size() if stored else 0,
         stored,
     )

@@ -18,7 +18,7 @@ from woodfisher._version import __version__
 from woodfisher.bitmask import PARTS, pack, unpack
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import unreadable, write_whole
-from woodfisher.parameters import unwrapped
+from woodfisher.parameters import inputs_first, unwrapped
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ in `.weight`, or which have more than two dimensions."""
 
 MASKED = "woodfisher.masked"
 """Key in a file's header: JSON list of the other weights that have a mask, the bool tensor `<name>_mask`."""
+
+INPUTS_FIRST = "woodfisher.inputs_first"
+"""Key in a file's header: JSON list of weights whose first dimension is the inputs, as of transposed convolutions."""
 
 EXPECTED = "network weights (a state dict in a .pt file, or .safetensors)"
 
@@ -79,6 +82,8 @@ class Saved:
         Name → bytes in the file, masks included; tensors that are there only as another name of one take 0.
     compressed:
         Names of the tensors that are in the bitmask form.
+    inputs_first:
+        Names of the weights whose first dimension is the inputs, as far as the file says so.
     metadata:
         Of the file's header.
     size:
@@ -89,6 +94,7 @@ class Saved:
     kept: dict[str, Tensor]
     stored: dict[str, int]
     compressed: frozenset[str]
+    inputs_first: frozenset[str]
     metadata: dict[str, str]
     size: int
 
@@ -136,7 +142,9 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 
 def packed_model(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Packed:
     """A model's state dict as `save_weights` writes it."""
-    return pack_state(unwrapped(model).state_dict(), masks)
+    model = unwrapped(model)
+    turned = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if inputs_first(module)]
+    return pack_state(model.state_dict(), masks, {INPUTS_FIRST: json.dumps(turned)} if turned else {})
 
 
 def pack_state(
@@ -267,7 +275,10 @@ def _saved(tensors: dict[str, Tensor], metadata: dict[str, str], size: int) -> S
             tensors[name], stored[name] = tensors[other], 0
             if other in kept:
                 kept[name] = kept[other]
-    return Saved(tensors, kept, stored, frozenset(compressed), metadata, size)
+    turned = json.loads(metadata.get(INPUTS_FIRST, "[]"))
+    if not isinstance(turned, list) or not all(isinstance(name, str) for name in turned):
+        raise ValueError(f"{INPUTS_FIRST} in its header must list names")
+    return Saved(tensors, kept, stored, frozenset(compressed), frozenset(turned), metadata, size)
 
 
 def _listed(metadata: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:
