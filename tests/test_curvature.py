@@ -309,8 +309,7 @@ def test_what_does_not_fit_is_refused_before_any_gradient(monkeypatch):
         raise AssertionError("data was read")
         yield
 
-    for place in ("memory", "planning"):
-        monkeypatch.setattr(f"woodfisher.{place}.available_memory", lambda _: 10_000)
+    monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 10_000)
     objective = wf.Objective(mlp(), data(), cross_entropy)
     with pytest.raises(
         wf.WoodfisherError, match=r"400 gradient rows of 36 weights 56.2 KiB.*9.77 KiB is avail"

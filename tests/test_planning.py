@@ -10,9 +10,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
 from models import mlp, samples
-from woodfisher import planning
+from woodfisher import memory, planning
+from woodfisher.machine import Machine
 from woodfisher.memory import parse_bytes
-from woodfisher.planning import Machine, planned
+from woodfisher.planning import planned
 from woodfisher.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
 
 MIB = 2**20
@@ -28,14 +29,14 @@ def wide():
 @pytest.fixture
 def _nothing_is_small(monkeypatch):
     monkeypatch.setattr(planning, "SMALL", 0)
-    monkeypatch.setattr(planning, "resident_memory", lambda _: 100 * MIB)
+    monkeypatch.setattr(memory, "resident_memory", lambda _: 100 * MIB)
     monkeypatch.setattr(planning, "WORKSPACE", MIB)
     monkeypatch.setattr(planning, "TILE", MIB)
     monkeypatch.setattr(planning, "WINDOW", MIB)
 
 
-def kept(memory, machine=None, **options):
-    curvature = wf.WoodFisher(400, 500, 1e-3, memory=memory, **options)
+def kept(limit, machine=None, **options):
+    curvature = wf.WoodFisher(400, 500, 1e-3, memory=limit, **options)
     return planned(wide().within(MIB), curvature, machine or Machine())
 
 
@@ -56,12 +57,12 @@ def test_the_cheapest_place_that_fits_is_taken(monkeypatch):
 @pytest.mark.parametrize(("workspace", "samples"), [(0, 400), (MIB, 100), (512 * MIB, 400), (512 * MIB, 3)])
 @pytest.mark.usefixtures("_nothing_is_small")
 def test_what_can_not_fit_is_refused_with_the_least_that_would(keep, workspace, samples):
-    def plan(memory):
-        return planned(wide().within(workspace), wf.WoodFisher(samples, 500, 1e-3, keep=keep, memory=memory))
+    def plan(limit):
+        return planned(wide().within(workspace), wf.WoodFisher(samples, 500, 1e-3, keep=keep, memory=limit))
 
-    for memory in (1, 100 * MIB):
+    for limit in (1, 100 * MIB):
         with pytest.raises(wf.WoodfisherError, match=r"is not enough: .* 100 MiB as it is.*Give") as said:
-            plan(memory)
+            plan(limit)
         least = parse_bytes(str(said.value).split("Give ")[1].split(" or more")[0])
         assert plan(least).peak <= least
 
@@ -69,9 +70,9 @@ def test_what_can_not_fit_is_refused_with_the_least_that_would(keep, workspace, 
 @pytest.mark.usefixtures("_nothing_is_small")
 def test_later_stages_count_the_memory_that_the_first_one_found(monkeypatch):
     objective = wide().begun()
-    monkeypatch.setattr(planning, "resident_memory", lambda _: 1000 * MIB)
+    monkeypatch.setattr(memory, "resident_memory", lambda _: 1000 * MIB)
     again = objective.on(objective.data).begun()
-    assert planned(again, wf.WoodFisher(9, 500, 1e-3)).base == objective.base < 1000 * MIB
+    assert planned(again, wf.WoodFisher(9, 500, 1e-3)).budget.base == objective.base < 1000 * MIB
 
 
 def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
@@ -93,7 +94,7 @@ def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
         2 * 400 * 2 + 2 * 4
     )
     assert made.keep == "memory"
-    assert made.peak == made.base + sum(size for _, size in made.bill)
+    assert made.peak == made.budget.base + sum(size for _, size in made.bill)
     assert all(seconds >= 0 for seconds in made.seconds.values())
     text = str(made)
     for part in ("400 gradient rows of 36 weights", "in memory", "peak memory", "of 1 GiB", "expected"):
@@ -179,3 +180,31 @@ def test_rows_that_can_not_be_had_in_factor_form_are_refused():
         wf.WoodFisher(12, 10, 1e-3, keep="factors")(objective)
     with pytest.raises(wf.WoodfisherError, match="read only once"):
         wf.WoodFisher(12, 10, 1e-3, keep="again")(objective)
+
+
+def test_methods_are_planned_by_their_stages():
+    objective = wf.Objective(mlp(), [samples(60)], cross_entropy)
+    method = wf.METHODS["woodfisher"]
+    window = wf.plan(objective, method)
+    assert isinstance(window, wf.Window)
+    assert (window.rows, window.held_out, window.orders) == (48, 12, (True, False))
+    assert window.samples == 2 * 24 * 48
+    assert "48 gradient rows of 36 weights in one block, carried through 24 stages" in str(window)
+    block = wf.plan(objective, wf.METHODS["woodfisher-block"], memory="2GiB")
+    assert isinstance(block, wf.Plan) and block.rows == 60
+    with pytest.raises(wf.WoodfisherError, match=r"the rows of a wf.WoodFisher, and Identity\(\) keeps none"):
+        wf.plan(objective, wf.METHODS["magnitude"])
+    without_length = wf.Objective(mlp(), Unsized([samples(60)]), cross_entropy)
+    state = torch.get_rng_state()
+    assert wf.plan(without_length, method).rows == 48
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Unsized:
+    """Batches that tell no length, in random order."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return (self.batches[i] for i in torch.randperm(len(self.batches)).tolist())

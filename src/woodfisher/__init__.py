@@ -18,13 +18,15 @@ from woodfisher.method import METHODS, Method
 from woodfisher.objective import Objective
 from woodfisher.oneshot import Pruned, prune, sweep
 from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
-from woodfisher.planning import Plan, plan
+from woodfisher.planning import Plan
+from woodfisher.preview import plan
 from woodfisher.pruner import Pruner
 from woodfisher.report import Report
 from woodfisher.saved import load_weights, save_weights
 from woodfisher.schedule import Milestones, Polynomial, one_shot
 from woodfisher.tour import Tour, tour
 from woodfisher.tour_plots import plot_tour
+from woodfisher.window import Window
 
 __all__ = [
     "KFAC",
@@ -50,6 +52,7 @@ __all__ = [
     "Report",
     "Tour",
     "Unstructured",
+    "Window",
     "WoodFisher",
     "WoodfisherError",
     "WoodfisherWarning",

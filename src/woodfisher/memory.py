@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +15,6 @@ import torch
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import Tensor
 
 _MEMINFO = Path("/proc/meminfo")
@@ -81,24 +81,125 @@ def parse_bytes(size: str | int) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def check_memory(needs: Iterable[tuple[str, int]], device: torch.device, advice: str) -> None:
-    """Raise, with the bill, if what a computation `needs` is more than `device` has.
+Bill = Sequence[tuple[str, int]]
+"""What a computation holds at its peak beside what the process has already, in words, and bytes."""
 
-    Parameters
+
+@dataclass(frozen=True)
+class Budget:
+    """What a computation may take.
+
+    Attributes
     ----------
-    needs:
-        What is held, in words, and its bytes.
-    advice:
-        What the user can change.
+    device:
+        Where.
+    base:
+        Bytes that the process has there already.
+    limit:
+        Bytes that it may have in all; None for what is free.
+    room:
+        Bytes that may be added; None where the system doesn't say.
     """
-    needs = list(needs)
-    total, free = sum(size for _, size in needs), available_memory(device)
-    if free is not None and total > free:
-        bill = ", ".join(f"{what} {format_bytes(size)}" for what, size in needs)
-        raise WoodfisherError(
-            f"this needs {format_bytes(total)} of memory on {device} ({bill}); {format_bytes(free)} is "
-            f"available. {advice}"
+
+    device: torch.device
+    base: int
+    limit: int | None
+    room: int | None
+
+    @classmethod
+    def of(
+        cls,
+        device: torch.device,
+        limit: str | int | None = None,
+        *,
+        base: int | None = None,
+        share: int = 1,
+    ) -> Budget:
+        """The budget now, where each of `share` processes has its part of main memory.
+
+        `base` is what the process had when its run began, where that is known.
+        """
+        base = resident_memory(device) if base is None else base
+        if limit is not None:
+            limit = parse_bytes(limit)
+            return cls(device, base, limit, limit - base)
+        free = available_memory(device)
+        return cls(device, base, None, free // share if free is not None and device.type == "cpu" else free)
+
+    def holds(self, bill: Bill) -> bool:
+        """Whether there is memory for that."""
+        return self.room is None or total(bill) <= self.room
+
+    def check(self, bill: Bill, advice: str) -> None:
+        """Raise, with the bill, unless there is memory for that; `advice` is what the user can change."""
+        if not self.holds(bill):
+            raise self.refusal(bill, advice)
+
+    def refusal(self, bill: Bill, advice: str) -> WoodfisherError:
+        """What to raise where the least that would do is too much."""
+        listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in bill)
+        if self.limit is None:
+            return WoodfisherError(
+                f"this needs {format_bytes(total(bill), enough=True)} of memory on {self.device} ({listed}); "
+                f"{format_bytes(self.room or 0)} is available. {advice}"
+            )
+        return WoodfisherError(
+            f"memory={format_bytes(self.limit)} is not enough: the process has {format_bytes(self.base)} as it is, and "
+            f"the least to add is {listed}. Give {format_bytes(self.base + total(bill), enough=True)} or more. {advice}"
         )
+
+    def lines(self, bill: Bill) -> list[str]:
+        """What memory goes to at the peak, a line each."""
+        limit = "" if self.limit is None else f" of {format_bytes(self.limit)}"
+        whole = [("the process as it is", self.base), *bill]
+        width = max(len(what) for what, _ in whole)
+        return [
+            f"peak memory {format_bytes(total(whole))}{limit}:",
+            *(f"  {what:<{width}}  {format_bytes(size):>9}" for what, size in whole),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What work will take, as known before it starts.
+
+    Attributes
+    ----------
+    budget:
+        What the process has already, and may have.
+    bill:
+        What it holds besides at its peak, in words, and bytes.
+    seconds:
+        Expected time by phase; empty where nobody asked for it.
+    """
+
+    budget: Budget
+    bill: Bill
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes that the process will have, what it has already included."""
+        return self.budget.base + total(self.bill)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON takes it."""
+        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "budget"}
+        memory = {"base": self.budget.base, "memory": self.budget.limit, "peak": self.peak}
+        return {**own, **memory, "bill": dict(self.bill), "seconds": dict(self.seconds)}
+
+    def lines(self) -> list[str]:
+        """Memory and time in words, a line each."""
+        times = ", ".join(
+            f"{phase} {seconds:.0f} s" if seconds >= 10 else f"{phase} {seconds:.2g} s"
+            for phase, seconds in self.seconds.items()
+        )
+        return [*self.budget.lines(self.bill), *([f"expected: {times}"] if times else [])]
+
+
+def total(bill: Bill) -> int:
+    """Bytes of all that a bill lists."""
+    return sum(size for _, size in bill)
 
 
 def format_bytes(size: float, *, enough: bool = False) -> str:

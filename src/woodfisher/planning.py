@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -11,12 +10,11 @@ import torch
 
 from woodfisher.curvature.base import WORKSPACE
 from woodfisher.errors import WoodfisherError
-from woodfisher.memory import available_memory, format_bytes, parse_bytes, resident_memory
+from woodfisher.machine import Machine
+from woodfisher.memory import Budget, Needs, available_memory, format_bytes
 from woodfisher.rows import disk_room
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
     from woodfisher.curvature.woodfisher import WoodFisher
     from woodfisher.layer_rows import Factors
     from woodfisher.layout import Run
@@ -50,26 +48,8 @@ READS = 3
 """Times that the rows are gone through: for the diagonal, the factors and the products of an update."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What a machine does in a second; `calibrated` measures it.
-
-    Attributes
-    ----------
-    flops:
-        Operations of a float32 matrix product.
-    memory, host, disk:
-        Bytes copied, brought from main memory to the device, and written to and read from the temporary folder.
-    """
-
-    flops: float = 1e11
-    memory: float = 5e9
-    host: float = 1e10
-    disk: float = 5e8
-
-
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class Plan(Needs):
     """How a `WoodFisher` will be estimated.
 
     Attributes
@@ -84,19 +64,13 @@ class Plan:
         Columns of the rows that are at hand at once.
     chunk:
         Bytes that a chunk of samples may take while gradients are gathered.
-    base:
-        Bytes that the process has already.
-    bill:
-        What it holds besides at its peak, in words, and bytes.
-    memory:
-        The budget in bytes; None where there is none.
     flops:
         Operations of factoring and scoring: 3N²d in the dual form, 2NBd + 2B²d in the primal form of blocks of at
         most N weights.
     traffic:
         Bytes of rows that are written and read.
-    seconds:
-        Expected time by phase, from what the machine measures.
+    budget, bill, seconds:
+        As of `Needs`.
     """
 
     rows: int
@@ -107,17 +81,8 @@ class Plan:
     hold: bool
     window: int
     chunk: int
-    base: int
-    bill: tuple[tuple[str, int], ...]
-    memory: int | None
     flops: float
     traffic: float
-    seconds: Mapping[str, float]
-
-    @property
-    def peak(self) -> int:
-        """Most bytes that the process will have, what it has already included."""
-        return self.base + sum(size for _, size in self.bill)
 
     def tile(self, run: Run) -> int:
         """Blocks of a run that are factored together where factors are not held."""
@@ -125,64 +90,36 @@ class Plan:
         return max(min(self.window // run.size, TILE // factors), 1)
 
     def __str__(self) -> str:
-        times = ", ".join(f"{phase} {seconds:.2g} s" for phase, seconds in self.seconds.items())
         return "\n".join(
             [
                 f"{self.rows} gradient rows of {self.weights:,} weights, {self.blocks:,} blocks of at most "
                 f"{self.block_size:,}",
                 f"rows are kept {KEEPS[self.keep]}; {self.window:,} weights are at hand at once",
                 f"factors are {'held' if self.hold else 'made again for each product'}",
-                *bill_lines(self.base, self.bill, self.memory),
                 f"{self.flops / 1e9:.3g} GFLOP to factor and score, {format_bytes(self.traffic)} of rows moved",
-                f"expected: {times}",
+                *self.lines(),
             ]
         )
 
 
-def plan(objective: Objective, curvature: WoodFisher, memory: str | int | None = None) -> Plan:
-    """Where the rows of a curvature would be kept, and what memory and time it would take, without doing it.
-
-    Of the data only the first samples are read. Times come from a calibration of about a second on this machine.
-
-    Parameters
-    ----------
-    objective, curvature:
-        What would be estimated, and how.
-    memory:
-        Bytes that the whole process may have at its peak, as a number or as in `4GiB`; default: `curvature.memory`,
-        and otherwise what is free.
-
-    Raises
-    ------
-    WoodfisherError
-        If that is not enough; the message says what would do.
-    """
-    if not hasattr(objective, "layout"):
-        raise WoodfisherError(
-            f"a plan is for an Objective(model, data, loss); a {type(objective).__name__} came."
-        )
-    if not hasattr(curvature, "runs"):
-        raise WoodfisherError(f"a plan is for the rows of a wf.WoodFisher, and {curvature!r} keeps none.")
-    if memory is not None:
-        curvature = replace(curvature, memory=memory)
-    return planned(objective, curvature, calibrated(objective))
-
-
 def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None = None) -> Plan:
     """The cheapest way that fits; rates are nominal where no machine is given."""
-    work = _Work(objective, curvature, machine or Machine())
+    work = _Work(objective, curvature, machine or Machine.nominal(objective.device))
     if curvature.keep != "auto":
         work.check(curvature.keep)
         ways = [work.way(curvature.keep)]
     else:
         small = work.dense <= SMALL
         held = work.way("memory", look=machine is not None or not small)
-        if small and work.fits(held):
+        if small and work.budget.holds(held.bill):
             return held
         ways = [work.way(keep) for keep in ("memory", *work.alternatives())]
-    fitting = [way for way in ways if work.fits(way)]
+    fitting = [way for way in ways if work.budget.holds(way.bill)]
     if not fitting:
-        raise WoodfisherError(work.refusal(min(ways, key=lambda way: way.peak)))
+        raise work.budget.refusal(
+            min(ways, key=lambda way: way.peak).bill,
+            "Or take fewer samples, smaller blocks, or average several samples into a row (group).",
+        )
     return min(fitting, key=lambda way: sum(way.seconds.values()))
 
 
@@ -208,12 +145,10 @@ class _Work:
             )
         self.item = objective.dtype.itemsize
         self.dense = self.rows * self.weights * self.item
-        self.budget = None if curvature.memory is None else parse_bytes(curvature.memory)
-        self.base = resident_memory(objective.device) if objective.base is None else objective.base
-        free = available_memory(objective.device)
-        if free is not None and objective.device.type == "cpu":
-            free //= objective.ranks.local_size
-        self.room = free if self.budget is None else self.budget - self.base
+        self.budget = Budget.of(
+            objective.device, curvature.memory, base=objective.base, share=objective.ranks.local_size
+        )
+        self.room = self.budget.room
 
     def check(self, keep: Keep) -> None:
         """Raise where rows can't be kept so, whatever memory there is."""
@@ -263,10 +198,6 @@ class _Work:
     def _all_factors(self) -> bool:
         return self._factors.keys() == self.objective.layout.shapes.keys()
 
-    def fits(self, way: Plan) -> bool:
-        """Whether there is memory for that."""
-        return self.room is None or way.peak - self.base <= self.room
-
     def way(self, keep: Keep, *, look: bool = True) -> Plan:
         """The plan with the rows kept so; unless it may `look` at samples, it knows less of them than it could."""
         N, d = self.rows, self.weights
@@ -304,9 +235,8 @@ class _Work:
             hold=hold,
             window=window,
             chunk=chunk,
-            base=self.base,
+            budget=self.budget,
             bill=tuple((what, size) for what, size in bill if size),
-            memory=self.budget,
             flops=float(flops),
             traffic=float(traffic),
             seconds={
@@ -353,7 +283,7 @@ class _Work:
     @cached_property
     def _gathering(self) -> float:
         """Seconds of taking all gradients once."""
-        return gradient_seconds(self.objective, self.rows * self.curvature.group, self.machine)
+        return self.machine.gradients(self.objective, self.rows * self.curvature.group)
 
     def _reading(self, keep: Keep, traffic: float) -> float:
         if keep in ("disk", "host"):
@@ -363,58 +293,3 @@ class _Work:
             flops = READS * self.rows * sum(each.flops for each in self._factors.values())
             seconds = seconds / 4 + flops / self.machine.flops
         return seconds
-
-    def refusal(self, way: Plan) -> str:
-        """What to say where nothing fits and `way` needs least."""
-        bill = ", ".join(f"{what} {format_bytes(size)}" for what, size in way.bill)
-        if self.budget is None:
-            assert self.room is not None
-            return (
-                f"this needs {format_bytes(way.peak - way.base)} of memory on {self.objective.device} ({bill}); "
-                f"{format_bytes(self.room)} is available. Take fewer samples, smaller blocks, or average several "
-                "samples into a row (group)."
-            )
-        return (
-            f"memory={format_bytes(self.budget)} is not enough: the process has {format_bytes(way.base)} as it is, and "
-            f"the least to add is {bill}. Give {format_bytes(way.peak, enough=True)} or more, or take fewer samples."
-        )
-
-
-def bill_lines(base: int, bill: Sequence[tuple[str, int]], memory: int | None) -> list[str]:
-    """What memory goes to at the peak, a line each; of a budget where there is one."""
-    budget = "" if memory is None else f" of {format_bytes(memory)}"
-    whole = [("the process as it is", base), *bill]
-    width = max(len(what) for what, _ in whole)
-    return [
-        f"peak memory {format_bytes(sum(size for _, size in whole))}{budget}:",
-        *(f"  {what:<{width}}  {format_bytes(size):>9}" for what, size in whole),
-    ]
-
-
-def gradient_seconds(objective: Objective, samples: float, machine: Machine) -> float:
-    """Seconds of taking gradients of so many samples: three times the operations of a forward pass."""
-    if objective.reads_once:
-        return 0.0
-    return 3 * objective.forward_flops() * samples / (0.3 * machine.flops)
-
-
-def calibrated(objective: Objective) -> Machine:
-    """Measure the machine's rates where the objective computes: about a second."""
-    device = objective.device
-    A = torch.ones(1500, 1500, device=device)
-    data = torch.empty(2**26, dtype=torch.uint8, device=device)
-    product = _fastest(lambda: A @ A, device)
-    copy = _fastest(lambda: data.clone(), device)
-    return Machine(flops=2 * 1500**3 / product, memory=2 * len(data) / copy)
-
-
-def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of five runs after a first one."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])

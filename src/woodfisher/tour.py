@@ -16,7 +16,7 @@ from woodfisher.checks import check_count
 from woodfisher.curvature.hessian import exact_hessian
 from woodfisher.errors import UnknownDistributionError, WoodfisherError
 from woodfisher.layout import Layout
-from woodfisher.memory import check_memory
+from woodfisher.memory import Budget
 from woodfisher.objective import Objective
 from woodfisher.watch import phase, report_progress, warn, watching
 
@@ -369,13 +369,12 @@ def _common_layout(objectives: Mapping[str, Objective]) -> Layout:
 
 def _check_fits(size: int, points: int, samples: int, device: torch.device) -> None:
     matrix = 8 * size * size
-    check_memory(
+    Budget.of(device).check(
         [
             (f"{3 * points} matrices of {size:,} × {size:,}", 3 * points * matrix),
             ("work on one of them", 4 * matrix),
             ("gradient rows", 12 * size * samples),
         ],
-        device,
         "A tour is for small models: choose fewer weights, as in --params conv1 'fc*' (params=), or fewer points.",
     )
 

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from woodfisher.curvature.damping import LEAST_ROWS
-from woodfisher.errors import WoodfisherError
-from woodfisher.memory import available_memory, format_bytes, parse_bytes, resident_memory
-from woodfisher.planning import VECTORS, bill_lines, gradient_seconds
+from woodfisher.memory import Budget, Needs
+from woodfisher.planning import VECTORS
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from woodfisher.adaptive import Adaptive
     from woodfisher.curvature import WoodFisher
+    from woodfisher.machine import Machine
     from woodfisher.method import Method
     from woodfisher.objective import Objective
-    from woodfisher.planning import Machine
 
 MOST_PASSES = 8
 """Passes over the data up to which its gradients are taken for those of new samples."""
@@ -30,12 +27,14 @@ MOST_OPERATIONS = 130_000_000_000
 CANDIDATES = 10
 """Float64 vectors of all weights that ways to take a stage hold at once, at most."""
 
+_BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
+
 LOSSES = 4
 """Times that a stage usually asks for the loss on the held-out samples."""
 
 
-@dataclass(frozen=True)
-class Window:
+@dataclass(frozen=True, kw_only=True)
+class Window(Needs):
     """Rows that are carried from stage to stage.
 
     Attributes
@@ -52,12 +51,8 @@ class Window:
         Rows that are renewed at each stage after the first.
     chunk:
         Bytes that a chunk of samples may take while gradients are gathered.
-    base:
-        Bytes that the process has already.
-    bill:
-        What it holds besides at its peak, in words, and bytes.
-    memory:
-        The budget in bytes; None where there is none.
+    budget, bill, seconds:
+        As of `Needs`; the time is at most so long, as if no weight were removed.
     """
 
     weights: int
@@ -68,43 +63,33 @@ class Window:
     stages: int
     renewed: int
     chunk: int
-    base: int
-    bill: tuple[tuple[str, int], ...]
-    memory: int | None
-
-    @property
-    def peak(self) -> int:
-        """Most bytes that the process will have, what it has already included."""
-        return self.base + sum(size for _, size in self.bill)
 
     @property
     def samples(self) -> int:
         """Samples that all runs take gradients of."""
         return len(self.orders) * (self.rows + self.renewed * (self.stages - 1)) * self.group
 
-    def seconds(self, objective: Objective, machine: Machine) -> dict[str, float]:
-        """Expected time by phase, at most: as if no weight were removed."""
+    def timed(self, objective: Objective, machine: Machine) -> Window:
+        """The same window with the time that it takes on a machine."""
         stages = self.stages * len(self.orders)
         flops = 2 * self.rows * (self.rows + self.renewed) * self.weights * stages
-        checks = LOSSES * stages * self.held_out / 3
-        return {
-            "gradients": gradient_seconds(objective, self.samples, machine),
+        seconds = {
+            "gradients": machine.gradients(objective, self.samples),
             "factor and score": flops / (0.5 * machine.flops),
-            "checks": gradient_seconds(objective, checks, machine),
+            "checks": machine.gradients(objective, LOSSES * stages * self.held_out / 3),
         }
+        return replace(self, seconds=seconds)
 
-    def text(self, seconds: Mapping[str, float]) -> str:
-        """In words, with the times that it will take."""
+    def __str__(self) -> str:
         runs = ", with the gradient and without it" if len(self.orders) > 1 else ""
-        times = ", ".join(f"{phase} {value:.2g} s" for phase, value in seconds.items())
         return "\n".join(
             [
                 f"{self.rows} gradient rows of {self.weights:,} weights in one block, carried through {self.stages} "
                 f"stages{runs}; {self.renewed} are new at each, and a row averages {self.group} of the samples",
                 f"{self.samples:,} sample gradients in all; stages are checked on {self.held_out} held-out samples",
                 "rows are kept in memory",
-                *bill_lines(self.base, self.bill, self.memory),
-                f"expected, at most: {times}",
+                *self.lines(),
+                "(times as if no weight were removed)",
             ]
         )
 
@@ -131,28 +116,21 @@ def window_for(objective: Objective, method: Method, known: int, *, look: bool =
     each = (len(orders) + 1) * (row + 2 * 8 * most)
     vectors = (VECTORS + CANDIDATES) * 8 * objective.layout.size
 
-    budget = None if curvature.memory is None else parse_bytes(curvature.memory)
-    base = resident_memory(objective.device) if objective.base is None else objective.base
-    room = available_memory(objective.device) if budget is None else budget - base
+    budget = Budget.of(objective.device, curvature.memory, base=objective.base)
     chunk = objective.workspace
-    if room is not None:
-        chunk = max(min(chunk, room // 6), 0)
-        fitting = max(room - max(chunk, vectors), 0) // each
+    if budget.room is not None:
+        chunk = max(min(chunk, budget.room // 6), 0)
+        fitting = max(budget.room - max(chunk, vectors), 0) // each
         least = min(most, LEAST_ROWS)
         if fitting < least:
             needed = least * each
-            enough = max(needed + vectors, min(needed + objective.workspace, -(-needed * 6 // 5)))
-            has = (
-                f"{format_bytes(room)} is available"
-                if budget is None
-                else f"memory={format_bytes(budget)} came"
+            besides = max(vectors, min(objective.workspace, needed // 5 + 1))
+            rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
+            raise budget.refusal(
+                [rows_bill, (_BESIDES, besides)],
+                "Or take a number of stages in blocks (criterion='woodfisher-block').",
             )
-            raise WoodfisherError(
-                f"stages that adapt carry {least} gradient rows of {weights} weights at least, and their copies. That "
-                f"makes {format_bytes(base + enough, enough=True)} with what the process has, and {has}: give more, or "
-                "take a number of stages in blocks (criterion='woodfisher-block')."
-            )
-        if budget is None and fitting < min(most, samples):
+        if budget.limit is None and fitting < min(most, samples):
             warn(
                 f"the free memory has room for {fitting} gradient rows of {weights} weights, and {most} were planned: "
                 "the Fisher is made of fewer."
@@ -168,7 +146,7 @@ def window_for(objective: Objective, method: Method, known: int, *, look: bool =
         (f"{rows} gradient rows of {weights} weights", len(orders) * rows * row),
         ("their copy while a stage is tried", rows * row),
         ("Gram matrices", (len(orders) + 1) * 2 * 8 * rows**2),
-        ("a chunk of samples with its gradients, or vectors of a stage", max(chunk, vectors)),
+        (_BESIDES, max(chunk, vectors)),
     ]
     return Window(
         weights=weights,
@@ -179,9 +157,8 @@ def window_for(objective: Objective, method: Method, known: int, *, look: bool =
         stages=stages,
         renewed=min(max(max(asked - rows, 0) // stages, 1), rows),
         chunk=chunk,
-        base=base,
+        budget=budget,
         bill=tuple(bill),
-        memory=budget,
     )
 
 

@@ -18,7 +18,7 @@ from woodfisher.checks import check_count, check_positive
 from woodfisher.curvature import WoodFisher
 from woodfisher.curvature.base import WORKSPACE
 from woodfisher.errors import WoodfisherError
-from woodfisher.memory import check_memory
+from woodfisher.memory import Budget
 from woodfisher.watch import report_progress, warn, watching
 
 if TYPE_CHECKING:
@@ -345,8 +345,8 @@ def run_bench(
     check_count("threads", thread_count, or_none="as many as torch takes")
     device = torch.device(device)
     for case in grid.cases:
-        check_memory(
-            _needs(case, grid, device), device, "Take fewer rows or weights, smaller blocks or no peers."
+        Budget.of(device).check(
+            _needs(case, grid, device), "Take fewer rows or weights, smaller blocks or no peers."
         )
     with watching(progress), threads(thread_count):
         roofs = Roofs(device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from woodfisher.checks import check_choice
 from woodfisher.cli.console import note, out, print_json
@@ -11,8 +10,7 @@ from woodfisher.cli.options import MethodOptions, TaskOptions
 from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.method import METHODS
-from woodfisher.planning import calibrated, plan
-from woodfisher.window import samples_that_matter, window_for
+from woodfisher.preview import plan
 
 
 @dataclass(frozen=True)
@@ -44,18 +42,9 @@ class Plan:
         note(f"loading {self.model.task}")
         task = self.model.load()
         objective = self.model.objective(task, task.model)
-        if isinstance(method.staging, int):
-            made: Any = plan(objective, method.curvature)
-            seconds, text = made.seconds, f"at each stage: {made}"
-        else:
-            known = objective.known_samples() or samples_that_matter(method, reads_once=objective.reads_once)
-            made = window_for(objective, method, known, look=True)
-            seconds = made.seconds(objective, calibrated(objective))
-            text = made.text(seconds)
+        made = plan(objective, method)
         if self.json:
-            content: dict[str, Any] = {"task": self.model.task, "criterion": self.criterion}
-            print_json(
-                {**content, **asdict(made), "seconds": seconds, "peak": made.peak, "bill": dict(made.bill)}
-            )
+            print_json({"task": self.model.task, "criterion": self.criterion, **made.to_dict()})
         else:
-            out().print(f"{self.model.task}, {self.criterion}, {text}", soft_wrap=True)
+            when = "at each stage: " if isinstance(method.staging, int) else ""
+            out().print(f"{self.model.task}, {self.criterion}, {when}{made}", soft_wrap=True)

@@ -11,7 +11,7 @@ from woodfisher.checks import check_count, check_not_negative
 from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.errors import WoodfisherError
-from woodfisher.memory import check_memory
+from woodfisher.memory import Budget
 from woodfisher.watch import report_progress
 
 if TYPE_CHECKING:
@@ -59,9 +59,8 @@ class ExactHessian(_HessianEstimator):
     def __call__(self, objective: Objective) -> DenseInverse:
         """Compute the Hessian of `objective` column by column and factor it."""
         d = objective.layout.size
-        check_memory(
+        Budget.of(objective.device).check(
             [(f"the Hessian of {d} weights and its factor", 4 * 8 * d * d)],
-            objective.device,
             "Choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d².",
         )
         H = exact_hessian(objective, self.samples)

@@ -1,0 +1,66 @@
+"""`plan`: what pruning will take, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from woodfisher.batches import Stream
+from woodfisher.curvature import WoodFisher
+from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import isolated, unmoved
+from woodfisher.machine import calibrated
+from woodfisher.method import Method
+from woodfisher.planning import planned
+from woodfisher.window import samples_that_matter, window_for
+
+if TYPE_CHECKING:
+    from woodfisher.objective import Objective
+    from woodfisher.planning import Plan
+    from woodfisher.window import Window
+
+
+def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | None = None) -> Plan | Window:
+    """Where gradient rows would be kept, and what memory and time it would take, without doing it.
+
+    Of the data only the first samples are read, where it tells its length. Times come from a calibration of about a
+    second on this machine.
+
+    Parameters
+    ----------
+    objective:
+        What would be pruned.
+    how:
+        A curvature, or a method, as in `METHODS["woodfisher"]`, which is planned by its stages.
+    memory:
+        Bytes that the whole process may have at its peak, as a number or as in `4GiB`; default: the curvature's
+        own, and otherwise what is free.
+
+    Returns
+    -------
+    How the rows of a curvature are kept, at each stage where there are several; or the window of rows that stages
+    carry which adapt. Both have `peak`, `bill` and `seconds`, and print as a few lines.
+
+    Raises
+    ------
+    WoodfisherError
+        If that is not enough; the message says what would do.
+    """
+    if not hasattr(objective, "layout"):
+        raise WoodfisherError(
+            f"a plan is for an Objective(model, data, loss); a {type(objective).__name__} came."
+        )
+    curvature = how.curvature if isinstance(how, Method) else how
+    if not isinstance(curvature, WoodFisher):
+        raise WoodfisherError(f"a plan is for the rows of a wf.WoodFisher, and {curvature!r} keeps none.")
+    if memory is not None:
+        curvature = replace(curvature, memory=memory)
+    machine = calibrated(objective.device)
+    if not isinstance(how, Method) or isinstance(how.staging, int):
+        return planned(objective, curvature, machine)
+    method = replace(how, curvature=curvature)
+    known = objective.known_samples() or samples_that_matter(method, reads_once=objective.reads_once)
+    if not objective.known_samples() and not objective.reads_once:
+        with isolated(objective.model), unmoved(objective.data):
+            known = Stream(objective.data).count(known)
+    return window_for(objective, method, known, look=True).timed(objective, machine)
