@@ -318,7 +318,7 @@ def test_two_processes_have_one_model(tmp_path):
         assert all(torch.equal(value, part(second)[name]) for name, value in part(first).items())
     assert sum(int(mask.sum()) for mask in first["pruner"]["masks"].values()) == 11
     assert first["error"].startswith("the gradient of '0.weight' in row")
-    assert second["error"] == f"on the first of the processes: {first['error']}"
+    assert second["error"] == f"on process 0 of 2: {first['error']}"
 
 
 @given(

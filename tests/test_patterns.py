@@ -12,7 +12,7 @@ from models import ConvNet, samples
 from reference import kkt
 from test_curvature import random, spd
 from woodfisher.adaptive import Adaptive
-from woodfisher.curvature.base import DiagonalInverse
+from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.layout import Layout
 from woodfisher.patterns import parse_pattern
@@ -178,8 +178,28 @@ def test_the_cost_of_a_group_is_its_least_rise_of_the_quadratic_however_large(mo
         delta = kkt(F, w, torch.zeros_like(w), removed)
         expected.append(float(delta @ F @ delta / 2))
     assert group_saliency(w, finv, index).tolist() == pytest.approx(expected)
-    monkeypatch.setattr("woodfisher.saliency.LARGEST", 2)
+    monkeypatch.setattr("woodfisher.curvature.base.LARGEST", 2)
     assert group_saliency(w, finv, index).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("largest", [4096, 3])
+@pytest.mark.parametrize(
+    ("count", "rows", "width"), [(1, 4, 9), (1, 4, 3), (3, 4, 7), (2, 30, 7), (2, 5, 12)]
+)
+def test_group_energies_are_those_of_the_dense_inverse(count, rows, width, largest, monkeypatch):
+    monkeypatch.setattr("woodfisher.curvature.base.LARGEST", largest)
+    torch.manual_seed(0)
+    size, damping = 36, 0.03
+    kept = torch.rand(48) > 0.2
+    kept[torch.cumsum(kept, 0) > size] = False
+    kept[(~kept).nonzero()[: size - int(kept.sum())]] = True
+    held = wf.WoodFisher(block_size=size // count, damping=damping).of_rows(torch.randn(rows, size))
+    finv = BlockDiagonalInverse([(kept.nonzero().squeeze(1), held), *removed_part(kept, damping)])
+    index = torch.stack([torch.randperm(48)[:width] for _ in range(5)])
+    w = torch.randn(5, width, dtype=torch.float64)
+    dense = finv.dense()
+    expected = [float(v @ torch.linalg.solve(dense[q][:, q], v)) for q, v in zip(index, w, strict=True)]
+    assert finv.group_energies(index, w).tolist() == pytest.approx(expected, rel=1e-9)
 
 
 @settings(max_examples=50, deadline=None)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from woodfisher.batches import Batch
     from woodfisher.distributed import Ranks
+    from woodfisher.forward import State
     from woodfisher.layer_rows import Factors, LayerRows
     from woodfisher.layout import Layout
     from woodfisher.method import Method
@@ -151,6 +152,9 @@ class Part(Objective):
         self.parameters = {name: whole.parameters[name] for name in names}
         self.layout = whole.layout.only(names)
         self.weights, self.kept = (whole.layout.of(self.layout, flat) for flat in (whole.weights, whole.kept))
+
+    def state(self, weights: Tensor | None = None) -> State:
+        raise NotImplementedError("a part of the weights runs no model: its whole does")
 
     def joined(self) -> Objective:
         """The whole objective, with what each rank has made of its weights."""

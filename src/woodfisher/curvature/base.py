@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -20,6 +21,10 @@ Labels = Literal["data", "model"]
 
 WORKSPACE = 16 * 2**20
 """Bytes of float64 scratch that an operator may use at a time, beside vectors of the model's size."""
+
+
+LARGEST = 4096
+"""Weights in a group up to which [F⁻¹]_QQ is formed; the energy of larger ones comes from a restricted solve."""
 
 
 class InverseOperator(ABC):
@@ -85,6 +90,10 @@ class InverseOperator(ABC):
 
     def submatrices(self, index: Tensor) -> Tensor:
         """[F⁻¹]_{QQ} for `m` groups of `k` flat indexes, int64 `(m, k)`: float64 `(m, k, k)`."""
+        self._check_index(index)
+        return self._submatrices(index.to(self.device))
+
+    def _check_index(self, index: Tensor) -> None:
         if index.dtype != torch.int64 or index.ndim != 2:
             raise WoodfisherError(
                 "an index must be int64 of shape (groups, weights in a group); "
@@ -94,7 +103,42 @@ class InverseOperator(ABC):
             raise WoodfisherError(
                 f"indexes must lie in 0…{self.size - 1}; {int(index.min())}…{int(index.max())} came."
             )
-        return self._submatrices(index.to(self.device))
+
+    def group_energies(self, index: Tensor, w: Tensor) -> Tensor:
+        """wᵀ ([F⁻¹]_QQ)⁻¹ w, twice what the loss rises by without them, for groups Q of weights: float64 `(m,)`.
+
+        Parameters
+        ----------
+        index:
+            Flat indexes of the groups, int64 `(m, k)`, all different within a group.
+        w:
+            Values of these weights, `(m, k)`.
+        """
+        self._check_index(index)
+        index, w = index.to(self.device), w.to(self.device, torch.float64)
+        return self._energies(index, w, torch.ones_like(index, dtype=torch.bool))
+
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        """The energies of the weights that are `inside` `(m, k)` their groups alone; the index of others may be any."""
+        if index.shape[1] > LARGEST:
+            return torch.stack(
+                [self._energy_by_solve(*each) for each in zip(index, w, inside, strict=True)]
+            ).reshape(len(index))
+        found = w.new_empty(len(index))
+        for span in spans(len(index), 8 * index.shape[1] ** 2):
+            own = inside[span]
+            matrices = self._submatrices(index[span]) * (own[:, :, None] & own[:, None, :])
+            matrices += torch.diag_embed((~own).double())
+            found[span] = energies(matrices, (w[span] * own)[..., None], index[span])
+        return found
+
+    def _energy_by_solve(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        """The least δᵀFδ with δ = −w on the group, at the minimum over the others."""
+        gone = torch.zeros(self.size, dtype=torch.float64, device=self.device)
+        gone[index[inside]] = w[inside]
+        pull = self._forward_product(gone[:, None])[:, 0]
+        others = torch.ones_like(gone, dtype=torch.bool).index_fill(0, index[inside], False)
+        return gone @ pull - pull @ self._restricted_solve(others, pull)
 
     def restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         """Solve with the curvature of the kept weights alone: F_SS x_S = b_S, x = 0 elsewhere.
@@ -180,21 +224,36 @@ class BlockDiagonalInverse(InverseOperator):
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return self._each(b, lambda where, operator: operator._restricted_solve(keep[where], b[where]))
 
-    def _submatrices(self, index: Tensor) -> Tensor:
-        out = torch.zeros(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The part that each weight belongs to, and where it is in there: int64 `(size,)`."""
         owner = torch.empty(self.size, dtype=torch.int64, device=self.device)
         position = torch.empty_like(owner)
         for number, (where, operator) in enumerate(self.parts):
             owner[where] = number
             position[where] = torch.arange(operator.size, device=self.device)
+        return owner, position
+
+    def _shares(self, index: Tensor) -> Iterator[tuple[InverseOperator, Tensor, Tensor, Tensor]]:
+        """For each part: the groups with weights there, which of these are there, and the groups' indexes in it."""
+        owner, position = self._places
         owners, local = owner[index], position[index]
         for number in owners.unique().tolist():
             inside = owners == number
             groups = inside.any(dim=1).nonzero().squeeze(1)
-            both = inside[groups, :, None] & inside[groups, None, :]
-            within = torch.where(inside, local, 0)[groups]
-            out[groups] += self.parts[number][1]._submatrices(within) * both
+            yield self.parts[number][1], groups, inside[groups], torch.where(inside, local, 0)[groups]
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        out = torch.zeros(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
+        for operator, groups, inside, within in self._shares(index):
+            out[groups] += operator._submatrices(within) * (inside[:, :, None] & inside[:, None, :])
         return out
+
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        found = w.new_zeros(len(index))
+        for operator, groups, there, within in self._shares(index):
+            found[groups] += operator._energies(within, w[groups], inside[groups] & there)
+        return found
 
 
 class DiagonalInverse(InverseOperator):
@@ -224,8 +283,26 @@ class DiagonalInverse(InverseOperator):
         same = index[:, :, None] == index[:, None, :]
         return same / self.curvature[index][:, :, None]
 
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        return (self.curvature[index] * w.square() * inside).sum(1)
+
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return torch.where(keep, b / self.curvature, 0)
+
+
+def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
+    """vᵀA⁻¹v for positive definite A, which belong to these groups: `(m, k, k)`, `(m, k, 1)`, `(m, …)` → `(m,)`."""
+    factor, info = torch.linalg.cholesky_ex(matrices)
+    failed = info.nonzero()
+    if len(failed):
+        first = index[failed[0, 0]].tolist()
+        listed = ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")
+        raise WoodfisherError(
+            f"{len(failed)} of {len(index)} groups have no positive definite [F⁻¹]_QQ, the first at weights "
+            f"[{listed}]: a weight stands twice in its group, or the damping is too small for float64. Mend the index, "
+            "or raise the damping."
+        )
+    return torch.linalg.solve_triangular(factor, vectors, upper=False).square().sum((1, 2))
 
 
 def removed_part(kept: Tensor, damping: float) -> list[tuple[Tensor, DiagonalInverse]]:

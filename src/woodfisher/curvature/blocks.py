@@ -79,6 +79,9 @@ class FisherBlocks(InverseOperator):
     def _submatrices(self, index: Tensor) -> Tensor:
         return self._exact._submatrices(index)
 
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        return self._exact._energies(index, w, inside)
+
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return self._exact._restricted_solve(keep, b)
 

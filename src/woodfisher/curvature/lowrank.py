@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, pieces, spans
+from woodfisher.curvature.base import InverseOperator, energies, pieces, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.rows import Rows, as_rows, block_rows
 
@@ -214,6 +214,22 @@ class LowRankInverse(InverseOperator):
             same_block = block[:, :, None] == block[:, None, :]
             out[span] = (same_weight.double() - V @ V.mT) * same_block
         return out.div_(self.damping)
+
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        """By Woodbury once more, ([F⁻¹]_QQ)⁻¹ = λ(I + VᵀCV) with C = (I − VVᵀ)⁻¹ and V the columns Q of L⁻¹G."""
+        _, N, B = self._shape
+        if index.shape[1] <= N:
+            return super()._energies(index, w, inside)
+        block = index // B
+        found = (w.square() * inside).sum(1)
+        for span in spans(len(index), 16 * N * (index.shape[1] + N)):
+            for b in block[span][inside[span]].unique():
+                here = inside[span] & (block[span] == b)
+                G = self._rows.select(index[span].flatten()).double().unflatten(1, here.shape).movedim(1, 0)
+                V = self._factor[b] @ (G * here[:, None])
+                left = torch.eye(N, dtype=torch.float64, device=self.device) - V @ V.mT
+                found[span] += energies(left, V @ (w[span] * here)[..., None], index[span])
+        return found * self.damping
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         mask = self._blocked(keep).mT
