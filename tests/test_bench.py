@@ -219,7 +219,7 @@ def test_picture_without_peers(tmp_path):
         (["--peer-seconds", "0"], "peer_seconds must be"),
         (["--damping", "0"], "damping must be"),
         (["--device", "gpu"], "device 'gpu' can't be used"),
-        (["--weights", "1000000000000"], "Take fewer rows or weights"),
+        (["--weights", "1000000000000"], "take fewer rows or weights"),
         (["--block-size", "900000", "--rows", "2"], "the peers"),
         (["--out", "/proc/version"], "is not a folder"),
     ],

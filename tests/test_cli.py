@@ -401,7 +401,7 @@ def test_blocks_that_do_not_fit_the_memory_are_refused(folder, capsys, monkeypat
     message = capsys.readouterr().err
     assert "this needs" in message
     assert "vectors of scores and update" in message
-    assert "Take fewer samples" in message
+    assert "take fewer samples" in message
     assert not (folder / "out").exists()
 
 

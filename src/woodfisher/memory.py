@@ -131,7 +131,7 @@ class Budget:
         return self.room is None or total(bill) <= self.room
 
     def check(self, bill: Bill, advice: str) -> None:
-        """Raise, with the bill, unless there is memory for that; `advice` is what the user can change."""
+        """Raise, with the bill, unless there is memory for that; `advice` is what else the user can do."""
         if not self.holds(bill):
             raise self.refusal(bill, advice)
 
@@ -141,11 +141,12 @@ class Budget:
         if self.limit is None:
             return WoodfisherError(
                 f"this needs {format_bytes(total(bill), enough=True)} of memory on {self.device} ({listed}); "
-                f"{format_bytes(self.room or 0)} is available. {advice}"
+                f"{format_bytes(self.room or 0)} is available: {advice}."
             )
         return WoodfisherError(
             f"memory={format_bytes(self.limit)} is not enough: the process has {format_bytes(self.base)} as it is, and "
-            f"the least to add is {listed}. Give {format_bytes(self.base + total(bill), enough=True)} or more. {advice}"
+            f"the least to add is {listed}. Give {format_bytes(self.base + total(bill), enough=True)} or more, or "
+            f"{advice}."
         )
 
     def lines(self, bill: Bill) -> list[str]:

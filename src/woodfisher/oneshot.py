@@ -274,7 +274,7 @@ def _within(
         raise WoodfisherError("every chosen weight is zero already: there is nothing to prune.")
     steps = math.ceil(math.log(max(LEAST_KEPT * selection.total, 1) / now) / math.log(FINEST_RATIO))
     counts = sorted({round(now * FINEST_RATIO**step) for step in range(1, steps + 1)} - {0}, reverse=True)
-    best: Pruned | None = None
+    data = objective.data
     with watching(progress) as watch, phase("total"), isolated(objective.model):
 
         def measured() -> float:
@@ -288,25 +288,12 @@ def _within(
             pruned.write(trial)
             return measured() >= least
 
-        if isinstance(method.staging, Adaptive):
+        def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
             with suppress(TooSparseError):
-                for _, at, stages in _each(objective, counts, method, selection):
-                    pruned = _pruned(at, stages, method, selection, watch)
-                    if not good(pruned):
-                        break
-                    best = pruned
-        else:
-            low, high = 0, len(counts)
-            while low < high:
-                middle = (low + high) // 2
-                found = None
-                with suppress(TooSparseError):
-                    ((_, at, stages),) = _each(objective, [counts[middle]], method, selection)
-                    found = _pruned(at, stages, method, selection, watch)
-                if found is not None and good(found):
-                    best, low = found, middle + 1
-                else:
-                    high = middle
+                for _, at, stages in _each(objective, amounts, method, selection):
+                    yield _pruned(at.on(data), stages, method, selection, watch)
+
+        best = (_last if isinstance(method.staging, Adaptive) else _last_by_halving)(reached, counts, good)
         if best is None and not counts:
             warn(
                 f"{now} of {selection.total} are left already, and sparser networks than {1 - LEAST_KEPT:.1%} are not "
@@ -320,6 +307,37 @@ def _within(
         best = best or _pruned(objective, [], method, selection, watch)
         warn_of_lost_layers(best.objective)
     return replace(best, report=replace(best.report, warnings=warnings_of(objective, watch)))
+
+
+def _last(
+    reached: Callable[[Sequence[int]], Iterator[Pruned]],
+    amounts: Sequence[int],
+    good: Callable[[Pruned], bool],
+) -> Pruned | None:
+    """The sparsest good network of one run through all amounts, up to the first that isn't good."""
+    best = None
+    for pruned in reached(amounts):
+        if not good(pruned):
+            break
+        best = pruned
+    return best
+
+
+def _last_by_halving(
+    reached: Callable[[Sequence[int]], Iterator[Pruned]],
+    amounts: Sequence[int],
+    good: Callable[[Pruned], bool],
+) -> Pruned | None:
+    """The same where each amount takes a run of its own: by halving the amounts that are left."""
+    best, low, high = None, 0, len(amounts)
+    while low < high:
+        middle = (low + high) // 2
+        found = next(reached([amounts[middle]]), None)
+        if found is not None and good(found):
+            best, low = found, middle + 1
+        else:
+            high = middle
+    return best
 
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:

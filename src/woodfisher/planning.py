@@ -118,7 +118,7 @@ def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None
     if not fitting:
         raise work.budget.refusal(
             min(ways, key=lambda way: way.peak).bill,
-            "Or take fewer samples, smaller blocks, or average several samples into a row (group).",
+            "take fewer samples, smaller blocks, or average several samples into a row (group)",
         )
     return min(fitting, key=lambda way: sum(way.seconds.values()))
 

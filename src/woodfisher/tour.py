@@ -375,7 +375,7 @@ def _check_fits(size: int, points: int, samples: int, device: torch.device) -> N
             ("work on one of them", 4 * matrix),
             ("gradient rows", 12 * size * samples),
         ],
-        "A tour is for small models: choose fewer weights, as in --params conv1 'fc*' (params=), or fewer points.",
+        "a tour is for small models, so choose fewer weights, as in --params conv1 'fc*' (params=), or fewer points",
     )
 
 

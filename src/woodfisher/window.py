@@ -128,7 +128,7 @@ def window_for(objective: Objective, method: Method, known: int, *, look: bool =
             rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
             raise budget.refusal(
                 [rows_bill, (_BESIDES, besides)],
-                "Or take a number of stages in blocks (criterion='woodfisher-block').",
+                "take a number of stages in blocks (criterion='woodfisher-block')",
             )
         if budget.limit is None and fitting < min(most, samples):
             warn(

@@ -346,7 +346,7 @@ def run_bench(
     device = torch.device(device)
     for case in grid.cases:
         Budget.of(device).check(
-            _needs(case, grid, device), "Take fewer rows or weights, smaller blocks or no peers."
+            _needs(case, grid, device), "take fewer rows or weights, smaller blocks or no peers"
         )
     with watching(progress), threads(thread_count):
         roofs = Roofs(device)

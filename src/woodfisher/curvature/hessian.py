@@ -61,7 +61,7 @@ class ExactHessian(_HessianEstimator):
         d = objective.layout.size
         Budget.of(objective.device).check(
             [(f"the Hessian of {d} weights and its factor", 4 * 8 * d * d)],
-            "Choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d².",
+            "choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d²",
         )
         H = exact_hessian(objective, self.samples)
         H.diagonal().add_(self._shift(objective))
