@@ -136,13 +136,6 @@ def adaptive_run(
     known = objective.known_samples() or stream.count(
         samples_that_matter(method, reads_once=stream.reads_once)
     )
-    if not known:
-        raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
-    if known < 2:
-        raise WoodfisherError(
-            f"stages that adapt hold out samples to check on, and the data has {known}: give 2 at least, or "
-            "a number of stages."
-        )
     window = window_for(objective, method, known)
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from woodfisher.curvature.damping import LEAST_ROWS
+from woodfisher.errors import WoodfisherError
 from woodfisher.memory import Budget, Needs
 from woodfisher.planning import VECTORS
 from woodfisher.watch import warn
@@ -101,6 +102,13 @@ def window_for(objective: Objective, method: Method, known: int, *, look: bool =
     fifth of the stages. There are as many rows as scoring may take, the data has and the memory holds; raises where
     that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less of them than it could.
     """
+    if not known:
+        raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
+    if known < 2:
+        raise WoodfisherError(
+            f"stages that adapt hold out samples to check on, and the data has {known}: give 2 at least, or "
+            "a number of stages."
+        )
     options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
     repeats = curvature.samples > MOST_PASSES * known and not objective.reads_once
     stages = -(-options.stages // 5) if repeats else options.stages
