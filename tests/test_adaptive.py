@@ -619,6 +619,13 @@ def test_points_of_a_sweep_are_on_the_data_that_came(options):
     assert math.isfinite(point.objective.mean_loss())
 
 
+def test_few_samples_that_come_once_are_pruned_as_those_in_a_list():
+    whole, once = trained(), trained()
+    wf.prune(whole, batches(), cross_entropy, 0.6, stages=QUICK)
+    wf.prune(once, iter(batches()), cross_entropy, 0.6, stages=QUICK)
+    assert torch.equal(weights_of(once), weights_of(whole))
+
+
 def test_sparsities_and_stages_may_be_numpys():
     points = wf.sweep(mlp(), batches(), cross_entropy, np.array([0.5, 0.75]), criterion="magnitude")
     assert [point.report.sparsity for point in points] == [0.5, 0.75]

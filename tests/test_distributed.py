@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -29,7 +30,7 @@ import woodfisher as wf
 from models import mlp, samples
 from processes import run
 from woodfisher.dealing import can_be_dealt, dealt_names
-from woodfisher.distributed import Ranks, together
+from woodfisher.distributed import Ranks, on_first_rank, together
 from woodfisher.layout import Layout
 from woodfisher.method import METHODS
 from woodfisher.ranking import survivors
@@ -298,6 +299,10 @@ def what_fails(rank):
     attempt("options", sparsity=0.5 + rank / 10)
     attempt("memory", curvature=wf.WoodFisher(23, 5, 1e-2, memory=1000 if rank else None))
     attempt("nothing", [])
+    try:
+        on_first_rank(lambda: lambda: None)
+    except (AttributeError, pickle.PicklingError, wf.WoodfisherError) as error:
+        found["unpicklable"] = str(error)
     result = pruned("net", BLOCK)
     assert 0 < result[2]["sparsity"] < 1
     return found
@@ -317,6 +322,9 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     assert "different samples" in first["generators"]
     assert "different options" in first["options"]
     assert "different options" in first["memory"]
+    assert "pickle" in first["unpicklable"].lower() and second["unpicklable"].startswith(
+        "on process 0 of 2: "
+    )
     assert "the data holds no batch; at least one sample is needed." in first["nothing"]
 
 

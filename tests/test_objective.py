@@ -661,7 +661,9 @@ class Positions(nn.Module):
         return self.layer(x).unflatten(1, (4, 5))
 
 
-@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")])
+@pytest.mark.parametrize(
+    "loss", [cross_entropy, *(nn.CrossEntropyLoss(reduction=r) for r in ("mean", "none", "sum"))]
+)
 def test_the_fisher_of_classes_at_positions_is_the_gauss_newton_matrix_of_those_that_count(loss):
     torch.manual_seed(0)
     model, x, y = Positions(), torch.randn(6000, 3), torch.randint(4, (6000, 5))
@@ -670,8 +672,9 @@ def test_the_fisher_of_classes_at_positions_is_the_gauss_newton_matrix_of_those_
     logits = model(x)
     p = logits.softmax(1)
     curvature = (p * (1 - p)).sum(1) * (y != -100)  # trace of the Hessian by the logits of a position
-    if getattr(loss, "reduction", "mean") == "mean":
-        curvature = curvature / (y != -100).sum(1, keepdim=True)
+    reduction = getattr(loss, "reduction", "mean")
+    if reduction != "sum":
+        curvature = curvature / ((y != -100).sum(1, keepdim=True) if reduction == "mean" else 5)
     expected = (curvature.sum(1) * x.square().sum(1)).mean()
     drawn = objective.rows(6000, labels="model").square().sum() / 6000
     torch.testing.assert_close(drawn, expected.detach(), rtol=0.05, atol=0)
@@ -679,9 +682,11 @@ def test_the_fisher_of_classes_at_positions_is_the_gauss_newton_matrix_of_those_
 
 def test_classes_at_positions_that_no_targets_stand_for_are_refused():
     data = [(torch.randn(9, 3), torch.randint(4, (9, 5)))]
-    for loss, name in ((nll_loss, "nll_loss"), (nn.CrossEntropyLoss(ignore_index=3), "ignore_index=3")):
+    for loss, name in ((nll_loss, "nll_loss"), (nn.CrossEntropyLoss(ignore_index=9), "ignore_index=9")):
         with pytest.raises(wf.WoodfisherError, match=f"{name}.*several positions: pass sampler="):
             wf.Objective(Positions(), data, loss).rows(8, labels="model")
+    with pytest.raises(wf.WoodfisherError, match="ignore_index=2, one of the classes: pass sampler="):
+        wf.Objective(mlp(), [samples(9)], nn.CrossEntropyLoss(ignore_index=2)).rows(8, labels="model")
 
 
 @pytest.mark.parametrize(
@@ -706,8 +711,24 @@ def test_the_mean_loss_is_over_the_targets_that_count(size):
     model = mlp()
     objective = wf.Objective(model, list(zip(x.split(size), y.split(size), strict=True)), cross_entropy)
     assert objective.mean_loss() == pytest.approx(cross_entropy(model(x), y).item(), rel=1e-5)
-    with pytest.raises(wf.WoodfisherError, match="none with a target that counts"):
-        objective.on([(x, torch.full_like(y, -100))]).mean_loss()
+    assert objective.on([(x, torch.full_like(y, -100))]).mean_loss() != objective.mean_loss()  # NaN
+    whole = copy.deepcopy(model)
+    cross_entropy(whole(x), y).backward()
+    expected = torch.cat([whole.get_parameter(name).grad.flatten() for name in objective.parameters])
+    for workspace in (0, 20_000, 2**29):
+        torch.testing.assert_close(objective.within(workspace).gradient(251), expected)
+    columns = [objective.within(w).hessian_columns(251, slice(0, 3)) for w in (20_000, 2**29)]
+    torch.testing.assert_close(*columns, rtol=1e-4, atol=1e-6)
+    each = wf.Objective(model, [(x, y)], nn.CrossEntropyLoss(reduction="none"))
+    assert each.mean_loss() == pytest.approx(cross_entropy(model(x), y, reduction="none").mean().item())
+
+
+@pytest.mark.filterwarnings("ignore:every gradient row is zero")
+def test_a_stage_may_have_only_samples_that_do_not_count():
+    x, y = samples(400)
+    y[:110] = -100
+    report = wf.prune(mlp(), [(x, y)], cross_entropy, 0.5, preset="paper")
+    assert report.sparsity == 0.5 and report.stages[0].measured is None
 
 
 @pytest.mark.parametrize("params", [None, "*"])
@@ -727,6 +748,24 @@ def test_embeddings_that_scale_their_weights_stay_as_they_are(params):
     wf.sweep(model, [(x, y)], cross_entropy, [0.5], params=params, stages=2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(objective.weights, objective.current().weights)
+
+
+def test_tied_embeddings_that_scale_their_weights_do_so_everywhere():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.max_norm = 1.0  # of no embedding
+            self.embedding, self.head = nn.Embedding(10, 4, max_norm=0.5), nn.Linear(4, 10, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x).mean(1).clamp(-self.max_norm, self.max_norm))
+
+    torch.manual_seed(0)
+    model, x, y = Net(), torch.randint(10, (30, 3)), torch.randint(10, (30,))
+    for params in (None, "*"):
+        loss = wf.Objective(model, [(x, y)], cross_entropy, params=params).mean_loss()
+        assert loss == pytest.approx(cross_entropy(copy.deepcopy(model)(x), y).item(), rel=1e-5)
 
 
 def test_linear_layers_of_transformers_are_pruned_by_default():

@@ -548,7 +548,10 @@ def test_two_callbacks_keep_their_states_apart(tmp_path):
         )
 
     trainer = fit(
-        module, [PruningCallback(make_pruner, name="first"), PruningCallback(other, name="other")], 2
+        module,
+        [PruningCallback(make_pruner, name="first"), PruningCallback(other, name="other")],
+        2,
+        enable_checkpointing=False,
     )
     saved = torch.load(next(Path(trainer.default_root_dir).rglob("*.ckpt")), weights_only=True)["callbacks"]
     assert sum("PruningCallback" in key for key in saved) == 2

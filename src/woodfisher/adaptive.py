@@ -136,7 +136,7 @@ def adaptive_run(
     known = objective.known_samples() or stream.count(
         samples_that_matter(method, reads_once=stream.reads_once)
     )
-    window = window_for(objective, method, known)
+    window = window_for(objective, method, known, reads_once=stream.reads_once)
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
     streams = [stream, *(stream.fork() for _ in window.orders[1:])]

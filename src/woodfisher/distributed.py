@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -78,10 +79,10 @@ class Group(Ranks):
         return total.to(value.device)
 
     def first(self, compute: Callable[[], T]) -> T:
-        told = [compute() if self.rank == 0 else None]
+        told = [pickle.dumps(compute()) if self.rank == 0 else b""]
         self._told("first", None)
         _together(lambda: distributed.broadcast_object_list(told, src=0, device=self._device))
-        return cast("T", told[0])
+        return cast("T", pickle.loads(told[0]))  # noqa: S301  of the first rank
 
     def exchange(self, outgoing: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         forms = [[(tuple(t.shape), t.dtype) for t in each] for each in outgoing]

@@ -111,13 +111,12 @@ class Forward:
             if name in tensors
             for other in others
         }
-        inside = {f"model.{name}": tensor for name, tensor in {**tensors, **tied}.items()}
-        for name, module in self.model.named_modules():
-            if (
-                getattr(module, "max_norm", None) is not None
-            ):  # an embedding, which scales its weight in place
-                name = f"model.{name}.weight".replace("..", ".")
-                inside[name] = (inside[name] if name in inside else module.weight.detach()).clone()
+        tensors |= tied
+        for names in _scaled_in_place(self.model):
+            own = self.model.get_submodule(names[0].rpartition(".")[0])._parameters["weight"]
+            assert own is not None
+            tensors |= dict.fromkeys(names, tensors.get(names[0], own.detach()).clone())
+        inside = {f"model.{name}": tensor for name, tensor in tensors.items()}
         return functional_call(self._around, inside, (compute,), tie_weights=False)
 
     def outputs(self, state: State, batch: Batch, precision: Precision = "float32") -> Any:
@@ -148,9 +147,10 @@ class Forward:
 
     @property
     def _ignores(self) -> bool:
-        """Whether the loss is known to leave out some labels, as models' own do."""
-        kinds = (nn.CrossEntropyLoss, nn.NLLLoss)
-        return self.loss is None or self.loss in _OF_CLASSES or isinstance(self.loss, kinds)
+        """Whether the mean is known to leave out some labels, as that of models' own losses does."""
+        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
+            return self.loss.reduction == "mean"
+        return self.loss is None or self.loss in _OF_CLASSES
 
     def sum_of_losses(self, state: State, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
@@ -371,6 +371,17 @@ def labels_of(batch: Batch) -> Any:
 
 def _with_targets(batch: Batch, targets: Tensor) -> Batch:
     return {**batch, "labels": targets} if isinstance(batch, Mapping) else (batch[0], targets)
+
+
+def _scaled_in_place(model: nn.Module) -> list[list[str]]:
+    """All names of each weight that embeddings with `max_norm` scale as they are called."""
+    scaled = [
+        f"{name}.weight".lstrip(".")
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+    ]
+    every = [[first, *others] for first, others in other_names(model).items()] if scaled else []
+    return [next((names for names in every if name in names), [name]) for name in scaled]
 
 
 def other_names(model: nn.Module) -> dict[str, list[str]]:

@@ -75,7 +75,7 @@ def _known(
         if loss.weight is not None or smoothed:
             return None
         classes = _classes if isinstance(loss, nn.CrossEntropyLoss) else _labels
-        return partial(classes, ignored=loss.ignore_index, summed=loss.reduction == "sum"), _every_class
+        return partial(classes, ignored=loss.ignore_index, reduction=loss.reduction), _every_class
     if isinstance(loss, nn.MSELoss) and loss.reduction == "sum":
         return partial(_normal, variance=0.5), partial(_every_normal, variance=0.5)
     if isinstance(loss, nn.BCEWithLogitsLoss):
@@ -121,10 +121,12 @@ def _drawn(outputs: Tensor) -> Tensor:
     return torch.multinomial(probabilities.flatten(0, -2), 1).reshape(probabilities.shape[:-1])
 
 
-def _labels(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, summed: bool = False) -> Tensor:
+def _labels(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, reduction: str = "mean") -> Tensor:
     """A class for each sample; the sum over several positions of one is a likelihood, and their mean is not."""
-    if outputs.ndim > 2 and not summed:
+    if outputs.ndim > 2 and reduction != "sum":
         raise _unknown("nll_loss as a mean over several positions")
+    if 0 <= ignored < outputs.shape[1]:  # the model may draw it
+        raise _unknown(f"cross_entropy with ignore_index={ignored}, one of the classes")
     return kept_ignored(_drawn(outputs), targets, ignored)
 
 
@@ -139,20 +141,22 @@ def _left_out(drawn: Tensor, targets: Any, ignored: int) -> Tensor:
     return torch.zeros_like(drawn, dtype=torch.bool)
 
 
-def _classes(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, summed: bool = False) -> Tensor:
+def _classes(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, reduction: str = "mean") -> Tensor:
     """Labels, or where a sample has several positions, targets in the form of probabilities `(n, C, …)`.
 
     The mean over L positions has an Lth of their gradient, and its Fisher an Lth of its Gauss-Newton matrix. Targets √L
     times as far from the model's probabilities make up for that, as ∇ℓ is linear in them; it is zero at those
     themselves, which positions get that the loss ignores.
     """
-    if outputs.ndim == 2 or summed:
-        return _labels(outputs, targets, ignored=ignored, summed=summed)
+    if outputs.ndim == 2 or reduction == "sum":
+        return _labels(outputs, targets, ignored=ignored, reduction=reduction)
     if ignored >= 0:  # with which torch takes no probabilities
         raise _unknown(f"cross_entropy with ignore_index={ignored} over several positions")
     labels, p = _drawn(outputs), outputs.softmax(1)
     counted = ~_left_out(labels, targets, ignored)
-    stretch = labels[0].numel() / counted.flatten(1).sum(1).clamp_min(1).sqrt()
+    positions = torch.full((len(labels),), labels[0].numel(), device=labels.device)
+    terms = counted.flatten(1).sum(1).clamp_min(1) if reduction == "mean" else positions
+    stretch = positions / terms.sqrt()
     far = F.one_hot(labels, outputs.shape[1]).movedim(-1, 1) - p
     return p + far * (counted * stretch.reshape(-1, *[1] * (labels.ndim - 1)))[:, None].to(p)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -262,23 +263,24 @@ class Objective:
         return map_tensors(lambda t: t.to(self.device), batch)
 
     def mean_loss(self) -> float:
-        """Mean loss over all of the data, from forward passes alone; NaN or infinity where the model gives it."""
-        total, count = 0.0, 0.0
+        """Mean loss over all of the data, from forward passes alone.
+
+        NaN or infinity where the model gives it, and NaN where no sample has a target that counts.
+        """
+        total, count, seen = 0.0, 0.0, False
         with isolated(self.model), torch.no_grad():
             state = self.state()
             for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
-                counted = self.forward.counted(chunk)
+                counted, seen = self.forward.counted(chunk), True
                 count += counted
                 if counted and number % self.ranks.size == self.ranks.rank:
                     chunk = self.on_device(chunk)
                     with explained(chunk):
                         total += float(self.forward.mean_loss(state, chunk)) * counted
                     self._chunks.check_mean(self, some(chunk, 0, 1))
-        if not count:
-            raise WoodfisherError(
-                "the mean loss of no samples was asked for: the data holds no batch, or none with a target that counts."
-            )
-        return sum(self.ranks.gather(total)) / count
+        if not seen:
+            raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
+        return sum(self.ranks.gather(total)) / count if count else math.nan
 
     def flops(self) -> Tensor:
         """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used.
@@ -523,17 +525,18 @@ class Objective:
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
-        count = 0
+        count = 0.0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             state = self.state()
             for number, chunk in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
-                if number % self.ranks.size == self.ranks.rank:
+                counted = self.forward.counted(chunk)
+                if counted and number % self.ranks.size == self.ranks.rank:
                     gradients = self.forward.gradient(state, chunk)
                     flat = self._flat(gradients)
-                    self._check_finite(flat[None], count, chunk, samples_in(chunk))
-                    total += flat * samples_in(chunk)
-                count += samples_in(chunk)
-        return (self.ranks.sum(total) / count * self.kept).to(self.weights)
+                    self._check_finite(flat[None], 0, chunk, samples_in(chunk))
+                    total += flat * counted
+                count += counted
+        return (self.ranks.sum(total) / (count or 1) * self.kept).to(self.weights)
 
     def hessian_columns(self, samples: int, columns: slice) -> Tensor:
         """Columns of the Hessian of the mean loss over the first `samples` samples: float64 `(d, k)`.
@@ -542,7 +545,7 @@ class Objective:
         """
         index = torch.arange(columns.start, columns.stop, device=self.device)
         total = torch.zeros(self.layout.size, len(index), dtype=torch.float64, device=self.device)
-        count = 0
+        count = 0.0
         eye = torch.nn.functional.one_hot(index, self.layout.size).to(self.weights)
         with (
             phase("gradients"),
@@ -551,11 +554,12 @@ class Objective:
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
             for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
-                product = self._hessian_product(chunk, eye)
+                counted = self.forward.counted(chunk)
+                product = self._hessian_product(chunk, eye) if counted else None
                 if product is not None:
-                    total += product.mT.double() * samples_in(chunk)
-                count += samples_in(chunk)
-        return total / count * self.kept[:, None] * self.kept[index]
+                    total += product.mT.double() * counted
+                count += counted
+        return total / (count or 1) * self.kept[:, None] * self.kept[index]
 
     def _hessian_product(self, chunk: Batch, vectors: Tensor) -> Tensor | None:
         """`vectors` `(k, d)` times the Hessian of the mean loss of a chunk; None where its gradient is constant."""

@@ -63,4 +63,6 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
     if not objective.known_samples() and not objective.reads_once:
         with isolated(objective.model), unmoved(objective.data):
             known = Stream(objective.data).count(known)
-    return window_for(objective, method, known, look=True).timed(objective, machine)
+    return window_for(objective, method, known, reads_once=objective.reads_once, look=True).timed(
+        objective, machine
+    )

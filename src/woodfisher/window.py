@@ -95,7 +95,9 @@ class Window(Needs):
         )
 
 
-def window_for(objective: Objective, method: Method, known: int, *, look: bool = False) -> Window:
+def window_for(
+    objective: Objective, method: Method, known: int, *, reads_once: bool = False, look: bool = False
+) -> Window:
     """The window of a method whose stages adapt, on data of `known` samples as far as it matters.
 
     Where the plan reads the data more than `MOST_PASSES` times there is a run with the gradient and one without, in a
@@ -110,7 +112,7 @@ def window_for(objective: Objective, method: Method, known: int, *, look: bool =
             "a number of stages."
         )
     options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
-    repeats = curvature.samples > MOST_PASSES * known and not objective.reads_once
+    repeats = curvature.samples > MOST_PASSES * known and not reads_once
     stages = -(-options.stages // 5) if repeats else options.stages
     orders = (True, False) if repeats else (True,)
     if method.first_order != "auto":

@@ -222,13 +222,19 @@ class LowRankInverse(InverseOperator):
             return super()._energies(index, w, inside)
         block = index // B
         found = (w.square() * inside).sum(1)
-        for span in spans(len(index), 16 * N * (index.shape[1] + N)):
-            for b in block[span][inside[span]].unique():
-                here = inside[span] & (block[span] == b)
-                G = self._rows.select(index[span].flatten()).double().unflatten(1, here.shape).movedim(1, 0)
-                V = self._factor[b] @ (G * here[:, None])
-                left = torch.eye(N, dtype=torch.float64, device=self.device) - V @ V.mT
-                found[span] += energies(left, V @ (w[span] * here)[..., None], index[span])
+        eye = torch.eye(N, dtype=torch.float64, device=self.device)
+        for b in block[inside].unique():
+            here = inside & (block == b)
+            among = here.any(1).nonzero().squeeze(1)
+            most = int(here[among].sum(1).max())
+            for span in spans(len(among), 16 * N * (most + N)):
+                groups = among[span]
+                there, order = (t[:, :most] for t in here[groups].sort(dim=1, descending=True, stable=True))
+                own = index[groups].gather(1, order)
+                G = self._rows.select(own.flatten()).double().unflatten(1, own.shape).movedim(1, 0)
+                V = self._factor[b] @ (G * there[:, None])
+                pull = V @ (w[groups].gather(1, order) * there)[..., None]
+                found[groups] += energies(eye - V @ V.mT, pull, index[groups])
         return found * self.damping
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
