@@ -15,6 +15,7 @@ from woodfisher.machine import Machine
 from woodfisher.memory import parse_bytes
 from woodfisher.planning import planned
 from woodfisher.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
+from woodfisher.window import window_for
 
 MIB = 2**20
 
@@ -208,3 +209,13 @@ class Unsized:
 
     def __iter__(self):
         return (self.batches[i] for i in torch.randperm(len(self.batches)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("samples", "known", "runs"), [(960_000, 60_000, 1), (240_000, 2_000, 2), (960_000, 2_000, 2)]
+)
+def test_more_samples_than_usual_are_no_repetition_of_few(samples, known, runs):
+    method = wf.METHODS["woodfisher"]
+    method = replace(method, curvature=replace(method.curvature, samples=samples))
+    window = window_for(wf.Objective(mlp(), [], cross_entropy), method, known)
+    assert (len(window.orders), window.stages) == ((1, 120) if runs == 1 else (2, 24))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 MOST_PASSES = 8
 """Passes over the data up to which its gradients are taken for those of new samples."""
 
+ENOUGH = 240_000
+"""Samples beyond which more passes than those count for no repetition: who asks for more has chosen so."""
+
 MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
@@ -100,7 +103,7 @@ def window_for(
 ) -> Window:
     """The window of a method whose stages adapt, on data of `known` samples as far as it matters.
 
-    Where the plan reads the data more than `MOST_PASSES` times there is a run with the gradient and one without, in a
+    Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient and one without, in a
     fifth of the stages. There are as many rows as scoring may take, the data has and the memory holds; raises where
     that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less of them than it could.
     """
@@ -112,7 +115,7 @@ def window_for(
             "a number of stages."
         )
     options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
-    repeats = curvature.samples > MOST_PASSES * known and not reads_once
+    repeats = min(curvature.samples, ENOUGH) > MOST_PASSES * known and not reads_once
     stages = -(-options.stages // 5) if repeats else options.stages
     orders = (True, False) if repeats else (True,)
     if method.first_order != "auto":
@@ -176,7 +179,7 @@ def samples_that_matter(method: Method, *, reads_once: bool) -> int:
     """Samples above which it makes no difference how many the data has."""
     options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
     first = options.held_out + options.window * curvature.group
-    passes = 0 if reads_once else -(-curvature.samples // MOST_PASSES)
+    passes = 0 if reads_once else -(-min(curvature.samples, ENOUGH) // MOST_PASSES)
     return max(5 * options.held_out, first, passes)
 
 
