@@ -103,9 +103,10 @@ def window_for(
 ) -> Window:
     """The window of a method whose stages adapt, on data of `known` samples as far as it matters.
 
-    Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient and one without, in a
-    fifth of the stages. There are as many rows as scoring may take, the data has and the memory holds; raises where
-    that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less of them than it could.
+    Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient and one
+    without, in a fifth of the stages. There are as many rows as scoring may take, the data has and the memory holds;
+    raises where that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less of them than
+    it could.
     """
     if not known:
         raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
