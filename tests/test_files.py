@@ -3,7 +3,7 @@ import torch
 
 import woodfisher as wf
 from woodfisher.files import check_folder, save_json, write_folder, write_whole
-from woodfisher.memory import available_memory, check_memory
+from woodfisher.memory import Budget, available_memory, format_bytes, parse_bytes
 from woodfisher.plots import plot_accuracy, plot_layers
 from woodfisher.report import Layer
 
@@ -47,9 +47,23 @@ def test_a_place_that_is_no_folder_is_refused(tmp_path):
 def test_memory_is_known_and_asked_for():
     free = available_memory(torch.device("cpu"))
     assert free is None or free > 2**20
-    check_memory([("a little", 1)], torch.device("cpu"), "")
-    with pytest.raises(wf.WoodfisherError, match=r"this needs .* TiB .*\(rows .* TiB\).*Less, please"):
-        check_memory([("rows", 2**60)], torch.device("cpu"), "Less, please.")
+    budget = Budget.of(torch.device("cpu"))
+    budget.check([("a little", 1)], "")
+    with pytest.raises(
+        wf.WoodfisherError, match=r"this needs .* TiB .*\(rows .* TiB\).*available: take less\.$"
+    ):
+        budget.check([("rows", 2**60)], "take less")
+    tight = Budget.of(torch.device("cpu"), "1KiB", base=1000)
+    tight.check([("rows", 24)], "")
+    with pytest.raises(
+        wf.WoodfisherError, match=r"memory=1 KiB .* has 0.977 KiB .* Give 1.01 KiB or more, or take"
+    ):
+        tight.check([("rows", 25)], "take less")
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 1001, 1023, 123_456, 2**30 - 1, 2**40 + 1, 7 * 10**15])
+def test_what_is_said_to_be_enough_is(size):
+    assert size <= parse_bytes(format_bytes(size, enough=True)) <= 1.01 * size + 1
 
 
 def test_pictures_are_drawn(tmp_path):

@@ -547,13 +547,13 @@ def test_two_callbacks_keep_their_states_apart(tmp_path):
             criterion="magnitude",
         )
 
-    trainer = fit(
+    fit(
         module,
         [PruningCallback(make_pruner, name="first"), PruningCallback(other, name="other")],
         2,
-        enable_checkpointing=False,
+        default_root_dir=tmp_path,
     )
-    saved = torch.load(next(Path(trainer.default_root_dir).rglob("*.ckpt")), weights_only=True)["callbacks"]
+    saved = torch.load(next(tmp_path.rglob("*.ckpt")), weights_only=True)["callbacks"]
     assert sum("PruningCallback" in key for key in saved) == 2
 
 
