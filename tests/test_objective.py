@@ -328,6 +328,8 @@ def test_nan_names_the_parameter_and_the_row():
     x[5, 2] = float("nan")
     with pytest.raises(wf.WoodfisherError, match=r"'0.weight' in row 5 is nan. The data of that row"):
         wf.Objective(model, [(x[:4], y[:4]), (x[4:], y[4:])], cross_entropy).rows(8)
+    with pytest.raises(wf.WoodfisherError, match="'0.weight' in row 5 is nan"):
+        wf.Objective(model, [(x, y)], cross_entropy).within(0).gradient(8)
 
     def loss(outputs, targets):
         return nll_loss((0 * outputs).log(), targets)

@@ -87,6 +87,7 @@ class Forward:
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
         self._around = _Around(model)
+        self._scaled = _scaled_in_place(model)
         on_cpu = any(p.device.type == "cpu" for p in model.parameters())
         if precision == "bfloat16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             warn(
@@ -112,7 +113,7 @@ class Forward:
             for other in others
         }
         tensors |= tied
-        for names in _scaled_in_place(self.model):
+        for names in self._scaled:
             own = self.model.get_submodule(names[0].rpartition(".")[0])._parameters["weight"]
             assert own is not None
             tensors |= dict.fromkeys(names, tensors.get(names[0], own.detach()).clone())

@@ -42,21 +42,27 @@ class Machine:
 
 
 def calibrated(device: torch.device) -> Machine:
-    """Measure a device's rates: about a second."""
+    """Measure a device's rates, as the fastest of five runs after a first one: about a second."""
     A = torch.ones(1500, 1500, device=device)
     data = torch.empty(2**26, dtype=torch.uint8, device=device)
-    product = _fastest(lambda: A @ A, device)
-    copy = _fastest(lambda: data.clone(), device)
+    product, copy = (
+        min([seconds_of(device, work) for _ in range(6)][1:])
+        for work in (lambda: A @ A, lambda: data.clone())
+    )
     return Machine(flops=2 * 1500**3 / product, memory=2 * len(data) / copy)
 
 
-def _fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Least seconds of five runs after a first one."""
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
+def seconds_of(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
+    """Wall-clock seconds of `work`, the mean of `times` runs in a row."""
+    _synchronise(device)
+    start = time.perf_counter()
+    for _ in range(times):
         work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    _synchronise(device)
+    return (time.perf_counter() - start) / times
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait until `device` has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

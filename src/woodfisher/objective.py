@@ -525,7 +525,7 @@ class Objective:
     def gradient(self, samples: int) -> Tensor:
         """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
-        count = 0.0
+        count, seen = 0.0, 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():
             state = self.state()
             for number, chunk in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
@@ -533,9 +533,9 @@ class Objective:
                 if counted and number % self.ranks.size == self.ranks.rank:
                     gradients = self.forward.gradient(state, chunk)
                     flat = self._flat(gradients)
-                    self._check_finite(flat[None], 0, chunk, samples_in(chunk))
+                    self._check_finite(flat[None], seen, chunk, samples_in(chunk))
                     total += flat * counted
-                count += counted
+                count, seen = count + counted, seen + samples_in(chunk)
         return (self.ranks.sum(total) / (count or 1) * self.kept).to(self.weights)
 
     def hessian_columns(self, samples: int, columns: slice) -> Tensor:

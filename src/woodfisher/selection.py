@@ -248,7 +248,7 @@ class Selection:
             fixed[index.gather(1, best)] = True
         elif self.floor:
             for where in self.layout.slices.values():
-                units, sizes = self._units.of(where), self._units.sums_in(where, kept[where].long())
+                units, sizes = self._units.sums_in(where, kept[where].long())
                 order = torch.where(alive, rank, -torch.inf)[units].argsort(descending=True)
                 needed = self._needed(where.stop - where.start)
                 before = sizes[order].cumsum(0) - sizes[order]

@@ -37,8 +37,8 @@ class Units(ABC):
         """The units that have weights there, int64, ascending."""
 
     @abstractmethod
-    def sums_in(self, where: slice, each: Tensor) -> Tensor:
-        """Numbers of the weights there, summed over each unit of `of(where)`."""
+    def sums_in(self, where: slice, each: Tensor) -> tuple[Tensor, Tensor]:
+        """`of(where)`, and numbers of the weights there summed over each of these units."""
 
     @abstractmethod
     def first(self, unit: int) -> int:
@@ -78,8 +78,8 @@ class Singles(Units):
     def of(self, where: slice) -> Tensor:
         return torch.arange(where.start, where.stop, device=self._device)
 
-    def sums_in(self, where: slice, each: Tensor) -> Tensor:
-        return each
+    def sums_in(self, where: slice, each: Tensor) -> tuple[Tensor, Tensor]:
+        return self.of(where), each
 
     def first(self, unit: int) -> int:
         return unit
@@ -120,8 +120,9 @@ class Groups(Units):
     def of(self, where: slice) -> Tensor:
         return self._owner[where].unique()
 
-    def sums_in(self, where: slice, each: Tensor) -> Tensor:
-        return each.new_zeros(self._count).index_add(0, self._owner[where], each)[self.of(where)]
+    def sums_in(self, where: slice, each: Tensor) -> tuple[Tensor, Tensor]:
+        units, place = self._owner[where].unique(return_inverse=True)
+        return units, each.new_zeros(len(units)).index_add(0, place, each)
 
     def first(self, unit: int) -> int:
         return int((self._owner == unit).nonzero()[0])

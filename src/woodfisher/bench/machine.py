@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from woodfisher.machine import seconds_of
 from woodfisher.memory import peak_memory, resident_memory
 
 if TYPE_CHECKING:
@@ -32,22 +33,6 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until `device` has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(device: torch.device, work: Callable[[], object], times: int = 1) -> float:
-    """Wall-clock seconds of `work`, the mean of `times` runs in a row."""
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(times):
-        work()
-    synchronise(device)
-    return (time.perf_counter() - start) / times
 
 
 def order(device: torch.device) -> int:

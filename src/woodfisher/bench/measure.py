@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from woodfisher._version import __version__
-from woodfisher.bench.machine import Roofs, peak_of, repeats, seconds_of, threads
+from woodfisher.bench.machine import Roofs, peak_of, repeats, threads
 from woodfisher.bench.peers import PEERS, Peer, exact
 from woodfisher.bench.spread import Spread
 from woodfisher.checks import check_count, check_positive
 from woodfisher.curvature import WoodFisher
 from woodfisher.curvature.base import WORKSPACE
 from woodfisher.errors import WoodfisherError
+from woodfisher.machine import seconds_of
 from woodfisher.memory import Budget
 from woodfisher.watch import report_progress, warn, watching
 

@@ -22,6 +22,7 @@ from woodfisher.method import (
     MethodParts,
     Scope,
     Update,
+    Use,
     given,
     method_for,
     options_of,
@@ -164,10 +165,9 @@ class MethodOptions:
             "refine": self.refine,
             "recalibrate": self.recalibrate,
         }
-        use = (
-            "fixed" if isinstance(self.block_size, int) else use_for(parts)
-        )  # stages that adapt have one block
-        method = method_for(criterion, self.preset, use="training" if training else use)
+        # Stages that adapt have one block.
+        use: Use = "training" if training else "fixed" if isinstance(self.block_size, int) else use_for(parts)
+        method = method_for(criterion, self.preset, use=use)
         asked = given(
             samples=self.samples,
             group=self.group,
