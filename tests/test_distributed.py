@@ -15,13 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,6 +30,7 @@ from woodfisher.distributed import Ranks, on_first_rank, together
 from woodfisher.layout import Layout
 from woodfisher.method import METHODS
 from woodfisher.ranking import survivors
+from woodfisher.sharding import reshard, whole
 
 SOURCE = Path(wf.__file__).parents[1]
 
@@ -406,21 +403,101 @@ def test_which_methods_are_dealt_out():
         assert not can_be_dealt(replace(block, curvature=replace(block.curvature, **change)))
 
 
-def sharded(rank):
-    model, plain = Net(), Net()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    with pytest.raises(wf.WoodfisherError, match="'first.weight' is sharded .*set_model_state_dict"):
-        wf.prune(model, batches(), cross_entropy, 0.7, **BLOCK)
-    whole = StateDictOptions(full_state_dict=True)
-    plain.load_state_dict(get_model_state_dict(model, options=whole))
-    report = wf.prune(plain, batches(), cross_entropy, 0.7, recalibrate=20, **BLOCK)
-    set_model_state_dict(model, plain.state_dict(), options=whole)
-    state = {name: p.full_tensor().detach() for name, p in model.named_parameters()}
-    return plain.state_dict() | state, report.masks, report.to_dict()
+def in_shards(model):
+    """The model in shards, which a forward pass leaves whole for the time being."""
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model.third, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    with torch.no_grad():
+        model.eval()(batches()[0][0])
+    return model.train()
 
 
-def test_a_sharded_model_is_pruned_by_way_of_a_plain_copy(tmp_path):
-    same(run(sharded, 2, tmp_path), pruned("net", BLOCK))
+def gathered(model):
+    reshard(model)
+    return {name: whole(p) for name, p in model.named_parameters()} | dict(model.named_buffers())
+
+
+def sharded(case):
+    model = in_shards(Net())
+    report = wf.prune(model, batches(), cross_entropy, 0.7, recalibrate=20, **case)
+    return gathered(model), report.masks, report.to_dict()
+
+
+def trained(model):
+    """Weights, masks, momenta and norms of gradients of a model that is pruned while it is trained."""
+    objective = wf.Objective(model, batches(), cross_entropy)
+    schedule = wf.Polynomial(0.3, 0.8, begin=2, end=14, every=6)
+    pruner = wf.Pruner(model, objective, schedule, curvature=wf.WoodFisher(23, 5, 1e-2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    norms = []
+    for epoch in range(3):
+        for x, y in batches():
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            norms.append(whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)))
+            optimizer.step()
+            pruner.step()
+        with torch.no_grad():
+            model.eval()(x)
+        model.train()
+        if epoch == 1:
+            state = pruner.state_dict()
+            pruner.release()
+            pruner = wf.Pruner(model, objective, schedule, curvature=wf.WoodFisher(23, 5, 1e-2))
+            pruner.load_state_dict(state)
+    state = gathered(model)
+    momenta = {name: whole(optimizer.state[p]["exp_avg"]) for name, p in model.named_parameters()}
+    return state, pruner.masks, momenta, norms
+
+
+def check_refusals():
+    """Models that are split in other ways."""
+    mesh = init_device_mesh("cpu", (2,))
+    linear = distribute_module(nn.Linear(4, 4), mesh, _split_outputs)
+    flat = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    for model, says in (
+        (linear, "'weight' is split .*tensor parallelism"),
+        (flat, "shard the model with .*fully_shard"),
+    ):
+        with pytest.raises(wf.WoodfisherError, match=says):
+            wf.Objective(model, batches(), cross_entropy)
+
+
+def _split_outputs(_, module, mesh):
+    module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
+
+
+def all_of_shards(rank):
+    """One start of two processes for all that takes them."""
+    check_refusals()
+    return {
+        "joint": sharded(CASES["joint"]),
+        "full": sharded(CASES["full"]),
+        "trained": trained(in_shards(Net())),
+    }
+
+
+@pytest.fixture(scope="module")
+def in_two_shards(tmp_path_factory):
+    return run(all_of_shards, 2, tmp_path_factory.mktemp("shards"))
+
+
+@pytest.mark.parametrize("case", ["joint", "full"])
+def test_a_sharded_model(case, in_two_shards):
+    same([done[case] for done in in_two_shards], pruned("net", CASES[case]))
+
+
+def test_a_model_is_pruned_while_it_is_trained_in_shards(in_two_shards):
+    alone = trained(Net())
+    for state, masks, momenta, norms in (done["trained"] for done in in_two_shards):
+        for there, here in ((state, alone[0]), (momenta, alone[2])):
+            for name in here:
+                torch.testing.assert_close(there[name], here[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(norms, alone[3])
+        for name, mask in masks.items():
+            assert torch.equal(mask, alone[1][name])
+            assert not state[name][~mask].any() and not momenta[name][~mask].any()
 
 
 def torchrun(*arguments, **environment):

@@ -10,6 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.parameters import unwrapped
+from woodfisher.sharding import is_shard, local, own_part, reshard
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -52,11 +53,12 @@ class Masks:
         self._removed = {
             name: (~kept[name]).to(parameter.device) for name, parameter in self._parameters.items()
         }
+        self._parts = {name: own_part(self._removed[name], p) for name, p in self._parameters.items()}
         self._names = {id(parameter): name for name, parameter in self._parameters.items()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._idle = self.trained_elsewhere = False
         handles = [
-            _hooked(parameter, _without(self._removed, name)) for name, parameter in self._parameters.items()
+            _hooked(parameter, _without(self._parts, name)) for name, parameter in self._parameters.items()
         ]
         handles.append(register_optimizer_step_post_hook(_to(weakref.ref(self))))
         self._release = weakref.finalize(self, _remove, handles)
@@ -79,6 +81,7 @@ class Masks:
         before = {name: removed.clone() for name, removed in self._removed.items()}
         for name, removed in self._removed.items():
             removed.copy_(~kept[name])
+            self._parts[name] = own_part(removed, self._parameters[name])
         if any(not torch.equal(removed, before[name]) for name, removed in self._removed.items()):
             for optimizer in self._optimizers:
                 if isinstance(optimizer, torch.optim.LBFGS):
@@ -91,9 +94,9 @@ class Masks:
         self._follow(self._parameters)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
-                parameter.masked_fill_(self._removed[name], 0)
+                local(parameter).masked_fill_(self._parts[name], 0)
                 if parameter.grad is not None:
-                    parameter.grad.masked_fill_(self._removed[name], 0)
+                    local(parameter.grad).masked_fill_(self._parts[name], 0)
             for optimizer in self._optimizers:
                 self._enforce_state(optimizer, self._parameters)
 
@@ -108,10 +111,12 @@ class Masks:
                 )
         with torch.no_grad():
             for name, removed in self._removed.items():
-                parameters[name].masked_fill_(removed.to(parameters[name].device), 0)
+                part = own_part(removed.to(parameters[name].device), parameters[name])
+                local(parameters[name]).masked_fill_(part, 0)
 
     def check(self, model: nn.Module) -> None:
         """Raise if the model has other parameters by now, or is trained by an optimizer that has others."""
+        reshard(model)
         now = dict(model.named_parameters())
         for name, parameter in self._parameters.items():
             if now.get(name) is not parameter:
@@ -142,7 +147,7 @@ class Masks:
             self._follow(names)
             with torch.no_grad():
                 for name in names:
-                    self._parameters[name].masked_fill_(self._removed[name], 0)
+                    local(self._parameters[name]).masked_fill_(self._parts[name], 0)
                 self._enforce_state(optimizer, names)
         elif not self._optimizers and {p.shape for p in self._parameters.values()} <= {
             p.shape for p in trained
@@ -156,12 +161,14 @@ class Masks:
             # A plain look-up would give each parameter a state, as `state` is a defaultdict.
             state = optimizer.state.get(self._parameters[name])
             for tensor in _alike(state, self._parameters[name]):
-                tensor.masked_fill_(self._removed[name].to(tensor.device), 0)
+                local(tensor).masked_fill_(self._parts[name].to(tensor.device), 0)
 
     def _follow(self, names: Iterable[str]) -> None:
         """Take masks to the devices where the parameters are now."""
         for name in names:
-            self._removed[name] = self._removed[name].to(self._parameters[name].device)
+            device = self._parameters[name].device
+            self._removed[name] = self._removed[name].to(device)
+            self._parts[name] = self._parts[name].to(device)
 
 
 def _alike(state: Any, parameter: Tensor) -> list[Tensor]:
@@ -180,7 +187,12 @@ def _alike(state: Any, parameter: Tensor) -> list[Tensor]:
 def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
     """Hook a parameter's gradient; hooks outlast freezing, but are refused while frozen."""
     frozen = not parameter.requires_grad
-    handle: RemovableHandle = parameter.requires_grad_().register_hook(hook)
+    parameter.requires_grad_()
+    handle: RemovableHandle = (
+        parameter.register_post_accumulate_grad_hook(_to_the_gradient(hook))  # all that is called for shards
+        if is_shard(parameter)
+        else parameter.register_hook(hook)
+    )
     if frozen:
         parameter.requires_grad_(False)
     return handle
@@ -189,6 +201,16 @@ def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> Remova
 def _without(removed: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
     """A hook on a gradient that keeps the dict of masks alive, and not what holds it."""
     return lambda gradient: gradient.masked_fill(removed[name].to(gradient.device), 0)
+
+
+def _to_the_gradient(hook: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
+    """The same on the gradient that a parameter has by then."""
+
+    def change(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            local(parameter.grad).copy_(hook(local(parameter.grad)))
+
+    return change
 
 
 def _to(masks: weakref.ref[Masks]) -> Callable[..., None]:

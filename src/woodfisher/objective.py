@@ -33,6 +33,7 @@ from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix, resident_memory
 from woodfisher.normalisation import batch_norms, fresh_statistics
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
+from woodfisher.sharding import is_sharded, plain_copy, refresh
 from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
 from woodfisher.watch import phase, report_progress, warn, watching
 from woodfisher.writing import write
@@ -91,8 +92,11 @@ class Objective:
     ----------
     layout:
         Names, shapes and order of the chosen weights; `d = layout.size`.
+    model, source:
+        The model that is run, and the one that was given, without its wrappers. They are the same, unless
+        `fully_shard` has spread the latter over processes: then the former is a copy of whole weights.
     parameters:
-        Name → the model's own parameter.
+        Name → the parameter of `model`.
     weights:
         Their values, `(d,)`.
     buffers:
@@ -122,8 +126,10 @@ class Objective:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
         check_choice("precision", precision, PRECISIONS)
-        model = unwrapped(model)
-        self.model, self.loss = model, loss
+        self.source = unwrapped(model)
+        self._sharded = is_sharded(self.source)
+        self.model = model = plain_copy(self.source) if self._sharded else self.source
+        self.loss = loss
         self.data: Iterable[Batch] = [] if data is None else data
         check_data(self.data)
         with watching() as watch:
@@ -195,6 +201,8 @@ class Objective:
 
     def _read(self, kept: Tensor | None) -> None:
         """Take everything that training changes from the model."""
+        if self._sharded:
+            refresh(self.model, self.source)
         own = self.parameters.values()
         self.device = next(iter(own)).device
         if self.device.type == "meta":
@@ -206,7 +214,10 @@ class Objective:
         weights = self._flat(self.parameters)
         if not torch.isfinite(weights).all():
             bad = self.layout.name_at(int((~torch.isfinite(weights)).nonzero()[0]))
-            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
+            raise WoodfisherError(
+                f"the model's own weight {bad!r} holds NaN or infinity: load a sound one, or, "
+                "in training, lower the learning rate or go on from an earlier checkpoint."
+            )
         if kept is None:
             kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
         self.layout.check(kept, "kept")
@@ -581,7 +592,7 @@ class Objective:
 
         Raises before the first change.
         """
-        write(self, self.model if model is None else unwrapped(model))
+        write(self, self.source if model is None else unwrapped(model))
 
     def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors → `(d,)` in the dtype and on the device of the flat weights."""

@@ -65,13 +65,6 @@ def choose(
             f"{lazy!r} has no shape before the model has run: call the model on a batch first."
         )
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point() and p.numel()}
-    sharded = next((name for name, p in named.items() if hasattr(p, "full_tensor")), None)
-    if sharded is not None:
-        raise WoodfisherError(
-            f"{sharded!r} is sharded (a DTensor, as of fully_shard), and pruning takes whole weights: gather them "
-            "into a plain copy of the model with get_model_state_dict, prune that, and write it back with "
-            "set_model_state_dict, as docs/processes.md shows."
-        )
     chosen = _usual(model, named) if params is None else _matching(model, named, params)
     for name in _matching(model, named, exclude):
         chosen.pop(name, None)

@@ -105,7 +105,7 @@ class Pruner:
                 f"the second argument is an Objective(model, data, loss); a {type(objective).__name__} came."
             )
         check_count("seed", seed, least=0)
-        if unwrapped(model) is not objective.model:
+        if unwrapped(model) is not objective.source:
             raise WoodfisherError(
                 "the objective is that of another model: make it from the one that is trained, as in "
                 "Pruner(model, Objective(model, data, loss), schedule)."
@@ -130,7 +130,7 @@ class Pruner:
                     f"every weight of {name!r} is zero, and counts as removed for good: leave it out of the objective "
                     "with exclude= if it is to be trained."
                 )
-        self._masks = Masks(objective.parameters, masks)
+        self._masks = Masks(self._parameters, masks)
         self.steps = 0
         self._times = 0
         self.history: list[Report] = []
@@ -159,7 +159,7 @@ class Pruner:
                 "this pruner let its model go by release(), or is a copy, which holds none: make another to go on, and "
                 "give it state_dict() of the one that was copied."
             )
-        self._masks.check(self.objective.model)
+        self._masks.check(self.objective.source)
         sparsity = self.schedule.at(self.steps)
         report = None if sparsity is None else self._prune(sparsity)
         if report is None:
@@ -174,7 +174,7 @@ class Pruner:
     def missing_in(self, model: nn.Module) -> str | None:
         """Name of a weight that is pruned here and that `model` doesn't have; None where it has them all."""
         there = {id(parameter) for parameter in model.parameters()}
-        return next((name for name, p in self.objective.parameters.items() if id(p) not in there), None)
+        return next((name for name, p in self._parameters.items() if id(p) not in there), None)
 
     def release(self) -> None:
         """Let the model go; removed weights are zero and may come back. The pruner is of no more use."""
@@ -217,13 +217,13 @@ class Pruner:
         self.steps, self._times, self.seed = int(state["steps"]), int(state["times"]), int(state["seed"])
         self._masks.set({name: mask.bool() for name, mask in masks.items()})
 
+    @property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        """Name → parameter of the model that is trained, whose shards they may be."""
+        named = dict(self.objective.source.named_parameters())
+        return {name: named[name] for name in self.objective.layout.shapes}
+
     def _prune(self, sparsity: float) -> Report | None:
-        for name, parameter in self.objective.parameters.items():
-            if not parameter.isfinite().all():
-                raise WoodfisherError(
-                    f"{name!r} holds NaN or infinity after {self.steps} steps of training: lower the learning rate, or "
-                    "go on from an earlier checkpoint."
-                )
         objective = self.objective.current(self._kept)
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.sharding import local, own_part, reshard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 def write(objective: Objective, model: nn.Module) -> None:
     """Put the weights (removed ones exactly zero) and buffers of an objective into a model."""
+    reshard(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     _check_architecture(objective, parameters, buffers)
     values = {
@@ -34,7 +36,7 @@ def write(objective: Objective, model: nn.Module) -> None:
             )
     with torch.no_grad():
         for name, value in values.items():
-            parameters[name].copy_(value)
+            local(parameters[name]).copy_(own_part(value, parameters[name]))
         for name, buffer in buffers.items():
             if objective.buffers[name] is not buffer:
                 buffer.copy_(objective.buffers[name])

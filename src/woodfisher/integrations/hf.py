@@ -88,8 +88,7 @@ class PruningCallback(TrainerCallback):
         if name := self.pruner.missing_in(model):
             raise WoodfisherError(
                 f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "
-                "that the Trainer trains (with model_init: a function that makes one of the model). Models whose "
-                "weights are sharded can't be pruned."
+                "that the Trainer trains (with model_init: a function that makes one of the model)."
             )
         # Goes into each checkpoint with the Trainer's own state, and tells that a file of the pruner's belongs to it.
         marks = cast("dict[str, Any]", state.stateful_callbacks)
@@ -132,12 +131,9 @@ class PruningCallback(TrainerCallback):
                 numbers = json.loads(file.metadata()["woodfisher"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise unreadable(folder / FILE, "the state of a pruner", error) from error
-        for name, parameter in pruner.objective.parameters.items():
-            if (
-                name in masks
-                and masks[name].shape == parameter.shape
-                and parameter.detach().cpu()[~masks[name]].any()
-            ):
+        weights = pruner.objective.layout.split(pruner.objective.current().weights)
+        for name, weight in weights.items():
+            if name in masks and masks[name].shape == weight.shape and weight.cpu()[~masks[name]].any():
                 raise WoodfisherError(
                     f"{folder / FILE} is of another run: weights of {name!r} that it has as removed are not zero "
                     "in the checkpoint that training resumes from: give PruningCallback(..., checkpoint=folder) the "

@@ -91,7 +91,7 @@ class PruningCallback(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What averages weights puts its own into the module as training ends.
         assert self.pruner is not None
-        self.pruner.apply(self.pruner.objective.model)
+        self.pruner.apply(self.pruner.objective.source)
 
     @property
     def state_key(self) -> str:
