@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningModule
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from woodfisher.errors import WoodfisherError
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from woodfisher.report import Report
     from woodfisher.tasks import Task
     from woodfisher.train import Training
-    from woodfisher.watch import Progress
 
 CHECKPOINT, METRICS = "checkpoint.ckpt", "metrics.csv"
 
@@ -50,11 +49,9 @@ class Finetuning(LightningModule):
     ----------
     task:
         Its model is the teacher, where there is one, and stays as it is.
-    model:
-        The one that is trained.
     pruner:
-        Its pruner, which someone else steps.
-    training, seed, progress, on_epoch:
+        Of the model that is trained; someone else steps it. Its seed and its progress are those of all.
+    training, on_epoch:
         As for `train`.
     steps:
         Steps of the optimizer in an epoch.
@@ -69,25 +66,22 @@ class Finetuning(LightningModule):
     def __init__(
         self,
         task: Task,
-        model: nn.Module,
         pruner: Pruner,
         training: Training,
         *,
         steps: int,
         last: int,
-        seed: int,
         folder: Path | None,
         options: Mapping[str, Any],
-        progress: Progress | None,
         on_epoch: Callable[[Epoch], None] | None,
     ) -> None:
         super().__init__()
-        self.model = model
+        self.model = pruner.objective.source
         self.task, self.pruner, self.training_options = task, pruner, training
-        self.steps, self.last, self.seed, self.folder = steps, last, seed, folder
+        self.steps, self.last, self.folder = steps, last, folder
         self.options = dict(options)
-        self._forwards = [torch.compile(net) if training.compile else net for net in (model, task.model)]
-        self._progress, self._on_epoch = progress, on_epoch
+        self._forwards = [torch.compile(net) if training.compile else net for net in (self.model, task.model)]
+        self._on_epoch = on_epoch
         self.epochs: list[Epoch] = []
         self.removals: list[Removal] = []
         self.warned: list[str] = []
@@ -139,8 +133,8 @@ class Finetuning(LightningModule):
         return loss
 
     def on_train_batch_end(self, _outputs: Any, _batch: Any, _index: int) -> None:
-        if self._progress is not None:
-            self._progress("steps", self.pruner.steps, self.training_options.epochs * self.steps)
+        if self.pruner.progress is not None:
+            self.pruner.progress("steps", self.pruner.steps, self.training_options.epochs * self.steps)
 
     def on_train_epoch_end(self) -> None:
         """Measure, remember the best, and save."""
@@ -229,7 +223,7 @@ class Epochs:
     def __iter__(self) -> Iterator[Any]:
         module = self._module
         epoch = module.global_step // module.steps
-        seed = np.random.SeedSequence([module.seed, epoch]).generate_state(1)[0]
+        seed = np.random.SeedSequence([module.pruner.seed, epoch]).generate_state(1)[0]
         reseed(module.task.train, int(seed))
         yield from module.task.train
 

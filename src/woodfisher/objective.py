@@ -214,10 +214,7 @@ class Objective:
         weights = self._flat(self.parameters)
         if not torch.isfinite(weights).all():
             bad = self.layout.name_at(int((~torch.isfinite(weights)).nonzero()[0]))
-            raise WoodfisherError(
-                f"the model's own weight {bad!r} holds NaN or infinity: load a sound one, or, "
-                "in training, lower the learning rate or go on from an earlier checkpoint."
-            )
+            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
         if kept is None:
             kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
         self.layout.check(kept, "kept")

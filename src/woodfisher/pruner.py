@@ -20,6 +20,7 @@ from woodfisher.objective import Objective
 from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.schedule import Schedule
+from woodfisher.sharding import whole
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
@@ -224,6 +225,12 @@ class Pruner:
         return {name: named[name] for name in self.objective.layout.shapes}
 
     def _prune(self, sparsity: float) -> Report | None:
+        for name, parameter in self._parameters.items():
+            if not whole(parameter).isfinite().all():
+                raise WoodfisherError(
+                    f"{name!r} holds NaN or infinity after {self.steps} steps of training: lower the learning rate, or "
+                    "go on from an earlier checkpoint."
+                )
         objective = self.objective.current(self._kept)
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):

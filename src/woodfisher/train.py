@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
+    from woodfisher.finetuning import Finetuning
     from woodfisher.forward import Precision
     from woodfisher.method import MethodParts
     from woodfisher.report import Layer
@@ -187,6 +188,26 @@ class Trained:
     method: dict[str, Any]
     warnings: list[str]
 
+    @classmethod
+    def of(cls, module: Finetuning, dense: float) -> Trained:
+        """What a training that has ended did to a network of which `dense` is the metric."""
+        masks = {name: mask.cpu() for name, mask in module.pruner.masks.items()}
+        pruning = sum(removal.seconds for removal in module.removals)
+        return cls(
+            sparsity=module.pruner.sparsity,
+            dense=dense,
+            best=max(
+                (epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)
+            ),
+            epochs=module.epochs,
+            history=module.removals,
+            layers=layers_of(masks),
+            masks=masks,
+            seconds={"pruning": pruning, "training": module.seconds - pruning, "total": module.seconds},
+            method=module.pruner.method.to_dict(),
+            warnings=module.warned,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Everything without the masks, as JSON takes it."""
         return {
@@ -262,22 +283,10 @@ def train(
         On bad input or a numerical failure; the model is then as it was.
     """
     require_lightning()
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.loggers import TensorBoardLogger
-
-    from woodfisher.finetuning import CHECKPOINT, METRICS, Finetuning, WholeFiles, quiet, read_checkpoint
-    from woodfisher.integrations.lightning import PruningCallback
+    from woodfisher.finetuning import Finetuning
 
     training = training or Training()
-    training.check()
-    check_choice("log", log, LOGS)
-    check_count("seed", seed, least=0)
-    if out is None and (resume or log != "csv"):
-        raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
-    if training.distil and task.loss is None:
-        raise WoodfisherError(
-            "distillation compares logits, for a task with a loss(outputs, targets); this one has none: distil=0."
-        )
+    _check(task, training, seed, out, resume, log)
     schedule = sparsity if isinstance(sparsity, Schedule) else gradually(sparsity, training.epochs)
     steps = batches_in(task.train)
     schedule = schedule.in_epochs(steps)
@@ -304,69 +313,85 @@ def train(
             "method": repr(pruner.method),
             "seed": seed,
         }
-        checkpoint = None
-        if out is not None:
-            if resume and (out / CHECKPOINT).exists():
-                checkpoint = out / CHECKPOINT
-                _check_same(read_checkpoint(checkpoint)["woodfisher"]["options"], options, checkpoint)
-            else:
-                remove(out / CHECKPOINT)
-                remove(out / METRICS)
+        checkpoint = None if out is None else _checkpoint(out, options, resume=resume)
         module = Finetuning(
-            task,
-            model,
-            pruner,
-            training,
-            steps=steps,
-            last=last,
-            seed=seed,
-            folder=out,
-            options=options,
-            progress=progress,
-            on_epoch=on_epoch,
+            task, pruner, training, steps=steps, last=last, folder=out, options=options, on_epoch=on_epoch
         )
-        with quiet():
-            trainer = Trainer(
-                **_device_options(model),
-                precision=_OF_LIGHTNING[precision],
-                max_epochs=training.epochs,
-                callbacks=[PruningCallback(pruner, module.note_removal)],
-                plugins=[WholeFiles()],
-                logger=TensorBoardLogger(out, name="tensorboard", version="")
-                if out and log == "tensorboard"
-                else False,
-                log_every_n_steps=1,
-                default_root_dir=out,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                num_sanity_val_steps=0,
-            )
-            interrupted = signal.getsignal(signal.SIGINT)
-            try:
-                trainer.fit(module, ckpt_path=checkpoint)
-            except SystemExit as exit_:
-                # What Lightning makes of an interruption, after it has switched the signal off.
-                signal.signal(signal.SIGINT, interrupted)
-                raise KeyboardInterrupt from exit_
-            finally:
-                pruner.release()
+        _fit(module, checkpoint, precision, log)
     assert module.best is not None
     task.model.load_state_dict(module.best)
-    masks = {name: mask.cpu() for name, mask in pruner.masks.items()}
-    pruning = sum(removal.seconds for removal in module.removals)
-    return Trained(
-        sparsity=pruner.sparsity,
-        dense=dense,
-        best=max((epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)),
-        epochs=module.epochs,
-        history=module.removals,
-        layers=layers_of(masks),
-        masks=masks,
-        seconds={"pruning": pruning, "training": module.seconds - pruning, "total": module.seconds},
-        method=pruner.method.to_dict(),
-        warnings=module.warned,
-    )
+    return Trained.of(module, dense)
+
+
+def _check(
+    task: Task,
+    training: Training,
+    seed: int,
+    out: Path | None,
+    resume: bool,
+    log: Literal["csv", "tensorboard"],
+) -> None:
+    training.check()
+    check_choice("log", log, LOGS)
+    check_count("seed", seed, least=0)
+    if out is None and (resume or log != "csv"):
+        raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
+    if training.distil and task.loss is None:
+        raise WoodfisherError(
+            "distillation compares logits, for a task with a loss(outputs, targets); this one has none: distil=0."
+        )
+
+
+def _checkpoint(out: Path, options: dict[str, Any], *, resume: bool) -> Path | None:
+    """The one to go on from; of a run that starts anew, what an earlier one has left goes."""
+    from woodfisher.finetuning import CHECKPOINT, METRICS, read_checkpoint
+
+    path = out / CHECKPOINT
+    if resume and path.exists():
+        _check_same(read_checkpoint(path)["woodfisher"]["options"], options, path)
+        return path
+    remove(path)
+    remove(out / METRICS)
+    return None
+
+
+def _fit(
+    module: Finetuning, checkpoint: Path | None, precision: Precision, log: Literal["csv", "tensorboard"]
+) -> None:
+    """Have Lightning's Trainer train; the pruner lets the model go at the end, whatever that is."""
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from woodfisher.finetuning import WholeFiles, quiet
+    from woodfisher.integrations.lightning import PruningCallback
+
+    out = module.folder
+    with quiet():
+        trainer = Trainer(
+            **_device_options(module.model),
+            precision=_OF_LIGHTNING[precision],
+            max_epochs=module.training_options.epochs,
+            callbacks=[PruningCallback(module.pruner, module.note_removal)],
+            plugins=[WholeFiles()],
+            logger=TensorBoardLogger(out, name="tensorboard", version="")
+            if out and log == "tensorboard"
+            else False,
+            log_every_n_steps=1,
+            default_root_dir=out,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        interrupted = signal.getsignal(signal.SIGINT)
+        try:
+            trainer.fit(module, ckpt_path=checkpoint)
+        except SystemExit as exit_:
+            # What Lightning makes of an interruption, after it has switched the signal off.
+            signal.signal(signal.SIGINT, interrupted)
+            raise KeyboardInterrupt from exit_
+        finally:
+            module.pruner.release()
 
 
 def require_lightning() -> None:

@@ -15,16 +15,14 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, process_group, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
-from woodfisher.cli.origin import origin
+from woodfisher.cli.outcome import Outcome
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
-from woodfisher.examine import examine
-from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.files import check_folder
 from woodfisher.method import METHODS, USUAL_SPARSITY
 from woodfisher.oneshot import prune_objective, prune_within
-from woodfisher.page import require_page, save_page
+from woodfisher.page import require_page
 from woodfisher.plots import plot_layers, require_plots
-from woodfisher.saved import packed_model
 
 SHOWN_STAGES = 12
 
@@ -111,62 +109,39 @@ class Prune:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WoodfisherWarning)
             magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
+        asked = {
+            "criterion": self.criterion,
+            "preset": self.method.preset,
+            "requested_sparsity": sparsity if goal is None else None,
+            "max_drop": goal,
+        }
+        outcome = Outcome(self.model, task, method, folder, asked)
         with together() as ranks:
-            ranks.first(
-                lambda: self._finish(
-                    task, folder, baseline, objective, method, dense, (goal, sparsity), report, magnitude
-                )
-            )
+            ranks.first(lambda: self._finish(outcome, objective, baseline, dense, report, magnitude))
 
     def _finish(
         self,
-        task: Task,
-        folder: Path,
-        baseline: Any,
+        outcome: Outcome,
         objective: Objective,
-        method: Method,
+        baseline: Any,
         dense: float,
-        aim: tuple[float | None, float],
         report: Report,
         magnitude: Report,
     ) -> None:
         """Evaluate, write, show."""
-        goal, sparsity = aim
+        task = outcome.task
         pruned = _evaluate(task, task.model, self.criterion)
-        by_magnitude = _evaluate(task, baseline, "magnitude")
-        examined = examine(objective.current(objective.layout.flatten(report.masks)), method.curvature)
-
-        weights = packed_model(task.model, report.masks)
-        content = {
-            "task": self.model.task,
-            "metric": task.metric_name,
-            "criterion": self.criterion,
-            "preset": self.method.preset,
-            "requested_sparsity": None if goal is not None else sparsity,
-            "max_drop": goal,
-            "seed": self.model.seed,
-            "dense": {"metric": dense},
-            "magnitude": {
-                "metric": by_magnitude,
-                "sparsity": magnitude.sparsity,
-                "layers": [layer.to_dict() for layer in magnitude.layers],
-            },
-            "pruned": {"metric": pruned},
-            **report.to_dict(),
-            "examined": examined.to_dict(),
-            "origin": origin(self.model.device),
-            "bytes": weights.to_dict(),
-            "out": str(folder),
+        by_size = {
+            "metric": _evaluate(task, baseline, "magnitude"),
+            "sparsity": magnitude.sparsity,
+            "layers": [layer.to_dict() for layer in magnitude.layers],
         }
         curves = {self.criterion: report.layers, "magnitude": magnitude.layers}
-        write_folder(
-            folder,
-            {
-                "model.safetensors": weights.write,
-                "report.json": lambda path: save_json(content, path),
-                "layers.png": lambda path: plot_layers(curves, report.sparsity, path),
-                "report.html": lambda path: save_page(content, path),
-            },
+        content = outcome.write(
+            report,
+            objective,
+            {"dense": {"metric": dense}, "magnitude": by_size, "pruned": {"metric": pruned}},
+            ("layers.png", lambda path: plot_layers(curves, report.sparsity, path)),
         )
         if self.json:
             print_json(content)

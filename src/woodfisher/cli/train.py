@@ -12,13 +12,11 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
-from woodfisher.cli.origin import origin
-from woodfisher.examine import examine
-from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.cli.outcome import Outcome
+from woodfisher.files import check_folder
 from woodfisher.method import METHODS, USUAL_SPARSITY, Method
-from woodfisher.page import require_page, save_page
+from woodfisher.page import require_page
 from woodfisher.plots import plot_training, require_plots
-from woodfisher.saved import packed_model
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train
 
@@ -126,32 +124,16 @@ class Train:
             note("the same command with --resume goes on from the last epoch that ended")
             raise
         pruned = task.evaluate(task.model)
-        objective = self.model.objective(task, task.model)
-        examined = examine(objective.current(objective.layout.flatten(trained.masks)), method.curvature)
-        weights = packed_model(task.model, trained.masks)
-        content = {
-            "task": self.model.task,
-            "metric": task.metric_name,
+        asked = {
             "criterion": self.criterion,
             "preset": self.method.preset,
             "requested_sparsity": sparsity,
-            "seed": self.model.seed,
-            "dense": {"metric": dense},
-            "pruned": {"metric": pruned},
-            **trained.to_dict(),
-            "examined": examined.to_dict(),
-            "origin": origin(self.model.device),
-            "bytes": weights.to_dict(),
-            "out": str(folder),
         }
-        write_folder(
-            folder,
-            {
-                "model.safetensors": weights.write,
-                "report.json": lambda path: save_json(content, path),
-                "training.png": lambda path: plot_training(trained, task.metric_name, path),
-                "report.html": lambda path: save_page(content, path),
-            },
+        content = Outcome(self.model, task, method, folder, asked).write(
+            trained,
+            self.model.objective(task, task.model),
+            {"dense": {"metric": dense}, "pruned": {"metric": pruned}},
+            ("training.png", lambda path: plot_training(trained, task.metric_name, path)),
         )
         if self.json:
             print_json(content)

@@ -1,0 +1,92 @@
+"""What a command that prunes a task's model leaves behind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from woodfisher.cli.origin import origin
+from woodfisher.examine import examine
+from woodfisher.files import save_json, write_folder
+from woodfisher.page import save_page
+from woodfisher.saved import packed_model
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from woodfisher.cli.options import TaskOptions
+    from woodfisher.method import Method
+    from woodfisher.objective import Objective
+    from woodfisher.report import Report
+    from woodfisher.tasks import Task
+    from woodfisher.train import Trained
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The compressed model, a report, a figure, and a page that shows them.
+
+    Attributes
+    ----------
+    options, task:
+        Of the command, and what they loaded; the task's model is the pruned one by the time of `write`.
+    method:
+        How it was pruned.
+    folder:
+        Where to write.
+    asked:
+        What the report repeats of what was asked for.
+    """
+
+    options: TaskOptions
+    task: Task
+    method: Method
+    folder: Path
+    asked: Mapping[str, Any]
+
+    def write(
+        self,
+        result: Report | Trained,
+        objective: Objective,
+        metrics: Mapping[str, Any],
+        figure: tuple[str, Callable[[Path], object]],
+    ) -> dict[str, Any]:
+        """Write all files, whole or not at all, and return what the report holds.
+
+        Parameters
+        ----------
+        result:
+            What pruning says of itself.
+        objective:
+            Of the task's model.
+        metrics:
+            Of the networks that were measured on test data, by the names that they have in the report.
+        figure:
+            Name of the file, and what draws it.
+        """
+        examined = examine(objective.current(objective.layout.flatten(result.masks)), self.method.curvature)
+        weights = packed_model(self.task.model, result.masks)
+        content = {
+            "task": self.options.task,
+            "metric": self.task.metric_name,
+            **self.asked,
+            "seed": self.options.seed,
+            **metrics,
+            **result.to_dict(),
+            "examined": examined.to_dict(),
+            "origin": origin(self.options.device),
+            "bytes": weights.to_dict(),
+            "out": str(self.folder),
+        }
+        name, draw = figure
+        write_folder(
+            self.folder,
+            {
+                "model.safetensors": weights.write,
+                "report.json": lambda path: save_json(content, path),
+                name: draw,
+                "report.html": lambda path: save_page(content, path),
+            },
+        )
+        return content
