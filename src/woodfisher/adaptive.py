@@ -20,7 +20,7 @@ from woodfisher.report import Stage
 from woodfisher.saliency import newton_point
 from woodfisher.schedule import through
 from woodfisher.watch import phase, report_progress
-from woodfisher.window import samples_that_matter, window_for
+from woodfisher.window import known_samples, window_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -133,9 +133,7 @@ def adaptive_run(
     alone competes with both, so that what comes is never worse than that on these samples.
     """
     stream = Stream(objective.data)
-    known = objective.known_samples() or stream.count(
-        samples_that_matter(method, reads_once=stream.reads_once)
-    )
+    known = known_samples(objective, method, stream)
     window = window_for(objective, method, known, reads_once=stream.reads_once)
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]

@@ -12,7 +12,7 @@ from woodfisher.isolation import isolated, unmoved
 from woodfisher.machine import calibrated
 from woodfisher.method import Method
 from woodfisher.planning import planned
-from woodfisher.window import samples_that_matter, window_for
+from woodfisher.window import known_samples, samples_that_matter, window_for
 
 if TYPE_CHECKING:
     from woodfisher.objective import Objective
@@ -59,10 +59,11 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
     if not isinstance(how, Method) or isinstance(how.staging, int):
         return planned(objective, curvature, machine)
     method = replace(how, curvature=curvature)
-    known = objective.known_samples() or samples_that_matter(method, reads_once=objective.reads_once)
-    if not objective.known_samples() and not objective.reads_once:
+    if objective.reads_once:
+        known = objective.known_samples() or samples_that_matter(method, reads_once=True)
+    else:
         with isolated(objective.model), unmoved(objective.data):
-            known = Stream(objective.data).count(known)
+            known = known_samples(objective, method, Stream(objective.data))
     return window_for(objective, method, known, reads_once=objective.reads_once, look=True).timed(
         objective, machine
     )

@@ -14,6 +14,7 @@ from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from woodfisher.adaptive import Adaptive
+    from woodfisher.batches import Stream
     from woodfisher.curvature import WoodFisher
     from woodfisher.machine import Machine
     from woodfisher.method import Method
@@ -125,42 +126,27 @@ def window_for(
     samples = known - held_out
     weights = int(objective.kept.sum())
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
-    most = max(min(options.window, affordable), 1)
-    row = objective.dtype.itemsize * weights
-    each = (len(orders) + 1) * (row + 2 * 8 * most)
-    vectors = (VECTORS + CANDIDATES) * 8 * objective.layout.size
-
-    budget = Budget.of(objective.device, curvature.memory, base=objective.base)
-    chunk = objective.workspace
-    if budget.room is not None:
-        chunk = max(min(chunk, budget.room // 6), 0)
-        fitting = max(budget.room - max(chunk, vectors), 0) // each
-        least = min(most, LEAST_ROWS)
-        if fitting < least:
-            needed = least * each
-            besides = max(vectors, min(objective.workspace, needed // 5 + 1))
-            rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
-            raise budget.refusal(
-                [rows_bill, (_BESIDES, besides)],
-                "take a number of stages in blocks (criterion='woodfisher-block')",
-            )
-        if budget.limit is None and fitting < min(most, samples):
-            warn(
-                f"the free memory has room for {fitting} gradient rows of {weights} weights, and {most} were planned: "
-                "the Fisher is made of fewer."
-            )
-        most = min(most, fitting)
+    planned = max(min(options.window, affordable), 1)
+    room = _Room.of(objective, curvature, weights, planned, runs=len(orders))
+    most = min(planned, room.rows)
+    if room.budget.limit is None and most < min(planned, samples):
+        warn(
+            f"the free memory has room for {most} gradient rows of {weights} weights, and {planned} were planned: the "
+            "Fisher is made of fewer."
+        )
 
     group = max(g for g in _divisors(curvature.group) if g == 1 or g * most <= samples)
     asked = curvature.samples // group
     rows = max(min(most, samples // group, asked), 1)
+    row = objective.dtype.itemsize * weights
+    chunk = room.chunk
     if look and not objective.reads_once:
         chunk = min(chunk, rows * (2 * objective.row_bytes(group) + 2 * row))
     bill = [
         (f"{rows} gradient rows of {weights} weights", len(orders) * rows * row),
         ("their copy while a stage is tried", rows * row),
         ("Gram matrices", (len(orders) + 1) * 2 * 8 * rows**2),
-        (_BESIDES, max(chunk, vectors)),
+        (_BESIDES, max(chunk, room.vectors)),
     ]
     return Window(
         weights=weights,
@@ -171,8 +157,58 @@ def window_for(
         stages=stages,
         renewed=min(max(max(asked - rows, 0) // stages, 1), rows),
         chunk=chunk,
-        budget=budget,
+        budget=room.budget,
         bill=tuple(bill),
+    )
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What memory has room for.
+
+    Attributes
+    ----------
+    budget:
+        The memory.
+    rows:
+        Gradient rows that fit, with all that comes with them.
+    chunk, vectors:
+        Bytes for a chunk of samples with its gradients, and for vectors of all weights.
+    """
+
+    budget: Budget
+    rows: int
+    chunk: int
+    vectors: int
+
+    @classmethod
+    def of(
+        cls, objective: Objective, curvature: WoodFisher, weights: int, planned: int, *, runs: int
+    ) -> _Room:
+        """For `planned` rows of `weights` weights; raises where not even `LEAST_ROWS` of them fit."""
+        each = (runs + 1) * (objective.dtype.itemsize * weights + 2 * 8 * planned)
+        vectors = (VECTORS + CANDIDATES) * 8 * objective.layout.size
+        budget = Budget.of(objective.device, curvature.memory, base=objective.base)
+        if budget.room is None:
+            return cls(budget, planned, objective.workspace, vectors)
+        chunk = max(min(objective.workspace, budget.room // 6), 0)
+        rows = max(budget.room - max(chunk, vectors), 0) // each
+        least = min(planned, LEAST_ROWS)
+        if rows < least:
+            needed = least * each
+            besides = max(vectors, min(objective.workspace, needed // 5 + 1))
+            rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
+            raise budget.refusal(
+                [rows_bill, (_BESIDES, besides)],
+                "take a number of stages in blocks (criterion='woodfisher-block')",
+            )
+        return cls(budget, rows, chunk, vectors)
+
+
+def known_samples(objective: Objective, method: Method, stream: Stream) -> int:
+    """How many samples the data has, as far as it matters: counted where it doesn't tell."""
+    return objective.known_samples() or stream.count(
+        samples_that_matter(method, reads_once=stream.reads_once)
     )
 
 
