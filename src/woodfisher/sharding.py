@@ -54,7 +54,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     classes = [type(module) for module in sharded]
     try:
         for module, cls in zip(sharded, classes, strict=True):
-            module.__class__ = cls.__mro__[cls._orig_cls_mro_index]
+            module.__class__ = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)]
         plain = copy.deepcopy(model, memo)
     finally:
         for module, cls in zip(sharded, classes, strict=True):
