@@ -427,7 +427,33 @@ def test_channels_that_are_silent_on_the_example_are_not_taken_for_such_that_can
     assert wf.Channels.of(plain, torch.randn(2, 8)).coupled == (("0.weight", "0.bias"),)
 
 
-def test_what_can_not_be_traced_ends_in_one_error():
+class Recurrent(nn.Module):
+    """Channels before, into and after a layer that torch-pruning doesn't know."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(8, 6, 3, padding=1)
+        self.recurrent = nn.GRU(6, 10, batch_first=True)
+        self.third, self.last = nn.Linear(10, 7), nn.Linear(7, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.second(torch.relu(self.first(x)))).transpose(1, 2)
+        return self.last(torch.relu(self.third(self.recurrent(x)[0][:, -1])))
+
+
+def test_channels_that_can_not_be_followed_stay():
+    pytest.importorskip("torch_pruning")
+    model, example = Recurrent(), torch.randn(2, 3, 12)
+    pattern = wf.Channels.of(model, example)
+    assert pattern.coupled == (("first.weight", "first.bias"), ("third.weight", "third.bias"))
+    wf.prune(model, None, None, 0.5, criterion="magnitude", pattern=pattern, params=pattern.params)
+    small = wf.shrink(model, example)
+    assert small.first.out_channels + small.third.out_features < 15 and small.second.out_channels == 6
+    torch.testing.assert_close(small.eval()(example), model.eval()(example))
+
+
+def test_a_model_with_no_channels_that_can_be_cut_ends_in_one_error():
     pytest.importorskip("torch_pruning")
 
     class Net(nn.Module):
@@ -438,5 +464,5 @@ def test_what_can_not_be_traced_ends_in_one_error():
         def forward(self, x):
             return self.last(self.recurrent(torch.relu(self.first(x)))[0])
 
-    with pytest.raises(wf.WoodfisherError, match="torch-pruning can't trace the model"):
+    with pytest.raises(wf.WoodfisherError, match=r"goes into a layer .* \(as a GRU\)"):
         wf.Channels.of(Net(), torch.randn(4, 5, 6))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,8 @@ def coupled_channels(model: nn.Module, example_inputs: Any) -> tuple[tuple[str, 
     ]
     if not sets:
         raise WoodfisherError(
-            "no channel of the model can be cut out: each is an output, or still says something when it is zero, or "
-            "its number is written into the model's code."
+            "no channel of the model can be cut out: each is an output, goes into a layer that torch-pruning can't "
+            "follow (as a GRU), still says something when it is zero, or its number is written into the model's code."
         )
     return tuple(each.members for each in sets)
 
@@ -186,7 +187,10 @@ class _Traced:
         except WoodfisherError:
             raise
         except Exception as error:
-            raise _untraceable(error) from error
+            raise WoodfisherError(
+                f"torch-pruning can't trace the model: {type(error).__name__}: {error}\nIt follows autograd from the "
+                "outputs back to the inputs."
+            ) from error
         self._names = {module: name for name, module in self.model.named_modules()}
         uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         self._shared = {each for each, count in uses.items() if count > 1}
@@ -194,12 +198,23 @@ class _Traced:
 
     def sets(self) -> list[_ChannelSet]:
         """Sets of channels that torch-pruning would cut, in the model's order."""
-        try:
-            groups = list(self._graph.get_all_groups(root_module_types=(_ConvNd, nn.Linear)))
-        except Exception as error:  # of what it follows through a layer that it doesn't know
-            raise _untraceable(error) from error
-        sets = [each for group in groups if (each := self._set_of(group)) is not None]
+        sets = [each for group in self._groups() if (each := self._set_of(group)) is not None]
         return sorted(sets, key=lambda each: self._place(each.members[0]))
+
+    def _groups(self) -> list[Any]:
+        """Everything that goes with all channels of each layer, but of layers whose channels can't be followed."""
+        groups: list[Any] = []
+        seen: set[nn.Module] = set()
+        for module in self._graph.module2node:
+            if not isinstance(module, (_ConvNd, nn.Linear)) or module in seen:
+                continue
+            pruner = self._graph.get_pruner_of_module(module)
+            channels = list(range(pruner.get_out_channels(module)))
+            with suppress(Exception):  # of what they go into: torch-pruning doesn't know every layer
+                group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+                seen |= {m for m, _ in self._silenced(group)}
+                groups.append(group)
+        return groups
 
     def _place(self, member: str) -> int:
         return self._order[part_of(member)[0]]
@@ -241,13 +256,6 @@ class _Traced:
             names = (f"{self._names[module]}.{name}".lstrip(".") for name, _ in module.named_parameters())
             members += [name + part for name in names]
         return _ChannelSet(self._names[modules[0]], width, tuple(sorted(members, key=self._place)))
-
-
-def _untraceable(error: Exception) -> WoodfisherError:
-    return WoodfisherError(
-        f"torch-pruning can't trace the model: {type(error).__name__}: {error}\nIt follows autograd from the outputs "
-        "back to the inputs, and knows no GRU, for one."
-    )
 
 
 def _is_grouped(module: nn.Module) -> bool:
