@@ -18,6 +18,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
@@ -30,7 +31,7 @@ from woodfisher.distributed import Ranks, on_first_rank, together
 from woodfisher.layout import Layout
 from woodfisher.method import METHODS
 from woodfisher.ranking import survivors
-from woodfisher.sharding import reshard, whole
+from woodfisher.sharding import local, own_part, reshard, whole
 
 SOURCE = Path(wf.__file__).parents[1]
 
@@ -451,29 +452,112 @@ def trained(model):
     return state, pruner.masks, momenta, norms
 
 
-def check_refusals():
-    """Models that are split in other ways."""
+def check_refusals(rank):
+    """What can't be pruned, saved or asked for ends in one error on all ranks."""
     mesh = init_device_mesh("cpu", (2,))
     linear = distribute_module(nn.Linear(4, 4), mesh, _split_outputs)
     flat = FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+    grid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "tensor"))
+    both = parallelize_module(nn.Sequential(nn.Linear(4, 4)), grid["tensor"], {"0": ColwiseParallel()})
+    fully_shard(both, mesh=grid["data"])
+    outer = nn.Sequential(Net())
+    fully_shard(outer, mesh=mesh)
     for model, says in (
-        (linear, "'weight' is split .*tensor parallelism"),
+        (linear, "'weight' is a DTensor .*tensor parallelism"),
+        (both, "'0.weight' is a DTensor .*tensor parallelism"),
         (flat, "shard the model with .*fully_shard"),
+        (outer[0], "a part of a model .* choose the part by params="),
     ):
         with pytest.raises(wf.WoodfisherError, match=says):
             wf.Objective(model, batches(), cross_entropy)
+    model = in_shards(Net())
+    with pytest.raises(wf.WoodfisherError, match="is spread over processes"):
+        wf.save_weights(model, "nowhere.safetensors")
+    with pytest.raises(wf.WoodfisherError, match="iterable of batches"):
+        wf.prune(model, batches() if rank == 0 else 3, cross_entropy, 0.5, **BLOCK)
 
 
 def _split_outputs(_, module, mesh):
     module.weight = nn.Parameter(distribute_tensor(module.weight, mesh, [Shard(0)]))
 
 
+class Counting(Net):
+    """A network with a buffer that training replaces, a number that it changes, and an output that it keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.temperature = 1.0
+        self.kept = None
+
+    def forward(self, x):
+        if self.training:
+            self.seen = self.seen + len(x)
+        self.kept = super().forward(x) / self.temperature
+        return self.kept
+
+
+def check_what_stays(rank):
+    """Masks reach shards, and what training changed stays, whatever was whole for the time being."""
+    model = in_shards(Counting())
+    objective = wf.Objective(model, batches(), cross_entropy)
+    pruner = wf.Pruner(model, objective, wf.one_shot(0.5), criterion="magnitude")
+    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    model(batches()[0][0]).sum().backward()
+    model.temperature = 2.0
+    dense = objective.current().mean_loss()
+    model.zero_grad()
+    pruner.step()
+    assert float(model.seen) == 7 and objective.current().mean_loss() != dense
+    state = pruner.state_dict()
+    assert dense == pytest.approx(_mean_loss({**before, **dict(model.named_buffers())}, 2.0))
+
+    def put_back():
+        reshard(model)
+        for name, p in model.named_parameters():
+            local(p.data).copy_(own_part(before[name], p))
+        with torch.no_grad():
+            return model.eval()(batches()[0][0])
+
+    put_back()
+    pruner.apply(model)
+    assert {name: int((p == 0).sum()) for name, p in gathered(model).items() if name in state["masks"]} == {
+        name: int((~mask).sum()) for name, mask in state["masks"].items()
+    }
+    outputs = put_back()
+    pruner.load_state_dict(state)
+    with torch.no_grad():
+        assert not torch.equal(model(batches()[0][0]), outputs)
+
+
+def _mean_loss(weights, temperature):
+    model = Counting().eval()
+    model.load_state_dict(weights)
+    model.temperature = temperature
+    return wf.Objective(model, batches(), cross_entropy).mean_loss()
+
+
+def in_one_group():
+    model = Net()
+    fully_shard([model.third, model.last], mesh=init_device_mesh("cpu", (2,)))
+    report = wf.prune(model, batches(), cross_entropy, max_drop=0.02, metric=_goodness, floor=0.3, **BLOCK)
+    return gathered(model), report.masks, report.to_dict()
+
+
+def _goodness(model):
+    x, y = batches()[0]
+    with torch.no_grad():
+        return 5 - float(cross_entropy(model(x), y))
+
+
 def all_of_shards(rank):
     """One start of two processes for all that takes them."""
-    check_refusals()
+    check_refusals(rank)
+    check_what_stays(rank)
     return {
         "joint": sharded(CASES["joint"]),
         "full": sharded(CASES["full"]),
+        "group": in_one_group(),
         "trained": trained(in_shards(Net())),
     }
 
@@ -486,6 +570,12 @@ def in_two_shards(tmp_path_factory):
 @pytest.mark.parametrize("case", ["joint", "full"])
 def test_a_sharded_model(case, in_two_shards):
     same([done[case] for done in in_two_shards], pruned("net", CASES[case]))
+
+
+def test_modules_that_are_sharded_together(in_two_shards):
+    model = Net()
+    report = wf.prune(model, batches(), cross_entropy, max_drop=0.02, metric=_goodness, floor=0.3, **BLOCK)
+    same([done["group"] for done in in_two_shards], (model.state_dict(), report.masks, report.to_dict()))
 
 
 def test_a_model_is_pruned_while_it_is_trained_in_shards(in_two_shards):

@@ -15,7 +15,7 @@ from torch import Tensor
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from torch import nn
 
@@ -71,12 +71,16 @@ def isolated(model: nn.Module) -> Iterator[None]:
                 torch.cuda.set_rng_state(state, device)
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A copy of a model, also of one whose weights are made of others before each forward pass."""
+def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
+    """A copy of a model, also of one whose weights are made of others before each forward pass.
+
+    What has its `id` in `instead` is not copied, and becomes what stands there.
+    """
     made = [
         value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)
     ]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in made if not value.is_leaf}
+    memo |= instead or {}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:

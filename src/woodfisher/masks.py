@@ -102,7 +102,9 @@ class Masks:
 
     def apply(self, model: nn.Module) -> None:
         """Zero the removed weights of a copy of the model, such as a moving average of it."""
-        parameters = dict(unwrapped(model).named_parameters())
+        model = unwrapped(model)
+        reshard(model)
+        parameters = dict(model.named_parameters())
         for name, removed in self._removed.items():
             if name not in parameters or parameters[name].shape != removed.shape:
                 raise WoodfisherError(

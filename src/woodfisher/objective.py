@@ -126,12 +126,12 @@ class Objective:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
         check_choice("precision", precision, PRECISIONS)
-        self.source = unwrapped(model)
-        self._sharded = is_sharded(self.source)
-        self.model = model = plain_copy(self.source) if self._sharded else self.source
         self.loss = loss
         self.data: Iterable[Batch] = [] if data is None else data
         check_data(self.data)
+        self.source = unwrapped(model)
+        self._sharded = is_sharded(self.source)
+        self.model = model = plain_copy(self.source) if self._sharded else self.source
         with watching() as watch:
             self.parameters = choose(model, params, exclude)
             self.forward = Forward(model, loss, sampler, precision)
@@ -195,14 +195,14 @@ class Objective:
         Without `kept` these are the ones that are not zero, as for a new objective. The model may have moved to
         another device or dtype.
         """
+        if self._sharded:
+            refresh(self.model, self.source)
         other = self._with()
         other._read(kept)
         return other
 
     def _read(self, kept: Tensor | None) -> None:
         """Take everything that training changes from the model."""
-        if self._sharded:
-            refresh(self.model, self.source)
         own = self.parameters.values()
         self.device = next(iter(own)).device
         if self.device.type == "meta":
@@ -218,6 +218,7 @@ class Objective:
         if kept is None:
             kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
         self.layout.check(kept, "kept")
+        kept = kept.to(self.device)
         self.weights, self.kept = torch.where(kept, weights, 0), kept
 
     @property

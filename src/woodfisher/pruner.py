@@ -20,7 +20,7 @@ from woodfisher.objective import Objective
 from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.schedule import Schedule
-from woodfisher.sharding import whole
+from woodfisher.sharding import reshard, whole
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
@@ -215,6 +215,7 @@ class Pruner:
                 )
         for number in ("steps", "times", "seed"):
             check_count(f"{number} of a pruner's state", state[number], least=0)
+        reshard(self.objective.source)
         self.steps, self._times, self.seed = int(state["steps"]), int(state["times"]), int(state["seed"])
         self._masks.set({name: mask.bool() for name, mask in masks.items()})
 

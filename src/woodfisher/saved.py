@@ -19,6 +19,7 @@ from woodfisher.bitmask import PARTS, pack, unpack
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import unreadable, write_whole
 from woodfisher.parameters import inputs_first, unwrapped
+from woodfisher.sharding import is_shard
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -215,6 +216,11 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         if not isinstance(tensor, Tensor):
             warn(f"the model's {name!r} is no tensor, and is not saved.")
             continue
+        if is_shard(tensor):
+            raise WoodfisherError(
+                f"{name!r} is spread over processes (a DTensor): load get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)) into a plain model, and save that."
+            )
         place = _place(tensor)
         if tensor.numel() and place in seen:
             tied[name] = seen[place]

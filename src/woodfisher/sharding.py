@@ -6,13 +6,14 @@ what shards models, which takes seconds, unless a model is sharded.
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
+from woodfisher.distributed import Group, in_a_group
 from woodfisher.errors import WoodfisherError
+from woodfisher.isolation import copied
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
@@ -26,16 +27,25 @@ def is_sharded(model: nn.Module) -> bool:
             "FullyShardedDataParallel flattens the weights of whole modules, so that they can't be pruned: shard the "
             "model with torch.distributed.fsdp.fully_shard."
         )
+    wrapped = _sharded_modules(model)
+    inside = {id(module) for each in wrapped for module in cast("nn.Module", each).modules()}
+    if any(id(m) not in inside and getattr(m, "_is_fsdp_managed_module", False) for m in model.modules()):
+        raise WoodfisherError(
+            "this is a part of a model that fully_shard has spread over processes as one: give the module that it was "
+            "called on, and choose the part by params=."
+        )
     reshard(model)
-    sharded = bool(_sharded_modules(model))
     for name, p in model.named_parameters():
-        if is_shard(p) and (not sharded or sum(how.is_shard() for how in cast("DTensor", p).placements) > 1):
+        if not is_shard(p):
+            continue
+        apart = sum(not how.is_replicate() for how in cast("DTensor", p).placements)
+        if not wrapped or apart > 1:
             raise WoodfisherError(
-                f"{name!r} is split over processes in another way than that of fully_shard, as for tensor parallelism: "
-                "gather the weights into a plain copy of the model with get_model_state_dict, prune that, and write "
-                "them back with set_model_state_dict."
+                f"{name!r} is a DTensor in another way than that of fully_shard, as for tensor parallelism: gather the "
+                "weights into a plain copy of the model with get_model_state_dict, prune that, and write them back "
+                "with set_model_state_dict."
             )
-    return sharded
+    return bool(wrapped)
 
 
 def reshard(model: nn.Module) -> None:
@@ -46,32 +56,64 @@ def reshard(model: nn.Module) -> None:
 
 def plain_copy(model: nn.Module) -> nn.Module:
     """A model of whole weights in every process, which shares its buffers with the sharded one."""
+    _meet()
     sharded = _sharded_modules(model)
     states = [module._get_fsdp_state() for module in sharded]
-    memo: dict[int, object] = {id(each): each for each in (*model.buffers(), *states)}
+    instead: dict[int, object] = {id(each): each for each in (*model.buffers(), *states)}
     for p in model.parameters():
-        memo[id(p)] = nn.Parameter(whole(p), requires_grad=p.requires_grad)
+        instead[id(p)] = nn.Parameter(whole(p), requires_grad=p.requires_grad)
     classes = [type(module) for module in sharded]
     try:
         for module, cls in zip(sharded, classes, strict=True):
             module.__class__ = cls.__mro__[getattr(cls, "_orig_cls_mro_index", 2)]
-        plain = copy.deepcopy(model, memo)
+        plain = copied(model, instead)
     finally:
         for module, cls in zip(sharded, classes, strict=True):
             module.__class__ = cls
     for layer in plain.modules():
         for hooks in (layer._forward_pre_hooks, layer._forward_hooks):
-            for key in [key for key, hook in hooks.items() if getattr(hook, "__self__", None) in states]:
+            for key in [key for key, hook in hooks.items() if _owner(hook) in states]:
                 del hooks[key]
+        for name in [name for name in vars(layer) if name.startswith(_MARKS)]:
+            del vars(layer)[name]
     return plain
 
 
+_MARKS = ("__composable_api_state_key", "_is_fsdp", "_fsdp")
+"""Beginnings of the attributes by which torch knows what is sharded."""
+
+
+def _owner(hook: object) -> object:
+    """What a hook is a method of, also where another function is wrapped around it."""
+    while not hasattr(hook, "__self__") and hasattr(hook, "__wrapped__"):
+        hook = hook.__wrapped__
+    return getattr(hook, "__self__", None)
+
+
 def refresh(plain: nn.Module, model: nn.Module) -> None:
-    """Bring a plain copy to the weights that the sharded model has now."""
+    """Bring a plain copy to what the sharded model is now: weights, buffers, and numbers among attributes."""
+    _meet()
     reshard(model)
+    own, shards = dict(plain.named_parameters()), dict(model.named_parameters())
+    if own.keys() != shards.keys():
+        raise WoodfisherError(
+            f"the model has other parameters than when the objective was made, as {min(own.keys() ^ shards.keys())!r}: "
+            "make another one."
+        )
     with torch.no_grad():
-        for own, shards in zip(plain.parameters(), model.parameters(), strict=True):
-            own.copy_(whole(shards))
+        for name, parameter in own.items():
+            parameter.copy_(whole(shards[name]))
+    modules = dict(model.named_modules())
+    for name, layer in plain.named_modules():
+        layer._buffers.update(modules[name]._buffers)
+        simple = {k: v for k, v in vars(modules[name]).items() if isinstance(v, (bool, int, float, str))}
+        vars(layer).update({k: v for k, v in simple.items() if not k.startswith(_MARKS)})
+
+
+def _meet() -> None:
+    """See that all processes are here: one that failed would break the others in a collective of torch's own."""
+    if in_a_group():
+        Group().gather("shards")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import signal
 from collections.abc import Sized
@@ -16,8 +15,9 @@ from woodfisher.batches import length
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import remove
-from woodfisher.isolation import isolated, reseeded
+from woodfisher.isolation import copied, isolated, reseeded
 from woodfisher.objective import Objective
+from woodfisher.parameters import unwrapped
 from woodfisher.pruner import Pruner
 from woodfisher.report import layers_of
 from woodfisher.schedule import Polynomial, Schedule
@@ -291,7 +291,7 @@ def train(
     steps = batches_in(task.train)
     schedule = schedule.in_epochs(steps)
     last = _last_removal(schedule, steps, training.epochs)
-    model = copy.deepcopy(task.model).train()
+    model = unwrapped(copied(task.model)).train()
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise WoodfisherError("every parameter of the model is frozen, and training needs some: thaw them.")
     with isolated(task.model), reseeded(task.train, seed):
@@ -319,7 +319,7 @@ def train(
         )
         _fit(module, checkpoint, precision, log)
     assert module.best is not None
-    task.model.load_state_dict(module.best)
+    unwrapped(task.model).load_state_dict(module.best)
     return Trained.of(module, dense)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
+from woodfisher.isolation import copied
 from woodfisher.oneshot import SPARSITIES, sweep_objective
 from woodfisher.page import require_page, save_page
 from woodfisher.plots import plot_accuracy, require_plots
@@ -161,7 +161,7 @@ class Compare:
                 if pruned is None:
                     yield {**cell, "error": error}
                     continue
-                model = copy.deepcopy(task.model)
+                model = copied(task.model)
                 pruned.write(model)
                 metric = task.evaluate(model)
                 note(f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {metric:.2f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import warnings
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from woodfisher.cli.outcome import Outcome
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder
+from woodfisher.isolation import copied
 from woodfisher.method import METHODS, USUAL_SPARSITY
 from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.page import require_page
@@ -90,7 +90,7 @@ class Prune:
         note(f"loading {self.model.task}")
         with together() as ranks:
             task = self.model.load()
-            baseline = copy.deepcopy(task.model)
+            baseline = copied(task.model)
             dense = ranks.first(lambda: _evaluate(task, task.model, "dense"))
         with progress(f"{self.criterion} to {aim}") as show:
             objective = self.model.objective(task, task.model)

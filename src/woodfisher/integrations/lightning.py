@@ -69,11 +69,16 @@ class PruningCallback(Callback):
                 "the pruner is that of another model than the one that is trained: give the callback one of this "
                 "module, or a function that makes it."
             )
-        if self._loaded is not None:
+        self._load()
+
+    def _load(self) -> None:
+        """Take over the state of a checkpoint, which some strategies read before there is a pruner, and some after."""
+        if self._loaded is not None and self.pruner is not None:
             self.pruner.load_state_dict(self._loaded)
             self._loaded = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._load()
         self._steps = trainer.global_step
 
     def on_train_batch_end(
