@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 
@@ -26,6 +27,7 @@ from woodfisher import WoodfisherError
 from woodfisher.cli import main
 from woodfisher.finetuning import WholeFiles, distance
 from woodfisher.integrations.lightning import PruningCallback
+from woodfisher.parameters import unwrapped
 from woodfisher.saved import read
 from woodfisher.tasks import Task, accuracy, load_task
 from woodfisher.tasks.images import flipped_and_shifted
@@ -86,6 +88,14 @@ def fit(module, callbacks, epochs, checkpoint=None, **options):
     return trainer
 
 
+class Late(SingleDeviceStrategy):
+    """A strategy that reads a checkpoint when all else is set up, as `ModelParallelStrategy` does."""
+
+    @property
+    def restore_checkpoint_after_setup(self):
+        return True
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_callback_steps_once_for_each_step_of_the_optimizer(accumulate, tmp_path):
@@ -139,8 +149,8 @@ def test_the_callback_prunes_a_bert_whose_sentences_are_padded():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("made", [False, True])
-def test_a_lightning_checkpoint_resumes_the_pruner(made, tmp_path):
+@pytest.mark.parametrize(("made", "strategy"), [(False, None), (True, None), (False, Late)])
+def test_a_lightning_checkpoint_resumes_the_pruner(made, strategy, tmp_path):
     def callback(module):
         return PruningCallback(make_pruner(module) if made else make_pruner)
 
@@ -149,7 +159,8 @@ def test_a_lightning_checkpoint_resumes_the_pruner(made, tmp_path):
     half, rest = Small(), Small()
     fit(half, [callback(half), ModelCheckpoint(tmp_path, "half")], 1)
     resumed = callback(rest)
-    fit(rest, [resumed], 2, checkpoint=tmp_path / "half.ckpt", enable_checkpointing=False)
+    options = {} if strategy is None else {"strategy": strategy()}
+    fit(rest, [resumed], 2, checkpoint=tmp_path / "half.ckpt", enable_checkpointing=False, **options)
     assert resumed.pruner.steps == 12
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, rest.state_dict()[name])
@@ -162,9 +173,26 @@ class Untouched:
         raise AssertionError
 
 
-def small_task(metric=accuracy, **fields):
-    model = Small().model.eval()
+def small_task(metric=accuracy, wrap=lambda model: model, **fields):
+    model = wrap(Small().model.eval())
     return Task("small", model, batches(), batches(2), Untouched(), cross_entropy, metric, **fields)
+
+
+def masked(model):
+    """With a weight that is no parameter, since `torch.nn.utils.prune` makes it of two others."""
+    torch.nn.utils.prune.l1_unstructured(model[-1], "weight", 0.3)
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), torch.nn.DataParallel, masked]
+)
+def test_wrapped_models_are_trained(wrap):
+    task = small_task(wrap=wrap)
+    trained = train(task, 0.5, Training(epochs=1), criterion="magnitude")
+    for name, mask in trained.masks.items():
+        assert torch.equal(unwrapped(task.model).get_parameter(name) != 0, mask)
+    assert trained.sparsity == 0.5
 
 
 def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity():
