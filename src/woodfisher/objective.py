@@ -65,8 +65,9 @@ class Objective:
     Parameters
     ----------
     model:
-        Any module; its chosen parameters may have any floating dtype (rows are float32, or float64 where one
-        of them is).
+        Any module, also compiled, wrapped for several processes, or spread over them by `fully_shard` (each then
+        makes the objective, at the same time); its chosen parameters may have any floating dtype (rows are float32,
+        or float64 where one of them is).
     data:
         Iterable of batches: `(inputs, targets)`, or dicts for a model that returns `.loss`. Where `inputs`
         is itself a tuple or a dict, the model is called with its parts. None for methods that use no data.
