@@ -395,3 +395,22 @@ def test_products_with_no_columns_and_blocks_of_no_weights():
         finv = estimator(wf.Objective(model, data, cross_entropy))
         assert (finv @ torch.empty(36, 0)).shape == finv.forward(torch.empty(36, 0)).shape == (36, 0)
         assert finv.submatrix([]).shape == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda finv: finv @ [1.0] * 3, "a list came"),
+        (lambda finv: finv @ torch.ones(3).numpy(), "a ndarray came"),
+        (lambda finv: finv.restricted_solve(torch.ones(3) > 0, torch.ones(3).long()), "torch.int64 of shape"),
+        (lambda finv: finv.restricted_solve([True] * 3, torch.ones(3)), "a list and"),
+        (
+            lambda finv: finv.group_energies(torch.tensor([[0, 1]]), torch.ones(2)),
+            r"shape \(1, 2\); \(2,\) came",
+        ),
+        (lambda finv: finv.submatrix([[0, 1], [1, 2]]), r"a vector .* \(2, 2\) came"),
+    ],
+)
+def test_what_an_operator_can_not_take_is_refused(call, says):
+    with pytest.raises(wf.WoodfisherError, match=says):
+        call(DiagonalInverse(torch.ones(3)))

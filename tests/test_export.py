@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -34,6 +35,7 @@ from woodfisher.export import (
     to_sparse,
 )
 from woodfisher.export.stored import EXPORT
+from woodfisher.forward import outputs_of
 from woodfisher.saved import read
 
 
@@ -267,6 +269,25 @@ def test_sides_take_turns():
     turns = "".join(calls).replace("dd", "d").replace("ss", "s")
     assert turns.count("ds") >= 4
     assert result.dense.median > 0
+
+
+class Wrapped(nn.Module):
+    """Returns an object with its outputs and a loss for an attribute."""
+
+    def __init__(self, model, wrap):
+        super().__init__()
+        self.model, self.wrap = model, wrap
+
+    def forward(self, x):
+        return self.wrap(self.model(x))
+
+
+def test_outputs_in_attributes_are_compared_and_none_are_told():
+    model, x = mlp(), torch.randn(4, 6)
+    wrapped = Wrapped(model, lambda y: SimpleNamespace(loss=y.sum(), logits=y))
+    assert len(outputs_of(wrapped, x)) == 2
+    with pytest.raises(wf.WoodfisherError, match="returns no tensors"):
+        outputs_of(Wrapped(model, lambda y: y.tolist()), x)
 
 
 def test_difference_is_relative_to_the_largest_output():

@@ -312,6 +312,15 @@ def test_models_with_masks_of_torch_are_copied():
     assert wf.cost_of(model, samples(2)[0]).flops > 0
 
 
+@pytest.mark.parametrize(
+    ("metric", "says"),
+    [(lambda _: 0.0, "0 before"), (lambda m: 1 + int((m[0].weight == 0).sum()), "negative of")],
+)
+def test_metrics_that_a_drop_makes_no_sense_of_are_told(metric, says):
+    with pytest.warns(wf.WoodfisherWarning, match=says):
+        wf.prune(mlp(), None, max_drop=0.1, metric=metric, criterion="magnitude", floor=0.5)
+
+
 def test_a_drop_of_a_network_that_is_sparser_than_the_search_goes_says_so():
     model = torch.nn.Linear(400, 4)
     wf.prune(model, None, sparsity=0.997, criterion="magnitude")

@@ -288,6 +288,17 @@ def test_foreign_and_truncated_files_end_in_one_error(content, tmp_path):
             wf.load_weights(path)
     with pytest.raises(wf.WoodfisherError, match="no such file"):
         wf.load_weights(tmp_path / "other.safetensors")
+    with pytest.raises(wf.WoodfisherError, match="is a folder.*name one in it"):
+        wf.load_weights(tmp_path)
+    for saved in (model, {}):
+        torch.save(saved, tmp_path / "whole.pt")
+        with pytest.raises(
+            wf.WoodfisherError, match="tensors alone: save model.state_dict|holds no tensor"
+        ) as raised:
+            wf.load_weights(tmp_path / "whole.pt")
+        assert "weights_only" not in str(raised.value)
+    with pytest.raises(wf.WoodfisherError, match="a mask is a bool tensor; .* is a list"):
+        wf.save_weights(model, tmp_path / "model.safetensors", {"0.weight": [True]})
 
 
 def test_compressed_tensors_reads_and_writes_the_same(tmp_path):

@@ -668,7 +668,8 @@ def changed(name, change):
     ("form", "words"),
     [
         (without("0.bias"), ["0.bias missing"]),
-        (lambda state: {}, ["0.bias", "and 3 more missing"]),
+        (lambda state: {"0.weight": state["0.weight"]}, ["0.bias", "and 2 more missing"]),
+        (lambda state: {}, ["it holds no tensor"]),
         (lambda state: {**state, "2.bias": torch.ones(2)}, ["2.bias unexpected"]),
         (lambda state: {**state, "0.weight_mask": torch.ones(2, 3)}, ["0.weight_mask unexpected"]),
         (lambda state: {**state, "other_mask": torch.ones(2) > 0}, ["other_mask unexpected"]),
@@ -726,6 +727,38 @@ def test_mlpnet_mnist_accuracy(data_root):
     assert len(task.train.dataset) == 55000
     targets = torch.cat([targets for _, targets in task.validation])
     assert targets.bincount().tolist() == [500] * 10
+
+
+def test_accuracy_leaves_out_what_is_ignored_and_refuses_what_it_does_not_know():
+    x, y = torch.eye(3).repeat(2, 1, 1), torch.tensor([[0, -100, 2], [-100, 1, 0]])
+    assert accuracy(_Same(), [(x, y)]) == 75.0
+    for inputs, targets in (
+        (x, y.float()),
+        (x, y[..., None]),
+        (x[..., :1, 0], y[:, 0, None]),
+        ({"x": x}, y),
+        (x, [0]),
+    ):
+        with pytest.raises(WoodfisherError, match="Give the task a metric of its own"):
+            accuracy(_Same(), [(inputs, targets)])
+
+
+def test_a_task_without_test_data_says_so():
+    task = Task("few", _Same(), [], [], None, cross_entropy, metric=lambda model, data: torch.tensor(0.5))
+    assert task.validate(task.model) == 0.5
+    with pytest.raises(WoodfisherError, match="the task few has no test data"):
+        task.evaluate(task.model)
+
+
+class _Same(nn.Module):
+    """Returns what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale
 
 
 @pytest.mark.data

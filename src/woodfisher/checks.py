@@ -6,6 +6,8 @@ import math
 import numbers
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
@@ -47,7 +49,9 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def finite_number(value: object, message: str) -> float:
-    """`value` as a float; raises with `message` unless it is a finite real number."""
+    """`value` as a float; raises with `message` unless it is a finite real number, or a tensor of one."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise WoodfisherError(message)
     return float(value)

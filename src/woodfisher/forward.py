@@ -414,9 +414,15 @@ def explained(batch: Batch) -> Iterator[None]:
 
 
 def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The tensors that a model returns for these inputs, without gradients."""
+    """The tensors that a model returns for these inputs, without gradients; raises where there are none."""
     with torch.no_grad():
-        return list(called(model, example_inputs))
+        found = list(called(model, example_inputs))
+    if not found:
+        raise WoodfisherError(
+            "the model returns no tensors, so that its outputs can't be compared: return them alone, or in a tuple, a "
+            "list, a dict or the attributes of an object."
+        )
+    return found
 
 
 def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
@@ -424,7 +430,10 @@ def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
     batch = (example_inputs, ())
     arguments, named = arguments_of(batch)
     with explained(batch):
-        return _tensors_in(model(*arguments, **named))
+        outputs = model(*arguments, **named)
+    if not isinstance(outputs, (Tensor, Mapping, tuple, list)) and hasattr(outputs, "__dict__"):
+        outputs = vars(outputs)
+    return _tensors_in(outputs)
 
 
 def _tensors_in(outputs: Any) -> Iterator[Tensor]:

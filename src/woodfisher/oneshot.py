@@ -8,8 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from woodfisher.adaptive import Adaptive, adaptive_run
 from woodfisher.batches import Stream
 from woodfisher.checks import check_fraction, finite_number
@@ -26,7 +24,7 @@ from woodfisher.watch import phase, warn, watching
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from torch import nn
+    from torch import Tensor, nn
     from typing_extensions import Unpack
 
     from woodfisher.batches import Batch
@@ -42,6 +40,9 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
 
 FINEST_RATIO = 0.95
 """Ratio of what is kept to what is kept next, where the sparsest network within a drop is looked for."""
+
+_UNLIKELY_GAIN = 0.5
+"""Share by which pruning hardly makes a metric better."""
 
 LEAST_KEPT = 0.005
 """Fraction of the weights below which that search ends."""
@@ -283,10 +284,16 @@ def _within(
 
         dense = measured()
         least = dense - max_drop * abs(dense)
+        if not dense:
+            warn(
+                "the metric is 0 before anything is removed, of which no share can be lost: see what it measures."
+            )
+        values: dict[int, float] = {}
 
         def good(pruned: Pruned) -> bool:
             pruned.write(trial)
-            return measured() >= least
+            values[pruned.report.kept] = measured()
+            return values[pruned.report.kept] >= least
 
         def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
             with suppress(TooSparseError):
@@ -305,6 +312,12 @@ def _within(
                 f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
         best = best or _pruned(objective, [], method, selection, watch)
+        found = values.get(best.report.kept, dense)
+        if found > dense + _UNLIKELY_GAIN * abs(dense) > dense:
+            warn(
+                f"the metric rose from {dense:g} to {found:g} by pruning: larger is taken for better, so return the "
+                "negative of one that is to be small."
+            )
         warn_of_lost_layers(best.objective)
     return replace(best, report=replace(best.report, warnings=warnings_of(objective, watch)))
 
@@ -343,8 +356,6 @@ def _last_by_halving(
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
     with isolated(model):
         value: object = metric(model)
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
     return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -162,6 +163,8 @@ def pack_state(
     if masks is None:
         masks = {name: _bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
     for name, mask in masks.items():
+        if not isinstance(mask, Tensor):
+            raise WoodfisherError(f"a mask is a bool tensor; that of {name!r} is a {type(mask).__name__}.")
         tensor = state.get(tied.get(name, name))
         if tensor is None or tensor.shape != mask.shape or mask.dtype != torch.bool:
             raise WoodfisherError(
@@ -237,6 +240,8 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 def read(path: Path) -> Saved:
     """Read a file of weights; whatever is missing, cut short, foreign or contradictory ends in one error."""
+    if path.is_dir():
+        raise WoodfisherError(f"{path} is a folder, and {EXPECTED} is read from a file: name one in it.")
     if not path.is_file():
         raise WoodfisherError(f"{path} should hold {EXPECTED}, and there is no such file. Check the path.")
     try:
@@ -248,11 +253,16 @@ def read(path: Path) -> Saved:
             metadata = {}
             tensors = _state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return _saved(tensors, metadata, path.stat().st_size)
+    except pickle.UnpicklingError as error:  # torch's own words advise to execute what is in the file
+        reason = ValueError("it is no file of tensors alone: save model.state_dict(), and not the model")
+        raise unreadable(path, EXPECTED, reason) from error
     except Exception as error:  # readers fail in many ways on foreign bytes
         raise unreadable(path, EXPECTED, error) from error
 
 
 def _saved(tensors: dict[str, Tensor], metadata: dict[str, str], size: int) -> Saved:
+    if not tensors:
+        raise ValueError("it holds no tensor")
     first = {_place(tensor): name for name, tensor in reversed(tensors.items())}
     stored = {
         name: _bytes(tensor) if first[_place(tensor)] == name else 0 for name, tensor in tensors.items()

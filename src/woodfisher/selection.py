@@ -214,9 +214,10 @@ class Selection:
             # What costs nothing stays: its removal would bring the amount no nearer.
             stay = survivors(rank, alive, amount, cost, self._standing) | ~alive
         if amount and not self._standing.total(int((stay & alive).sum())):
+            share = ", shared out among the layers" if self.scope == "layer" else ""
             raise TooSparseError(
-                f"{amount} of {self.total} may stay, and no group of the pattern {self.pattern} is as small: ask for "
-                "less sparsity."
+                f"{amount} of {self.total} may stay{share}, and no group of the pattern {self.pattern} is as small: "
+                "ask for less sparsity" + (", or for scope='global'." if share else ".")
             )
         return self._units.spread(stay) & kept
 

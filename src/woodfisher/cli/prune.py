@@ -210,7 +210,8 @@ def _stages(report: Report) -> Table:
     taken_back = sum(not stage.accepted for stage in report.stages)
     adapt = isinstance(report.method["stages"], dict)
     where = "held-out samples" if adapt else "samples of the rows"
-    table = Table(title=f"{len(report.stages)} stages, {taken_back} taken back: change of the loss ({where})")
+    count = f"{len(report.stages)} stage{'s' * (len(report.stages) > 1)}"
+    table = Table(title=f"{count}, {taken_back} taken back: change of the loss ({where})")
     for column in ("sparsity", "predicted", "measured", "damping", "gradient", ""):
         table.add_column(column, justify="right")
     every = -(-len(report.stages) // SHOWN_STAGES)

@@ -7,13 +7,12 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-
-    from torch import Tensor
 
     from woodfisher.objective import Objective
 
@@ -86,6 +85,10 @@ class InverseOperator(ABC):
     def submatrix(self, index: Tensor | Sequence[int]) -> Tensor:
         """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""
         index = torch.as_tensor(index)
+        if index.ndim != 1:
+            raise WoodfisherError(
+                f"an index is a vector of flat indexes; one of shape {tuple(index.shape)} came."
+            )
         return self.submatrices((index if index.numel() else index.long()).reshape(1, -1))[0]
 
     def submatrices(self, index: Tensor) -> Tensor:
@@ -115,6 +118,10 @@ class InverseOperator(ABC):
             Values of these weights, `(m, k)`.
         """
         self._check_index(index)
+        if w.shape != index.shape:
+            raise WoodfisherError(
+                f"each index has one weight: w must have the shape {tuple(index.shape)}; {tuple(w.shape)} came."
+            )
         index, w = index.to(self.device), w.to(self.device, torch.float64)
         return self._energies(index, w, torch.ones_like(index, dtype=torch.bool))
 
@@ -150,10 +157,11 @@ class InverseOperator(ABC):
         b:
             Right-hand side `(size,)`; its entries outside S are ignored.
         """
-        if keep.dtype != torch.bool or keep.shape != (self.size,) or b.shape != (self.size,):
+        fits = all(isinstance(each, Tensor) and each.shape == (self.size,) for each in (keep, b))
+        if not fits or keep.dtype != torch.bool or not b.is_floating_point():
             raise WoodfisherError(
-                f"keep (bool) and b must have shape ({self.size},); {keep.dtype} {tuple(keep.shape)} and "
-                f"{tuple(b.shape)} came."
+                f"keep (bool) and b (floating-point) must be tensors of shape ({self.size},); {_described(keep)} and "
+                f"{_described(b)} came."
             )
         return self._restricted_solve(keep.to(self.device), b.to(self.device, torch.float64)).to(b)
 
@@ -162,10 +170,11 @@ class InverseOperator(ABC):
         return self._inverse_product(torch.eye(self.size, dtype=torch.float64, device=self.device))
 
     def _apply(self, product: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
-        if v.ndim not in (1, 2) or v.shape[0] != self.size or not v.is_floating_point():
+        fits = isinstance(v, Tensor) and v.ndim in (1, 2) and v.shape[0] == self.size
+        if not fits or not v.is_floating_point():
             raise WoodfisherError(
-                f"the operator takes a floating-point vector ({self.size},) or matrix ({self.size}, k); "
-                f"{v.dtype} of shape {tuple(v.shape)} came."
+                f"the operator takes a floating-point vector ({self.size},) or matrix ({self.size}, k) of torch; "
+                f"{_described(v)} came."
             )
         V = (v if v.ndim == 2 else v[:, None]).to(self.device, torch.float64)
         return product(V).reshape(v.shape).to(v)
@@ -288,6 +297,12 @@ class DiagonalInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return torch.where(keep, b / self.curvature, 0)
+
+
+def _described(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
 
 
 def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:

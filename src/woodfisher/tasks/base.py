@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from woodfisher.checks import finite_number
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import same_flags
+from woodfisher.likelihood import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-
-    from torch import Tensor
 
 
 def told(error: Exception) -> str:
@@ -27,21 +26,48 @@ def told(error: Exception) -> str:
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
-    """Top-1 accuracy in per cent, in evaluation mode; the model's training flags are left as they were."""
+    """Top-1 accuracy in per cent, in evaluation mode; the model's training flags are left as they were.
+
+    Parameters
+    ----------
+    model:
+        It takes a tensor and returns scores `(N, …, classes)`.
+    batches:
+        Pairs of inputs and classes, integers `(N, …)`; those that are −100 don't count, as in torch's losses.
+    """
     device = next(model.parameters()).device
     correct = total = 0
     with same_flags(model), torch.inference_mode():
         model.eval()
         for inputs, targets in batches:
-            predicted = model(inputs.to(device)).argmax(dim=-1)
-            correct += int((predicted == targets.to(device)).sum())
-            total += targets.numel()
+            scores = model(inputs.to(device)) if isinstance(inputs, Tensor) else None
+            _check_scores(inputs, scores, targets)
+            counted = targets.to(device) != IGNORED
+            correct += int((scores.argmax(dim=-1) == targets.to(device))[counted].sum())
+            total += int(counted.sum())
     if not total:
         raise WoodfisherError(
             "the accuracy of no samples was asked for: the data is empty, or can be read only once. Give a list of "
             "batches or a DataLoader."
         )
     return 100.0 * correct / total
+
+
+def _check_scores(inputs: Any, scores: Any, targets: Any) -> None:
+    """Raise where a batch is none that the accuracy knows."""
+    if isinstance(scores, Tensor) and isinstance(targets, Tensor):
+        classes = not targets.is_floating_point() and scores.ndim > 1
+        if classes and scores.shape[:-1] == targets.shape:
+            return
+    kinds = [
+        f"{each.dtype} {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+        for each in (inputs, scores, targets)
+    ]
+    raise WoodfisherError(
+        "accuracy is for a model that takes a tensor and returns scores (N, …, classes), and for targets that are "
+        f"classes, integers (N, …); inputs {kinds[0]}, outputs {kinds[1]} and targets {kinds[2]} came. Give the task a "
+        "metric of its own."
+    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +123,10 @@ class Task:
         return self._measured(model, self.validation, "validation")
 
     def _measured(self, model: nn.Module, batches: Iterable[Any], kind: str) -> float:
+        if batches is None:
+            raise WoodfisherError(
+                f"the task {self.name} has no {kind} data, which its metric is to be measured on."
+            )
         try:
             with same_flags(model):
                 value: object = self.metric(model, batches)
