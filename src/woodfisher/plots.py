@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.page.numbers import score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -77,7 +78,7 @@ def plot_accuracy(
             color=_COLOURS[row % len(_COLOURS)],
             linestyle="-" if row < len(_COLOURS) else "--",
         )
-    axes.axhline(dense, color="#222222", linewidth=1, linestyle="--", label=f"dense: {dense:.2f}")
+    axes.axhline(dense, color="#222222", linewidth=1, linestyle="--", label=f"dense: {score(dense, metric)}")
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)

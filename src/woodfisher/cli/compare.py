@@ -21,6 +21,7 @@ from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.isolation import copied
 from woodfisher.oneshot import SPARSITIES, sweep_objective
 from woodfisher.page import require_page, save_page
+from woodfisher.page.numbers import score
 from woodfisher.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
 
@@ -88,7 +89,7 @@ class Compare:
             note(f"loading {self.model.task}, seed {seed}")
             task = replace(self.model, seed=seed).load()
             dense.append(task.evaluate(task.model))
-            note(f"dense: {task.metric_name} {dense[-1]:.2f}")
+            note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
             data = Replay(task.train)
             first.update(*map(fingerprints, take(data, 1)))
             for name, method in methods.items():
@@ -164,7 +165,9 @@ class Compare:
                 model = copied(task.model)
                 pruned.write(model)
                 metric = task.evaluate(model)
-                note(f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {metric:.2f}")
+                note(
+                    f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {score(metric, task.metric_name)}"
+                )
                 yield {**cell, "metric": metric, **pruned.report.to_dict()}
 
 
@@ -198,15 +201,15 @@ def _row(result: dict[str, Any]) -> dict[str, Any]:
 def _show(content: dict[str, Any], names: list[str]) -> None:
     """One row a method, one column a sparsity."""
     spread = "" if content["seeds"] == 1 else f", mean ± standard deviation of {content['seeds']} seeds"
-    table = Table(
-        title=f"{content['task']}: test {content['metric']}{spread}; dense {content['dense']['metric']:.2f}"
-    )
+    metric = content["metric"]
+    dense = score(content["dense"]["metric"], metric)
+    table = Table(title=f"{content['task']}: test {metric}{spread}; dense {dense}")
     table.add_column("method", min_width=max(map(len, names)))
     rows = {name: [cell for cell in content["summary"] if cell["criterion"] == name] for name in names}
     for cell in rows[names[0]]:
         table.add_column(f"{100 * cell['requested_sparsity']:g} %", justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *map(_cell, cells))
+        table.add_row(name, *(_cell(cell, metric) for cell in cells))
     out().print(table)
     console = out()
     for name in names:
@@ -216,7 +219,7 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
             console.print(f"{name}: at most {slowest:.1f} s a run", soft_wrap=True)
 
 
-def _cell(cell: dict[str, Any]) -> str:
+def _cell(cell: dict[str, Any], metric: str) -> str:
     if not cell["runs"]:
         return "failed"
-    return f"{cell['mean']:.2f}" + ("" if cell["sd"] is None else f" ±{cell['sd']:.2f}")
+    return score(cell["mean"], metric) + ("" if cell["sd"] is None else f" ±{score(cell['sd'], metric)}")

@@ -22,6 +22,7 @@ from woodfisher.isolation import copied
 from woodfisher.method import METHODS, USUAL_SPARSITY
 from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.page import require_page
+from woodfisher.page.numbers import score
 from woodfisher.plots import plot_layers, require_plots
 
 SHOWN_STAGES = 12
@@ -171,7 +172,8 @@ class Prune:
 def _evaluate(task: Task, model: Any, name: str) -> float:
     start = time.perf_counter()
     value = task.evaluate(model)
-    note(f"{name}: {task.metric_name} {value:.2f} on test data ({time.perf_counter() - start:.1f} s)")
+    took = time.perf_counter() - start
+    note(f"{name}: {task.metric_name} {score(value, task.metric_name)} on test data ({took:.1f} s)")
     return value
 
 
@@ -180,11 +182,13 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     summary = Table(title=f"{content['task']}: {report.sparsity:.2%} of {report.size:,} weights removed")
     for column in ("", f"test {task.metric_name}", "kept weights", "time"):
         summary.add_column(column, justify="right" if column else "left")
-    summary.add_row("dense", f"{content['dense']['metric']:.2f}", f"{report.size:,}", "")
+    summary.add_row("dense", score(content["dense"]["metric"], task.metric_name), f"{report.size:,}", "")
     rows = {"magnitude": (content["magnitude"]["metric"], magnitude)}
     rows[content["criterion"]] = (content["pruned"]["metric"], report)
     for name, (metric, run) in rows.items():
-        summary.add_row(name, f"{metric:.2f}", f"{run.kept:,}", f"{run.seconds['total']:.1f} s")
+        summary.add_row(
+            name, score(metric, task.metric_name), f"{run.kept:,}", f"{run.seconds['total']:.1f} s"
+        )
     console.print(summary)
 
     layers = Table(title="Sparsity of each layer, as the ranking chose it")

@@ -16,6 +16,7 @@ from woodfisher.cli.outcome import Outcome
 from woodfisher.files import check_folder
 from woodfisher.method import METHODS, USUAL_SPARSITY, Method
 from woodfisher.page import require_page
+from woodfisher.page.numbers import score
 from woodfisher.plots import plot_training, require_plots
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train
@@ -101,7 +102,7 @@ class Train:
         note(f"loading {self.model.task}")
         task = self.model.load()
         dense = task.evaluate(task.model)
-        note(f"dense: {task.metric_name} {dense:.2f} on test data")
+        note(f"dense: {task.metric_name} {score(dense, task.metric_name)} on test data")
         try:
             with progress(f"training to {sparsity:g}", "steps") as show:
                 trained = train(
@@ -117,7 +118,7 @@ class Train:
                     resume=self.resume,
                     log=self.log,
                     progress=show,
-                    on_epoch=self._tell,
+                    on_epoch=lambda epoch: self._tell(epoch, task.metric_name),
                     **parts,
                 )
         except KeyboardInterrupt:
@@ -147,10 +148,10 @@ class Train:
         every = (max(end - begin, 0.0) / 10 or 1.0) if self.every is None else self.every
         return Polynomial(self.initial, sparsity, begin=begin, end=end, every=every, power=self.power)
 
-    def _tell(self, epoch: Epoch) -> None:
+    def _tell(self, epoch: Epoch, metric: str) -> None:
         note(
             f"epoch {epoch.epoch} of {self.training.epochs}: loss {epoch.loss:.4f}, validation "
-            f"{epoch.validation:.2f}, sparsity {epoch.sparsity:.2%}"
+            f"{score(epoch.validation, metric)}, sparsity {epoch.sparsity:.2%}"
         )
 
 
@@ -160,12 +161,15 @@ def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
     for column in ("", f"test {task.metric_name}", "validation", "kept weights"):
         summary.add_column(column, justify="right" if column else "left")
     summary.add_row(
-        "dense", f"{content['dense']['metric']:.2f}", f"{trained.dense:.2f}", f"{content['size']:,}"
+        "dense",
+        score(content["dense"]["metric"], task.metric_name),
+        score(trained.dense, task.metric_name),
+        f"{content['size']:,}",
     )
     summary.add_row(
         f"{content['criterion']}, epoch {trained.best.epoch}",
-        f"{content['pruned']['metric']:.2f}",
-        f"{trained.best.validation:.2f}",
+        score(content["pruned"]["metric"], task.metric_name),
+        score(trained.best.validation, task.metric_name),
         f"{content['kept']:,}",
     )
     console.print(summary)

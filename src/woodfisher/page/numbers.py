@@ -44,13 +44,22 @@ def change(value: float) -> str:
     return ("+" if value > 0 else "") + significant(value)
 
 
-def points(value: float) -> str:
-    """A difference of metrics to two decimals, with its sign.
+def score(value: float, metric: str) -> str:
+    """A metric of that name: to two decimals in per cent, and to four otherwise.
 
-    >>> points(-0.9), points(0.3), points(0)
+    >>> score(98.881, "accuracy, %"), score(-0.05, "R²")
+    ('98.88', '-0.0500')
+    """
+    return f"{value:.{2 if '%' in metric else 4}f}"
+
+
+def points(value: float, metric: str) -> str:
+    """A difference of metrics of that name, with its sign.
+
+    >>> points(-0.9, "%"), points(0.3, "%"), points(0, "%")
     ('−0.90', '+0.30', '±0.00')
     """
-    text = f"{abs(value):.2f}"
+    text = score(abs(value), metric)
     return ("±" if float(text) == 0 else _MINUS if value < 0 else "+") + text
 
 

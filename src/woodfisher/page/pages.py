@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.page.layers import Pruned, flops_section, sparsity_section, spectrum_section
-from woodfisher.page.numbers import count, duration, per_cent, points, significant
+from woodfisher.page.numbers import count, duration, per_cent, points, score, significant
 from woodfisher.page.parts import Card, Page, Section, Table
 from woodfisher.page.record import Comparison, Gradual, Pruning, Result
 from woodfisher.page.results import (
@@ -54,8 +54,8 @@ def _pruning(report: Pruning) -> Page:
     methods = [Pruned(report.criterion, report.layers)]
     told, beside = verdict(report), ""
     if by_size is not None:
-        told += f" Removing the smallest weights instead gives {by_size.metric:.2f}."
-        beside = f", magnitude {by_size.metric:.2f}"
+        told += f" Removing the smallest weights instead gives {score(by_size.metric, report.metric)}."
+        beside = f", magnitude {score(by_size.metric, report.metric)}"
         if by_size.layers is not None:
             methods.append(Pruned("magnitude", by_size.layers, _GREY))
     if report.max_drop is not None:
@@ -172,22 +172,23 @@ def _leader(report: Comparison) -> Cell | None:
 
 def _led(report: Comparison, best: Cell | None, shown: Sequence[Result]) -> tuple[str, list[Card]]:
     """How good the leader is, in a sentence and on cards."""
-    cards = [Card("Dense network", f"{report.dense.metric:.2f}", f"test {report.metric}")]
+    cards = [Card("Dense network", score(report.dense.metric, report.metric), f"test {report.metric}")]
     if best is None or best.mean is None:
         return "Every run failed.", cards
     at = f"{100 * best.requested_sparsity:g} %"
     others = [c for c in report.summary if c.requested_sparsity == best.requested_sparsity and c is not best]
     second = max((c for c in others if c.mean is not None), key=lambda c: c.mean or 0.0, default=None)
-    beside = "" if second is None else f"; next {second.criterion} {mean_of(second)}"
-    cards.append(Card(f"Best at {at}", f"{best.mean:.2f}", f"{best.criterion}{beside}"))
+    beside = "" if second is None else f"; next {second.criterion} {mean_of(second, report.metric)}"
+    cards.append(Card(f"Best at {at}", score(best.mean, report.metric), f"{best.criterion}{beside}"))
     for one in shown[:1]:
         cards += [size_card(one), flops_card(report, one)]
     slowest = max((c.seconds or 0.0 for c in report.summary if c.criterion == best.criterion), default=0.0)
     cards.append(Card("Time", duration(slowest), f"at most for a run of {best.criterion}"))
     seeds = f", mean of {report.seeds} seeds" if report.seeds > 1 else ""
-    difference = points(best.mean - report.dense.metric)
+    difference = points(best.mean - report.dense.metric, report.metric)
     return (
-        f"At {at} {best.criterion} is best with {best.mean:.2f}{seeds}, {difference} against the dense network.",
+        f"At {at} {best.criterion} is best with {score(best.mean, report.metric)}{seeds}, {difference} against the "
+        "dense network.",
         cards,
     )
 

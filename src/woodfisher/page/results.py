@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from woodfisher.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.page.layers import flops_left, known_flops
-from woodfisher.page.numbers import amount, count, duration, fewer, per_cent, points
+from woodfisher.page.numbers import amount, count, duration, fewer, per_cent, points, score
 from woodfisher.page.parts import Card, Figure, Section, Table
 
 if TYPE_CHECKING:
@@ -19,20 +19,24 @@ if TYPE_CHECKING:
 def verdict(report: Pruning | Gradual) -> str:
     """What the metric did, in a sentence."""
     metric = report.pruned.metric
-    difference = round(metric - report.dense.metric, 2)
-    if difference == 0:
-        moved = f"stays at {metric:.2f}"
+    value = score(metric, report.metric)
+    difference = metric - report.dense.metric
+    size = score(abs(difference), report.metric)
+    if float(size) == 0:
+        moved = f"stays at {value}"
     else:
-        moved = f"{'rises' if difference > 0 else 'falls'} by {abs(difference):.2f} to {metric:.2f}"
+        moved = f"{'rises' if difference > 0 else 'falls'} by {size} to {value}"
     name = report.metric.partition(",")[0]
     return f"With {count(report.kept)} of {count(report.size)} weights left, test {name} {moved}."
 
 
 def metric_card(report: Task, metric: float, beside: str = "") -> Card:
     """The metric against the dense network's."""
-    difference = points(metric - report.dense.metric)
+    difference = points(metric - report.dense.metric, report.metric)
     return Card(
-        f"Test {report.metric}", f"{metric:.2f}", f"dense {report.dense.metric:.2f} ({difference}){beside}"
+        f"Test {report.metric}",
+        score(metric, report.metric),
+        f"dense {score(report.dense.metric, report.metric)} ({difference}){beside}",
     )
 
 
@@ -65,7 +69,9 @@ def time_card(seconds: Mapping[str, float]) -> Card:
 def result_section(report: Pruning) -> Section:
     """Dense, magnitude and the method side by side."""
     columns = ["", "test", "against dense", "weights left", "removed", *_flops_column(report), "time"]
-    rows = [["dense", f"{report.dense.metric:.2f}", "", *_weights(report, report.size, None), ""]]
+    rows = [
+        ["dense", score(report.dense.metric, report.metric), "", *_weights(report, report.size, None), ""]
+    ]
     by_size = report.magnitude
     if by_size is not None and by_size.layers is not None and report.criterion != "magnitude":
         rows.append(_row("magnitude", by_size.metric, report, by_size.layers, ""))
@@ -80,14 +86,14 @@ def trained_section(report: Gradual) -> Section:
     rows = [
         [
             "dense",
-            f"{report.dense.metric:.2f}",
-            f"{report.validation.dense:.2f}",
+            score(report.dense.metric, report.metric),
+            score(report.validation.dense, report.metric),
             *_weights(report, report.size, None),
         ],
         [
             f"{report.criterion}, epoch {report.best_epoch}",
-            f"{report.pruned.metric:.2f}",
-            f"{report.validation.metric:.2f}",
+            score(report.pruned.metric, report.metric),
+            score(report.validation.metric, report.metric),
             *_weights(report, report.kept, report.layers),
         ],
     ]
@@ -96,8 +102,8 @@ def trained_section(report: Gradual) -> Section:
 
 def _row(name: str, metric: float, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
     kept = sum(layer.kept for layer in layers)
-    difference = points(metric - report.dense.metric)
-    return [name, f"{metric:.2f}", difference, *_weights(report, kept, layers), took]
+    difference = points(metric - report.dense.metric, report.metric)
+    return [name, score(metric, report.metric), difference, *_weights(report, kept, layers), took]
 
 
 def _weights(report: Pruning | Gradual, kept: int, layers: Sequence[Layer] | None) -> list[str]:
@@ -131,7 +137,10 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
                 index,
                 spread=[c.sd for c, _ in cells],
                 dashed=index >= COLOURS,
-                notes=[f"{name} at {100 * c.requested_sparsity:g} %: {mean_of(c)}" for c, _ in cells],
+                notes=[
+                    f"{name} at {100 * c.requested_sparsity:g} %: {mean_of(c, report.metric)}"
+                    for c, _ in cells
+                ],
             )
         )
     several = report.seeds > 1
@@ -151,7 +160,7 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
         x="sparsity",
         legend=[
             *((swatch(index, dashed=index >= COLOURS), name) for index, name in enumerate(names)),
-            (key("rule", "level"), f"dense, {report.dense.metric:.2f}"),
+            (key("rule", "level"), f"dense, {score(report.dense.metric, report.metric)}"),
         ],
     )
     spread = f", mean ± standard deviation of {report.seeds} seeds" if several else ""
@@ -161,14 +170,15 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
         figures=[figure],
         tables=[
             Table(
-                f"Test {report.metric}{spread}; dense {report.dense.metric:.2f}; the best of each column is bold",
+                f"Test {report.metric}{spread}; dense {score(report.dense.metric, report.metric)}; the best of each "
+                "column is bold",
                 ["", *(f"{100 * sparsity:g} %" for sparsity in family)],
                 [
                     [
                         name,
                         *(
                             ", ".join(
-                                mean_of(c)
+                                mean_of(c, report.metric)
                                 for c in report.summary
                                 if c.criterion == name and c.requested_sparsity == sparsity
                             )
@@ -183,11 +193,11 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
     )
 
 
-def mean_of(cell: Cell) -> str:
-    """Mean and spread of a cell."""
+def mean_of(cell: Cell, metric: str) -> str:
+    """Mean and spread of a cell, of a metric of that name."""
     if cell.mean is None:
         return "failed"
-    return f"{cell.mean:.2f}" + ("" if cell.sd is None else f" ± {cell.sd:.2f}")
+    return score(cell.mean, metric) + ("" if cell.sd is None else f" ± {score(cell.sd, metric)}")
 
 
 def _best(report: Comparison, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:

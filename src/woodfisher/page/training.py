@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from woodfisher.page.charts import Series, chart, counting, key, linear, swatch
-from woodfisher.page.numbers import count, per_cent, significant
+from woodfisher.page.numbers import count, per_cent, score, significant
 from woodfisher.page.parts import Figure, Section, Table
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def training_section(report: Gradual) -> Section:
             str(epoch.epoch),
             count(epoch.step),
             f"{epoch.loss:.4f}",
-            f"{epoch.validation:.2f}",
+            score(epoch.validation, report.metric),
             per_cent(epoch.sparsity, 2),
             significant(epoch.rate),
             "chosen" if epoch.epoch == report.best_epoch else "",
@@ -77,7 +77,7 @@ def training_section(report: Gradual) -> Section:
 def _validation(report: Gradual, x: Scale) -> Figure:
     values = [(float(epoch.step), epoch.validation) for epoch in report.epochs]
     chosen = [(float(e.step), e.validation) for e in report.epochs if e.epoch == report.best_epoch]
-    notes = [f"epoch {epoch.epoch}: {epoch.validation:.2f}" for epoch in report.epochs]
+    notes = [f"epoch {epoch.epoch}: {score(epoch.validation, report.metric)}" for epoch in report.epochs]
     series = [
         Series("validation", values, 0, markers=len(values) <= _MARKED, notes=notes),
         Series("chosen", chosen, 3, "dots", notes=[f"epoch {report.best_epoch}, chosen"] * len(chosen)),
@@ -91,7 +91,7 @@ def _validation(report: Gradual, x: Scale) -> Figure:
         legend=[
             (swatch(0), "validation"),
             (swatch(3, "dots"), f"chosen: epoch {report.best_epoch}"),
-            (key("rule", "level"), f"dense, {report.validation.dense:.2f}"),
+            (key("rule", "level"), f"dense, {score(report.validation.dense, report.metric)}"),
         ],
     )
 
