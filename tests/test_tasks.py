@@ -732,6 +732,8 @@ def test_mlpnet_mnist_accuracy(data_root):
 def test_accuracy_leaves_out_what_is_ignored_and_refuses_what_it_does_not_know():
     x, y = torch.eye(3).repeat(2, 1, 1), torch.tensor([[0, -100, 2], [-100, 1, 0]])
     assert accuracy(_Same(), [(x, y)]) == 75.0
+    wide = torch.eye(200)[[156, 3]]
+    assert accuracy(_Same(), [(wide, torch.tensor([156, 4], dtype=torch.uint8))]) == 50.0
     for inputs, targets in (
         (x, y.float()),
         (x, y[..., None]),

@@ -42,8 +42,9 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
         for inputs, targets in batches:
             scores = model(inputs.to(device)) if isinstance(inputs, Tensor) else None
             _check_scores(inputs, scores, targets)
-            counted = targets.to(device) != IGNORED
-            correct += int((scores.argmax(dim=-1) == targets.to(device))[counted].sum())
+            classes = targets.to(device).long()  # bytes have no −100, and 156 would be taken for it
+            counted = classes != IGNORED
+            correct += int((scores.argmax(dim=-1) == classes)[counted].sum())
             total += int(counted.sum())
     if not total:
         raise WoodfisherError(
