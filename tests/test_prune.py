@@ -321,6 +321,17 @@ def test_metrics_that_a_drop_makes_no_sense_of_are_told(metric, says):
         wf.prune(mlp(), None, max_drop=0.1, metric=metric, criterion="magnitude", floor=0.5)
 
 
+def test_a_negative_metric_that_rises_is_no_reason_to_warn():
+    wf.prune(
+        mlp(),
+        None,
+        max_drop=0.1,
+        metric=lambda m: -1 / (1 + int((m[0].weight == 0).sum())),
+        criterion="magnitude",
+        floor=0.5,
+    )
+
+
 def test_a_drop_of_a_network_that_is_sparser_than_the_search_goes_says_so():
     model = torch.nn.Linear(400, 4)
     wf.prune(model, None, sparsity=0.997, criterion="magnitude")

@@ -431,3 +431,13 @@ def test_what_is_no_state_is_refused(changes, message):
     state = None if changes is None else {**pruner.state_dict(), **changes}
     with pytest.raises(wf.WoodfisherError, match=message):
         pruner.load_state_dict(state)
+
+
+def test_an_objective_of_layers_that_are_gone_is_refused():
+    model, batches = mlp(), data()
+    objective = wf.Objective(model, batches, cross_entropy)
+    model[2] = torch.nn.Linear(4, 3)
+    pruner = wf.Pruner(model, objective, wf.one_shot(0.5), criterion="magnitude")
+    with pytest.raises(wf.WoodfisherError, match="another tensor than when the pruner was made"):
+        pruner.step()
+    assert pruner.missing_in(model) == "2.weight"

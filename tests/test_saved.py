@@ -290,10 +290,13 @@ def test_foreign_and_truncated_files_end_in_one_error(content, tmp_path):
         wf.load_weights(tmp_path / "other.safetensors")
     with pytest.raises(wf.WoodfisherError, match="is a folder.*name one in it"):
         wf.load_weights(tmp_path)
+    (tmp_path / "picture.pt").write_bytes(b"\x89PNG" + 100 * b"x")
+    with pytest.raises(wf.WoodfisherError, match="none that torch.save wrote"):
+        wf.load_weights(tmp_path / "picture.pt")
     for saved in (model, {}):
         torch.save(saved, tmp_path / "whole.pt")
         with pytest.raises(
-            wf.WoodfisherError, match="tensors alone: save model.state_dict|holds no tensor"
+            wf.WoodfisherError, match="more than tensors: save model.state_dict|holds no tensor"
         ) as raised:
             wf.load_weights(tmp_path / "whole.pt")
         assert "weights_only" not in str(raised.value)

@@ -735,7 +735,7 @@ def test_accuracy_leaves_out_what_is_ignored_and_refuses_what_it_does_not_know()
     wide = torch.eye(200)[[156, 3]]
     assert accuracy(_Same(), [(wide, torch.tensor([156, 4], dtype=torch.uint8))]) == 50.0
     for inputs, targets in (
-        (x, y.float()),
+        (x, y + 0.5),
         (x, y[..., None]),
         (x[..., :1, 0], y[:, 0, None]),
         ({"x": x}, y),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -208,13 +207,20 @@ class _Traced:
         for module in self._graph.module2node:
             if not isinstance(module, (_ConvNd, nn.Linear)) or module in seen:
                 continue
-            pruner = self._graph.get_pruner_of_module(module)
-            channels = list(range(pruner.get_out_channels(module)))
-            with suppress(Exception):  # of what they go into: torch-pruning doesn't know every layer
-                group = self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+            group = self._group(module)
+            if group is not None:
                 seen |= {m for m, _ in self._silenced(group)}
                 groups.append(group)
         return groups
+
+    def _group(self, module: nn.Module) -> Any:
+        """What goes with all channels of a layer; None where they go into one that torch-pruning doesn't know."""
+        pruner = self._graph.get_pruner_of_module(module)
+        channels = list(range(pruner.get_out_channels(module)))
+        try:
+            return self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+        except Exception:
+            return None
 
     def _place(self, member: str) -> int:
         return self._order[part_of(member)[0]]

@@ -49,12 +49,15 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def finite_number(value: object, message: str) -> float:
-    """`value` as a float; raises with `message` unless it is a finite real number, or a tensor of one."""
-    if isinstance(value, Tensor) and value.numel() == 1:
-        value = value.item()
+    """`value` as a float; raises with `message` unless it is a finite real number."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise WoodfisherError(message)
     return float(value)
+
+
+def metric_value(value: object, message: str) -> float:
+    """What a metric returned as a float, which a tensor may hold; raises with `message` unless it is finite."""
+    return finite_number(value.item() if isinstance(value, Tensor) and value.numel() == 1 else value, message)
 
 
 def check_sparsity(value: object) -> None:

@@ -50,7 +50,8 @@ class Finetuning(LightningModule):
     task:
         Its model is the teacher, where there is one, and stays as it is.
     pruner:
-        Of the model that is trained; someone else steps it. Its seed and its progress are those of all.
+        Of the model that is trained; someone else steps it. Its `seed` orders the batches, and its `progress` is told
+        the steps of training.
     training, on_epoch:
         As for `train`.
     steps:

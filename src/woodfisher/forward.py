@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -431,7 +431,8 @@ def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
     arguments, named = arguments_of(batch)
     with explained(batch):
         outputs = model(*arguments, **named)
-    if not isinstance(outputs, (Tensor, Mapping, tuple, list)) and hasattr(outputs, "__dict__"):
+    plain = not isinstance(outputs, (Tensor, Mapping, tuple, list)) and not is_dataclass(outputs)
+    if plain and hasattr(outputs, "__dict__"):
         outputs = vars(outputs)
     return _tensors_in(outputs)
 
@@ -439,6 +440,9 @@ def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
 def _tensors_in(outputs: Any) -> Iterator[Tensor]:
     if isinstance(outputs, Tensor):
         yield outputs
+    elif is_dataclass(outputs) and not isinstance(outputs, Mapping):
+        for each in fields(outputs):
+            yield from _tensors_in(getattr(outputs, each.name))
     elif isinstance(outputs, (Mapping, tuple, list)):
         for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
             yield from _tensors_in(part)

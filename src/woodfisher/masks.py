@@ -37,29 +37,29 @@ class Masks:
 
     Attributes
     ----------
+    parameters:
+        As they came.
     trained_elsewhere:
         Whether no optimizer has trained the parameters so far, while one has trained others of the same shapes.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], kept: Mapping[str, Tensor]) -> None:
-        self._parameters = dict(parameters)
-        taken = {id(p) for other in _held for p in other._parameters.values()}
-        for name, parameter in self._parameters.items():
+        self.parameters = dict(parameters)
+        taken = {id(p) for other in _held for p in other.parameters.values()}
+        for name, parameter in self.parameters.items():
             if id(parameter) in taken:
                 raise WoodfisherError(
                     f"another pruner holds masks on {name!r}: one model takes one pruner. Call release() on the "
                     "first, or let it go."
                 )
         self._removed = {
-            name: (~kept[name]).to(parameter.device) for name, parameter in self._parameters.items()
+            name: (~kept[name]).to(parameter.device) for name, parameter in self.parameters.items()
         }
-        self._parts = {name: own_part(self._removed[name], p) for name, p in self._parameters.items()}
-        self._names = {id(parameter): name for name, parameter in self._parameters.items()}
+        self._parts = {name: own_part(self._removed[name], p) for name, p in self.parameters.items()}
+        self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._idle = self.trained_elsewhere = False
-        handles = [
-            _hooked(parameter, _without(self._parts, name)) for name, parameter in self._parameters.items()
-        ]
+        handles = [_hooked(parameter, self._parts, name) for name, parameter in self.parameters.items()]
         handles.append(register_optimizer_step_post_hook(_to(weakref.ref(self))))
         self._release = weakref.finalize(self, _remove, handles)
         _held.add(self)
@@ -68,7 +68,7 @@ class Masks:
     @property
     def kept(self) -> dict[str, Tensor]:
         """Name → bool of the parameter's shape, False where removed."""
-        self._follow(self._parameters)
+        self._follow(self.parameters)
         return {name: ~removed for name, removed in self._removed.items()}
 
     @property
@@ -81,7 +81,7 @@ class Masks:
         before = {name: removed.clone() for name, removed in self._removed.items()}
         for name, removed in self._removed.items():
             removed.copy_(~kept[name])
-            self._parts[name] = own_part(removed, self._parameters[name])
+            self._parts[name] = own_part(removed, self.parameters[name])
         if any(not torch.equal(removed, before[name]) for name, removed in self._removed.items()):
             for optimizer in self._optimizers:
                 if isinstance(optimizer, torch.optim.LBFGS):
@@ -91,14 +91,14 @@ class Masks:
 
     def enforce(self) -> None:
         """Zero removed weights, their gradients and their entries in the state of every optimizer seen so far."""
-        self._follow(self._parameters)
+        self._follow(self.parameters)
         with torch.no_grad():
-            for name, parameter in self._parameters.items():
+            for name, parameter in self.parameters.items():
                 local(parameter).masked_fill_(self._parts[name], 0)
                 if parameter.grad is not None:
                     local(parameter.grad).masked_fill_(self._parts[name], 0)
             for optimizer in self._optimizers:
-                self._enforce_state(optimizer, self._parameters)
+                self._enforce_state(optimizer, self.parameters)
 
     def apply(self, model: nn.Module) -> None:
         """Zero the removed weights of a copy of the model, such as a moving average of it."""
@@ -120,7 +120,7 @@ class Masks:
         """Raise if the model has other parameters by now, or is trained by an optimizer that has others."""
         reshard(model)
         now = dict(model.named_parameters())
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             if now.get(name) is not parameter:
                 raise WoodfisherError(
                     f"the model's parameter {name!r} is another tensor than when the pruner was made, as after "
@@ -149,9 +149,9 @@ class Masks:
             self._follow(names)
             with torch.no_grad():
                 for name in names:
-                    local(self._parameters[name]).masked_fill_(self._parts[name], 0)
+                    local(self.parameters[name]).masked_fill_(self._parts[name], 0)
                 self._enforce_state(optimizer, names)
-        elif not self._optimizers and {p.shape for p in self._parameters.values()} <= {
+        elif not self._optimizers and {p.shape for p in self.parameters.values()} <= {
             p.shape for p in trained
         }:
             moving = any(p.grad is not None and bool(p.grad.any()) for p in trained)
@@ -161,16 +161,17 @@ class Masks:
     def _enforce_state(self, optimizer: Optimizer, names: Iterable[str]) -> None:
         for name in names:
             # A plain look-up would give each parameter a state, as `state` is a defaultdict.
-            state = optimizer.state.get(self._parameters[name])
-            for tensor in _alike(state, self._parameters[name]):
+            state = optimizer.state.get(self.parameters[name])
+            for tensor in _alike(state, self.parameters[name]):
                 local(tensor).masked_fill_(self._parts[name].to(tensor.device), 0)
 
     def _follow(self, names: Iterable[str]) -> None:
         """Take masks to the devices where the parameters are now."""
         for name in names:
-            device = self._parameters[name].device
-            self._removed[name] = self._removed[name].to(device)
-            self._parts[name] = self._parts[name].to(device)
+            parameter, removed = self.parameters[name], self._removed[name]
+            if removed.device != parameter.device:
+                self._removed[name] = removed.to(parameter.device)
+                self._parts[name] = own_part(self._removed[name], parameter)
 
 
 def _alike(state: Any, parameter: Tensor) -> list[Tensor]:
@@ -186,33 +187,30 @@ def _alike(state: Any, parameter: Tensor) -> list[Tensor]:
     return [t for part in state for t in _alike(part, parameter)] if isinstance(state, (list, tuple)) else []
 
 
-def _hooked(parameter: nn.Parameter, hook: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    """Hook a parameter's gradient; hooks outlast freezing, but are refused while frozen."""
+def _hooked(parameter: nn.Parameter, parts: Mapping[str, Tensor], name: str) -> RemovableHandle:
+    """Have gradients be zero on `parts[name]`; hooks outlast freezing, but are refused while frozen.
+
+    They keep the dict of masks alive, and not what holds it.
+    """
+
+    def zeroed(gradient: Tensor) -> Tensor:
+        return gradient.masked_fill(parts[name].to(gradient.device), 0)
+
+    def zero(shard: Tensor) -> None:
+        if shard.grad is not None:
+            gradient = local(shard.grad)
+            gradient.masked_fill_(parts[name].to(gradient.device), 0)
+
     frozen = not parameter.requires_grad
     parameter.requires_grad_()
     handle: RemovableHandle = (
-        parameter.register_post_accumulate_grad_hook(_to_the_gradient(hook))  # all that is called for shards
+        parameter.register_post_accumulate_grad_hook(zero)  # the only hooks that fully_shard calls
         if is_shard(parameter)
-        else parameter.register_hook(hook)
+        else parameter.register_hook(zeroed)
     )
     if frozen:
         parameter.requires_grad_(False)
     return handle
-
-
-def _without(removed: Mapping[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
-    """A hook on a gradient that keeps the dict of masks alive, and not what holds it."""
-    return lambda gradient: gradient.masked_fill(removed[name].to(gradient.device), 0)
-
-
-def _to_the_gradient(hook: Callable[[Tensor], Tensor]) -> Callable[[Tensor], None]:
-    """The same on the gradient that a parameter has by then."""
-
-    def change(parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            local(parameter.grad).copy_(hook(local(parameter.grad)))
-
-    return change
 
 
 def _to(masks: weakref.ref[Masks]) -> Callable[..., None]:

@@ -33,7 +33,7 @@ from woodfisher.layout import Layout
 from woodfisher.memory import new_matrix, resident_memory
 from woodfisher.normalisation import batch_norms, fresh_statistics
 from woodfisher.parameters import choose, existing_masks, inputs_first, unwrapped
-from woodfisher.sharding import is_sharded, plain_copy, refresh
+from woodfisher.sharding import is_sharded, plain_copy
 from woodfisher.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
 from woodfisher.watch import phase, report_progress, warn, watching
 from woodfisher.writing import write
@@ -96,8 +96,8 @@ class Objective:
     model, source:
         The model that is run, and the one that was given, without its wrappers. They are the same, unless
         `fully_shard` has spread the latter over processes: then the former is a copy of whole weights.
-    parameters:
-        Name → the parameter of `model`.
+    parameters, source_parameters:
+        Name → the parameter of `model`, and that of `source`, of which this process may have a shard.
     weights:
         Their values, `(d,)`.
     buffers:
@@ -127,17 +127,14 @@ class Objective:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
         check_choice("precision", precision, PRECISIONS)
-        self.loss = loss
+        self.loss, self._sampler, self._precision = loss, sampler, precision
         self.data: Iterable[Batch] = [] if data is None else data
         check_data(self.data)
         self.source = unwrapped(model)
         self._sharded = is_sharded(self.source)
-        self.model = model = plain_copy(self.source) if self._sharded else self.source
         with watching() as watch:
-            self.parameters = choose(model, params, exclude)
-            self.forward = Forward(model, loss, sampler, precision)
+            self._bind(params, exclude)
         self.warnings = tuple(watch.warnings)
-        self._modules = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
             {
@@ -151,11 +148,20 @@ class Objective:
             raise WoodfisherError(
                 "autocast leaves a float64 model as it is: convert it, or leave out precision=."
             )
-        self._flow = Signals(self.forward, self._modules, self.parameters)
         self.workspace = GRADIENT_WORKSPACE
         self._chunks = Chunks()
         self.ranks: Ranks = ALONE
         self.base: int | None = None
+
+    def _bind(self, params: str | Sequence[str] | None, exclude: str | Sequence[str]) -> None:
+        """Take the model as it is, or a plain copy of its shards, and choose weights of it."""
+        self.model = plain_copy(self.source) if self._sharded else self.source
+        self.parameters = choose(self.model, params, exclude)
+        named = dict(self.source.named_parameters())
+        self.source_parameters = {name: named[name] for name in self.parameters}
+        self.forward = Forward(self.model, self.loss, self._sampler, self._precision)
+        self._modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        self._flow = Signals(self.forward, self._modules, self.parameters)
 
     def at(self, weights: Tensor, kept: Tensor) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
@@ -190,19 +196,19 @@ class Objective:
         """The objective for the weights of all processes: this one, unless it is for a part of them."""
         return self
 
-    def current(self, kept: Tensor | None = None) -> Objective:
+    def current(self, kept: Tensor | None = None, *, steps: int | None = None) -> Objective:
         """The same objective where the model is now, of whose weights those in `kept` `(d,)` remain.
 
         Without `kept` these are the ones that are not zero, as for a new objective. The model may have moved to
-        another device or dtype.
+        another device or dtype. `steps` of training have led there, if any: an error says so.
         """
         if self._sharded:
-            refresh(self.model, self.source)
+            self._bind(list(self.layout.shapes), ())
         other = self._with()
-        other._read(kept)
+        other._read(kept, steps)
         return other
 
-    def _read(self, kept: Tensor | None) -> None:
+    def _read(self, kept: Tensor | None, steps: int | None = None) -> None:
         """Take everything that training changes from the model."""
         own = self.parameters.values()
         self.device = next(iter(own)).device
@@ -215,7 +221,9 @@ class Objective:
         weights = self._flat(self.parameters)
         if not torch.isfinite(weights).all():
             bad = self.layout.name_at(int((~torch.isfinite(weights)).nonzero()[0]))
-            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity: load a sound one.")
+            after = f" after {steps} steps of training: lower the learning rate, or go on from an earlier checkpoint."
+            advice = ": load a sound one." if steps is None else after
+            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity{advice}")
         if kept is None:
             kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
         self.layout.check(kept, "kept")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from woodfisher.adaptive import Adaptive, adaptive_run
 from woodfisher.batches import Stream
-from woodfisher.checks import check_fraction, finite_number
+from woodfisher.checks import check_fraction, metric_value
 from woodfisher.dealing import align_random, alike, can_be_dealt
 from woodfisher.distributed import ALONE, together
 from woodfisher.errors import TooSparseError, WoodfisherError
@@ -288,19 +288,18 @@ def _within(
             warn(
                 "the metric is 0 before anything is removed, of which no share can be lost: see what it measures."
             )
-        values: dict[int, float] = {}
 
-        def good(pruned: Pruned) -> bool:
+        def tried(pruned: Pruned) -> float:
             pruned.write(trial)
-            values[pruned.report.kept] = measured()
-            return values[pruned.report.kept] >= least
+            return measured()
 
         def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
             with suppress(TooSparseError):
                 for _, at, stages in _each(objective, amounts, method, selection):
                     yield _pruned(at.on(data), stages, method, selection, watch)
 
-        best = (_last if isinstance(method.staging, Adaptive) else _last_by_halving)(reached, counts, good)
+        search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
+        best, value = search(reached, counts, tried, least)
         if best is None and not counts:
             warn(
                 f"{now} of {selection.total} are left already, and sparser networks than {1 - LEAST_KEPT:.1%} are not "
@@ -312,10 +311,9 @@ def _within(
                 f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
             )
         best = best or _pruned(objective, [], method, selection, watch)
-        found = values.get(best.report.kept, dense)
-        if found > dense + _UNLIKELY_GAIN * abs(dense) > dense:
+        if 0 < dense < value / (1 + _UNLIKELY_GAIN):
             warn(
-                f"the metric rose from {dense:g} to {found:g} by pruning: larger is taken for better, so return the "
+                f"the metric rose from {dense:g} to {value:g} by pruning: larger is taken for better, so return the "
                 "negative of one that is to be small."
             )
         warn_of_lost_layers(best.objective)
@@ -325,38 +323,43 @@ def _within(
 def _last(
     reached: Callable[[Sequence[int]], Iterator[Pruned]],
     amounts: Sequence[int],
-    good: Callable[[Pruned], bool],
-) -> Pruned | None:
-    """The sparsest good network of one run through all amounts, up to the first that isn't good."""
-    best = None
+    tried: Callable[[Pruned], float],
+    least: float,
+) -> tuple[Pruned | None, float]:
+    """The sparsest network of one run, up to the first whose metric is below `least`, and that metric."""
+    best, its = None, least
     for pruned in reached(amounts):
-        if not good(pruned):
+        value = tried(pruned)
+        if value < least:
             break
-        best = pruned
-    return best
+        best, its = pruned, value
+    return best, its
 
 
 def _last_by_halving(
     reached: Callable[[Sequence[int]], Iterator[Pruned]],
     amounts: Sequence[int],
-    good: Callable[[Pruned], bool],
-) -> Pruned | None:
+    tried: Callable[[Pruned], float],
+    least: float,
+) -> tuple[Pruned | None, float]:
     """The same where each amount takes a run of its own: by halving the amounts that are left."""
-    best, low, high = None, 0, len(amounts)
+    best, its = None, least
+    low, high = 0, len(amounts)
     while low < high:
         middle = (low + high) // 2
         found = next(reached([amounts[middle]]), None)
-        if found is not None and good(found):
-            best, low = found, middle + 1
+        value = None if found is None else tried(found)
+        if value is not None and value >= least:
+            best, its, low = found, value, middle + 1
         else:
             high = middle
-    return best
+    return best, its
 
 
 def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
     with isolated(model):
         value: object = metric(model)
-    return finite_number(value, f"metric(model) must return a finite number; {value!r} came.")
+    return metric_value(value, f"metric(model) must return a finite number; {value!r} came.")
 
 
 def _started(objective: Objective, method: Method) -> tuple[Objective, Selection]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.page.numbers import score
+from woodfisher.metrics import score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -20,7 +20,7 @@ from woodfisher.objective import Objective
 from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.schedule import Schedule
-from woodfisher.sharding import reshard, whole
+from woodfisher.sharding import reshard
 from woodfisher.stages import run_stages
 from woodfisher.watch import phase, warn, watching
 
@@ -131,7 +131,7 @@ class Pruner:
                     f"every weight of {name!r} is zero, and counts as removed for good: leave it out of the objective "
                     "with exclude= if it is to be trained."
                 )
-        self._masks = Masks(self._parameters, masks)
+        self._masks = Masks(objective.source_parameters, masks)
         self.steps = 0
         self._times = 0
         self.history: list[Report] = []
@@ -175,7 +175,7 @@ class Pruner:
     def missing_in(self, model: nn.Module) -> str | None:
         """Name of a weight that is pruned here and that `model` doesn't have; None where it has them all."""
         there = {id(parameter) for parameter in model.parameters()}
-        return next((name for name, p in self._parameters.items() if id(p) not in there), None)
+        return next((name for name, p in self._masks.parameters.items() if id(p) not in there), None)
 
     def release(self) -> None:
         """Let the model go; removed weights are zero and may come back. The pruner is of no more use."""
@@ -219,20 +219,8 @@ class Pruner:
         self.steps, self._times, self.seed = int(state["steps"]), int(state["times"]), int(state["seed"])
         self._masks.set({name: mask.bool() for name, mask in masks.items()})
 
-    @property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        """Name → parameter of the model that is trained, whose shards they may be."""
-        named = dict(self.objective.source.named_parameters())
-        return {name: named[name] for name in self.objective.layout.shapes}
-
     def _prune(self, sparsity: float) -> Report | None:
-        for name, parameter in self._parameters.items():
-            if not whole(parameter).isfinite().all():
-                raise WoodfisherError(
-                    f"{name!r} holds NaN or infinity after {self.steps} steps of training: lower the learning rate, or "
-                    "go on from an earlier checkpoint."
-                )
-        objective = self.objective.current(self._kept)
+        objective = self.objective.current(self._kept, steps=self.steps)
         amount = self.selection.target(sparsity)
         if amount >= self.selection.amount(objective.kept):
             self.selection.check_pattern(objective.kept, amount)

@@ -254,7 +254,12 @@ def read(path: Path) -> Saved:
             tensors = _state_dict(torch.load(path, map_location="cpu", weights_only=True))
         return _saved(tensors, metadata, path.stat().st_size)
     except pickle.UnpicklingError as error:  # torch's own words advise to execute what is in the file
-        reason = ValueError("it is no file of tensors alone: save model.state_dict(), and not the model")
+        classes = "Unsupported global" in str(error)
+        reason = ValueError(
+            "it holds more than tensors: save model.state_dict(), and not the model"
+            if classes
+            else "it is none that torch.save wrote"
+        )
         raise unreadable(path, EXPECTED, reason) from error
     except Exception as error:  # readers fail in many ways on foreign bytes
         raise unreadable(path, EXPECTED, error) from error

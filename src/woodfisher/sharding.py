@@ -34,6 +34,11 @@ def is_sharded(model: nn.Module) -> bool:
             "this is a part of a model that fully_shard has spread over processes as one: give the module that it was "
             "called on, and choose the part by params=."
         )
+    if wrapped and torch.__version__ < "2.7":
+        raise WoodfisherError(
+            "models that fully_shard has spread over processes are pruned from torch 2.7 on; this is "
+            f"{torch.__version__}."
+        )
     reshard(model)
     for name, p in model.named_parameters():
         if not is_shard(p):
@@ -57,6 +62,7 @@ def reshard(model: nn.Module) -> None:
 def plain_copy(model: nn.Module) -> nn.Module:
     """A model of whole weights in every process, which shares its buffers with the sharded one."""
     _meet()
+    reshard(model)
     sharded = _sharded_modules(model)
     states = [module._get_fsdp_state() for module in sharded]
     instead: dict[int, object] = {id(each): each for each in (*model.buffers(), *states)}
@@ -88,26 +94,6 @@ def _owner(hook: object) -> object:
     while not hasattr(hook, "__self__") and hasattr(hook, "__wrapped__"):
         hook = hook.__wrapped__
     return getattr(hook, "__self__", None)
-
-
-def refresh(plain: nn.Module, model: nn.Module) -> None:
-    """Bring a plain copy to what the sharded model is now: weights, buffers, and numbers among attributes."""
-    _meet()
-    reshard(model)
-    own, shards = dict(plain.named_parameters()), dict(model.named_parameters())
-    if own.keys() != shards.keys():
-        raise WoodfisherError(
-            f"the model has other parameters than when the objective was made, as {min(own.keys() ^ shards.keys())!r}: "
-            "make another one."
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(whole(shards[name]))
-    modules = dict(model.named_modules())
-    for name, layer in plain.named_modules():
-        layer._buffers.update(modules[name]._buffers)
-        simple = {k: v for k, v in vars(modules[name]).items() if isinstance(v, (bool, int, float, str))}
-        vars(layer).update({k: v for k, v in simple.items() if not k.startswith(_MARKS)})
 
 
 def _meet() -> None:

@@ -19,9 +19,9 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.isolation import copied
+from woodfisher.metrics import score
 from woodfisher.oneshot import SPARSITIES, sweep_objective
 from woodfisher.page import require_page, save_page
-from woodfisher.page.numbers import score
 from woodfisher.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
 

@@ -20,9 +20,9 @@ from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder
 from woodfisher.isolation import copied
 from woodfisher.method import METHODS, USUAL_SPARSITY
+from woodfisher.metrics import score
 from woodfisher.oneshot import prune_objective, prune_within
 from woodfisher.page import require_page
-from woodfisher.page.numbers import score
 from woodfisher.plots import plot_layers, require_plots
 
 SHOWN_STAGES = 12

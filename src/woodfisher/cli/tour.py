@@ -14,6 +14,7 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, TaskOptions
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
+from woodfisher.metrics import score
 from woodfisher.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
 from woodfisher.tour_plots import ends, fixed, percent, pictures, short
@@ -132,7 +133,7 @@ def _show(seen: Seen, content: dict[str, Any]) -> None:
     for stop in seen.stops:
         table = Table(
             title=f"{stop.name}: mean loss {stop.loss:.4f} on {seen.samples:,} samples, "
-            f"test {content['metric']} {content['metrics'][stop.name]:.2f}"
+            f"test {content['metric']} {score(content['metrics'][stop.name], content['metric'])}"
         )
         table.add_column("layer", no_wrap=True)
         for column in ("cos F", "cos Ê", "scale", "diagonal", "of 50", "λ min", "λ max"):

@@ -15,8 +15,8 @@ from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.outcome import Outcome
 from woodfisher.files import check_folder
 from woodfisher.method import METHODS, USUAL_SPARSITY, Method
+from woodfisher.metrics import score
 from woodfisher.page import require_page
-from woodfisher.page.numbers import score
 from woodfisher.plots import plot_training, require_plots
 from woodfisher.schedule import Polynomial
 from woodfisher.train import Training, gradually, require_lightning, train

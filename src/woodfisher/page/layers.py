@@ -85,7 +85,7 @@ def sparsity_section(methods: Sequence[Pruned], note: str = "") -> Section:
             count(layer.size),
             count(layer.kept),
             *(per_cent(1 - by[layer.name], 2) if layer.name in by else "" for by in shares),
-            points(100 * (layer.sparsity - 1 + uniform), "%"),
+            points(100 * (layer.sparsity - 1 + uniform), 2),
         ]
         for layer in first.layers
     ]

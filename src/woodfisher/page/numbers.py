@@ -44,22 +44,13 @@ def change(value: float) -> str:
     return ("+" if value > 0 else "") + significant(value)
 
 
-def score(value: float, metric: str) -> str:
-    """A metric of that name: to two decimals in per cent, and to four otherwise.
+def points(value: float, decimals: int) -> str:
+    """A difference to that many decimals, with its sign.
 
-    >>> score(98.881, "accuracy, %"), score(-0.05, "R²")
-    ('98.88', '-0.0500')
-    """
-    return f"{value:.{2 if '%' in metric else 4}f}"
-
-
-def points(value: float, metric: str) -> str:
-    """A difference of metrics of that name, with its sign.
-
-    >>> points(-0.9, "%"), points(0.3, "%"), points(0, "%")
+    >>> points(-0.9, 2), points(0.3, 2), points(0, 2)
     ('−0.90', '+0.30', '±0.00')
     """
-    text = score(abs(value), metric)
+    text = f"{abs(value):.{decimals}f}"
     return ("±" if float(text) == 0 else _MINUS if value < 0 else "+") + text
 
 

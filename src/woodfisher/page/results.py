@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from woodfisher.metrics import decimals, score
 from woodfisher.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.page.layers import flops_left, known_flops
-from woodfisher.page.numbers import amount, count, duration, fewer, per_cent, points, score
+from woodfisher.page.numbers import amount, count, duration, fewer, per_cent, points
 from woodfisher.page.parts import Card, Figure, Section, Table
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def verdict(report: Pruning | Gradual) -> str:
 
 def metric_card(report: Task, metric: float, beside: str = "") -> Card:
     """The metric against the dense network's."""
-    difference = points(metric - report.dense.metric, report.metric)
+    difference = points(metric - report.dense.metric, decimals(report.metric))
     return Card(
         f"Test {report.metric}",
         score(metric, report.metric),
@@ -102,7 +103,7 @@ def trained_section(report: Gradual) -> Section:
 
 def _row(name: str, metric: float, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
     kept = sum(layer.kept for layer in layers)
-    difference = points(metric - report.dense.metric, report.metric)
+    difference = points(metric - report.dense.metric, decimals(report.metric))
     return [name, score(metric, report.metric), difference, *_weights(report, kept, layers), took]
 
 

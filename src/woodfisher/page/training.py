@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from woodfisher.metrics import score
 from woodfisher.page.charts import Series, chart, counting, key, linear, swatch
-from woodfisher.page.numbers import count, per_cent, score, significant
+from woodfisher.page.numbers import count, per_cent, significant
 from woodfisher.page.parts import Figure, Section, Table
 
 if TYPE_CHECKING:

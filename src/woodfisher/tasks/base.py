@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from woodfisher.checks import finite_number
+from woodfisher.checks import metric_value
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import same_flags
 from woodfisher.likelihood import IGNORED
@@ -31,43 +31,52 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     Parameters
     ----------
     model:
-        It takes a tensor and returns scores `(N, …, classes)`.
+        It takes a tensor (or what else can be put on a device) and returns scores `(N, …, classes)`.
     batches:
-        Pairs of inputs and classes, integers `(N, …)`; those that are −100 don't count, as in torch's losses.
+        Pairs of inputs and classes `(N, …)`; those that are −100 don't count, as in torch's losses.
     """
     device = next(model.parameters()).device
     correct = total = 0
     with same_flags(model), torch.inference_mode():
         model.eval()
         for inputs, targets in batches:
-            scores = model(inputs.to(device)) if isinstance(inputs, Tensor) else None
-            _check_scores(inputs, scores, targets)
+            if not hasattr(inputs, "to"):
+                raise _unknown(f"inputs that are a {type(inputs).__name__}")
+            scores = model(inputs.to(device))
+            if not _are_classes(targets, scores):
+                raise _unknown(f"outputs {_described(scores)} and targets {_described(targets)}")
             classes = targets.to(device).long()  # bytes have no −100, and 156 would be taken for it
             counted = classes != IGNORED
             correct += int((scores.argmax(dim=-1) == classes)[counted].sum())
             total += int(counted.sum())
     if not total:
         raise WoodfisherError(
-            "the accuracy of no samples was asked for: the data is empty, or can be read only once. Give a list of "
-            "batches or a DataLoader."
+            "the accuracy of no samples was asked for: the data is empty, can be read only once, or has no target that "
+            "counts. Give a list of batches or a DataLoader."
         )
     return 100.0 * correct / total
 
 
-def _check_scores(inputs: Any, scores: Any, targets: Any) -> None:
-    """Raise where a batch is none that the accuracy knows."""
-    if isinstance(scores, Tensor) and isinstance(targets, Tensor):
-        classes = not targets.is_floating_point() and scores.ndim > 1
-        if classes and scores.shape[:-1] == targets.shape:
-            return
-    kinds = [
-        f"{each.dtype} {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
-        for each in (inputs, scores, targets)
-    ]
-    raise WoodfisherError(
+def _are_classes(targets: Any, scores: Any) -> bool:
+    """Whether there is a whole number for each vector of scores."""
+    both = isinstance(scores, Tensor) and isinstance(targets, Tensor)
+    if not both or not scores.ndim or scores.shape[:-1] != targets.shape:
+        return False
+    return not targets.is_floating_point() or torch.equal(targets, targets.round())
+
+
+def _described(value: Any) -> str:
+    return (
+        f"{value.dtype} {tuple(value.shape)}"
+        if isinstance(value, Tensor)
+        else f"that are a {type(value).__name__}"
+    )
+
+
+def _unknown(what: str) -> WoodfisherError:
+    return WoodfisherError(
         "accuracy is for a model that takes a tensor and returns scores (N, …, classes), and for targets that are "
-        f"classes, integers (N, …); inputs {kinds[0]}, outputs {kinds[1]} and targets {kinds[2]} came. Give the task a "
-        "metric of its own."
+        f"classes (N, …); {what} came. Give the task a metric of its own."
     )
 
 
@@ -137,7 +146,7 @@ class Task:
             raise WoodfisherError(
                 f"the metric of the task {self.name} fails on the {kind} data: {told(error)}"
             ) from error
-        return finite_number(
+        return metric_value(
             value,
             f"the metric of the task {self.name} must be a finite float; {value!r} came on the {kind} data.",
         )
