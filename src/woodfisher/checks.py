@@ -48,6 +48,13 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
         raise WoodfisherError(f"{name} must be one of {', '.join(choices)}; {value!r} came.")
 
 
+def described(value: object) -> str:
+    """What came, for a message: dtype and shape of a tensor, or what else it is."""
+    if isinstance(value, Tensor):
+        return f"{value.dtype} of shape {tuple(value.shape)}"
+    return f"a {type(value).__name__}"
+
+
 def finite_number(value: object, message: str) -> float:
     """`value` as a float; raises with `message` unless it is a finite real number."""
     if not isinstance(value, numbers.Real) or not math.isfinite(value):

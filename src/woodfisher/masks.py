@@ -118,7 +118,8 @@ class Masks:
 
     def check(self, model: nn.Module) -> None:
         """Raise if the model has other parameters by now, or is trained by an optimizer that has others."""
-        reshard(model)
+        if any(map(is_shard, self.parameters.values())):
+            reshard(model)
         now = dict(model.named_parameters())
         for name, parameter in self.parameters.items():
             if now.get(name) is not parameter:

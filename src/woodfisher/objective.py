@@ -203,7 +203,7 @@ class Objective:
         another device or dtype. `steps` of training have led there, if any: an error says so.
         """
         if self._sharded:
-            self._bind(list(self.layout.shapes), ())
+            self._bind(list(self.layout.shapes), ())  # of this one, or there would be two copies of the model
         other = self._with()
         other._read(kept, steps)
         return other

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from woodfisher.checks import described
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
@@ -160,8 +161,8 @@ class InverseOperator(ABC):
         fits = all(isinstance(each, Tensor) and each.shape == (self.size,) for each in (keep, b))
         if not fits or keep.dtype != torch.bool or not b.is_floating_point():
             raise WoodfisherError(
-                f"keep (bool) and b (floating-point) must be tensors of shape ({self.size},); {_described(keep)} and "
-                f"{_described(b)} came."
+                f"keep (bool) and b (floating-point) must be tensors of shape ({self.size},); {described(keep)} and "
+                f"{described(b)} came."
             )
         return self._restricted_solve(keep.to(self.device), b.to(self.device, torch.float64)).to(b)
 
@@ -174,7 +175,7 @@ class InverseOperator(ABC):
         if not fits or not v.is_floating_point():
             raise WoodfisherError(
                 f"the operator takes a floating-point vector ({self.size},) or matrix ({self.size}, k) of torch; "
-                f"{_described(v)} came."
+                f"{described(v)} came."
             )
         V = (v if v.ndim == 2 else v[:, None]).to(self.device, torch.float64)
         return product(V).reshape(v.shape).to(v)
@@ -297,12 +298,6 @@ class DiagonalInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return torch.where(keep, b / self.curvature, 0)
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} of shape {tuple(value.shape)}"
-    return f"a {type(value).__name__}"
 
 
 def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:

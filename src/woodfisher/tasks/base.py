@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from woodfisher.checks import metric_value
+from woodfisher.checks import described, metric_value
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import same_flags
 from woodfisher.likelihood import IGNORED
@@ -41,10 +41,10 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
         model.eval()
         for inputs, targets in batches:
             if not hasattr(inputs, "to"):
-                raise _unknown(f"inputs that are a {type(inputs).__name__}")
+                raise _unknown(f"inputs {described(inputs)}")
             scores = model(inputs.to(device))
             if not _are_classes(targets, scores):
-                raise _unknown(f"outputs {_described(scores)} and targets {_described(targets)}")
+                raise _unknown(f"outputs {described(scores)} and targets {described(targets)}")
             classes = targets.to(device).long()  # bytes have no −100, and 156 would be taken for it
             counted = classes != IGNORED
             correct += int((scores.argmax(dim=-1) == classes)[counted].sum())
@@ -63,14 +63,6 @@ def _are_classes(targets: Any, scores: Any) -> bool:
     if not both or not scores.ndim or scores.shape[:-1] != targets.shape:
         return False
     return not targets.is_floating_point() or torch.equal(targets, targets.round())
-
-
-def _described(value: Any) -> str:
-    return (
-        f"{value.dtype} {tuple(value.shape)}"
-        if isinstance(value, Tensor)
-        else f"that are a {type(value).__name__}"
-    )
 
 
 def _unknown(what: str) -> WoodfisherError:
