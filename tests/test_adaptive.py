@@ -370,7 +370,7 @@ def test_a_sweep_is_one_run_through_all_sparsities():
     model = trained()
     before = copy.deepcopy(model.state_dict())
     asked = [0.8, 0.3, 0.6]
-    points = wf.sweep(model, batches(), cross_entropy, asked, criterion="woodtaylor", stages=QUICK)
+    points = wf.sweep(model, batches(360), cross_entropy, asked, criterion="woodtaylor", stages=QUICK)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p.report.kept for p in points] == [round((1 - s) * 36) for s in asked]
     assert len(points[0].report.stages) > len(points[2].report.stages) > len(points[1].report.stages)
@@ -539,7 +539,7 @@ def test_the_window_fits_the_memory_that_is_given(first_order, workspace, monkey
 
 def test_few_rows_where_little_memory_is_free(monkeypatch):
     monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 400_000)
-    with pytest.warns(wf.WoodfisherWarning, match=r"room for \d+ gradient rows of 36 weights, and 800 were"):
+    with pytest.warns(wf.WoodfisherWarning, match=r"room for \d+ gradient rows of 36 weights, and 400 were"):
         report = wf.prune(trained(), batches(), cross_entropy, 0.5, stages=wf.Adaptive(stages=2))
     assert report.sparsity == 0.5
 
@@ -555,11 +555,11 @@ def test_damping_follows_the_curvature_where_a_network_fits_its_samples():
         optimizer.step()
     assert cross_entropy(model(inputs), targets).item() < 1e-3
     data = list(zip(inputs.split(40), targets.split(40), strict=True))
-    stages = wf.Adaptive(stages=60, window=150, held_out=48)
+    stages = wf.Adaptive(stages=12, window=150, held_out=48)
     report = wf.prune(model, data, cross_entropy, 0.9, first_order=False, stages=stages)
     dampings = [stage.damping for stage in report.stages if stage.damping is not None]
     assert max(dampings) > 1000 * dampings[0]
-    assert sum(stage.damping is not None for stage in report.stages) > 0.9 * len(report.stages)
+    assert sum(stage.damping is not None for stage in report.stages) > 0.75 * len(report.stages)
 
 
 @pytest.mark.filterwarnings("ignore:40.10%")
@@ -594,7 +594,7 @@ def test_the_prediction_is_the_quadratic_model_without_damping(first_order):
     stream = Stream(objective.data)
     run = adaptive(objective, METHOD, stream.hold_out(12), stream, first_order)
     run._renew()
-    step = run._try(30)
+    step = run._try(run._ranking(30), 30)
     moved = run._full(step.candidate.weights, step.keep) - run.weights
     curvature = run.fisher.inverse(1.0).forward(moved) - moved
     expected = float(moved @ curvature) / 2 + first_order * float(run.gradient @ moved)

@@ -52,6 +52,10 @@ _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
 
 
+_EASE = 0.5
+"""Share of the rise that a stage may have below which the next one may remove twice as much."""
+
+
 @dataclass(frozen=True)
 class Adaptive:
     """Many small stages that carry their rows along, each checked on samples that are never used for rows.
@@ -60,7 +64,7 @@ class Adaptive:
     `samples` counts those of all stages, and a row averages `group` of them (fewer where the data would not fill
     the window otherwise). Each stage removes weights and moves the rest to the minimum of the quadratic model, at
     several dampings; what has the lowest loss on the held-out samples is taken. A stage that raises that loss by
-    far more than predicted is taken back and split in two.
+    far more than predicted is taken back and split in two, and those that follow are no larger until one goes easily.
 
     Attributes
     ----------
@@ -92,6 +96,14 @@ class Adaptive:
 
 
 @dataclass(frozen=True)
+class _Ranking:
+    """Where a stage begins: the damping that weights are ranked at, and their scores, if any are to go."""
+
+    damping: float
+    scores: Tensor | None
+
+
+@dataclass(frozen=True)
 class _Candidate:
     """One way to take a stage: where the kept weights go, and the loss there."""
 
@@ -103,13 +115,19 @@ class _Candidate:
 
 @dataclass(frozen=True)
 class _Step:
-    """A stage that is tried: what it leads to, what to report of it, and whether it was trusted too far."""
+    """A stage that is tried: what it leads to, what to report of it, and how the loss rose.
+
+    Attributes
+    ----------
+    strain:
+        The rise by what it may be; above 1 the quadratic was trusted too far.
+    """
 
     candidate: _Candidate
     keep: Tensor
     fisher: RunningFisher
     stage: Stage
-    too_far: bool
+    strain: float
 
 
 @dataclass(frozen=True)
@@ -128,9 +146,9 @@ def adaptive_run(
 
     With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
-    reads the data many times (`MOST_PASSES`) the run is made with and without, in fewer stages, as there is less that
-    is new to each; at each target the one with the lower loss on the held-out samples counts. Removing by magnitude
-    alone competes with both, so that what comes is never worse than that on these samples.
+    reads the data many times (`MOST_PASSES`) the run is made with and without; at each target the one with the lower
+    loss on the held-out samples counts. Removing by magnitude alone competes with both, so that what comes is never
+    worse than that on these samples.
     """
     stream = Stream(objective.data)
     known = known_samples(objective, method, stream)
@@ -205,26 +223,31 @@ class AdaptiveRun:
         """Prune through each amount in `targets`, largest first; yield there."""
         path = through(self._left, targets, self.window.stages, self.options.pace)
         done: list[Stage] = []
-        splits = self.window.stages // 2
-        planned = len(path)
+        planned, spare = len(path), self.window.stages // 2
+        trusted = math.inf
         while path:
             report_progress("stages", planned - len(path), planned)
             self._renew()
-            amount, accepted = path[0], False
-            while not accepted:
-                step = self._try(amount)
-                removed = self._left - amount
-                accepted = not step.too_far or removed < 2 or not splits
-                done.append(replace(step.stage, accepted=accepted))
-                if not accepted:
-                    splits -= 1
-                    amount = self._left - removed // 2
-                    del step  # the rows that it holds
+            ranking = self._ranking(path[0])
+            whole = self._left - path[0]
+            removed = min(whole, trusted) if spare else whole
+            step = self._try(ranking, self._left - removed)
+            while step.strain > 1 and removed > 1 and spare:
+                done.append(replace(step.stage, accepted=False))
+                removed //= 2
+                trusted = removed
+                del step  # the rows that it holds
+                step = self._try(ranking, self._left - removed)
+            done.append(step.stage)
             self._accept(step)
-            if amount == path[0]:
-                path.pop(0)
-                if amount in targets:
-                    yield self._finished(tuple(done))
+            if step.strain < _EASE:
+                trusted *= 2
+            if removed < whole:
+                spare -= 1
+                continue
+            amount = path.pop(0)
+            if amount in targets:
+                yield self._finished(tuple(done))
         report_progress("stages", planned, planned)
 
     @property
@@ -249,18 +272,27 @@ class AdaptiveRun:
             mean = fresh.gradient(samples)[self.objective.kept]
         self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
 
-    def _try(self, amount: int) -> _Step:
-        """Propose a stage down to `amount` in several ways and choose on the held-out samples."""
-        first = self._damping is None
+    def _ranking(self, amount: int) -> _Ranking:
+        """What each weight costs, if the stage is to remove any on the way to `amount`."""
         carried = None if self._damping is None else self._damping * self._scale
         damping = self._absolute() or carried or self._likely_damping()
+        if amount >= self._left:
+            return _Ranking(damping, None)
+        with phase("saliency"):
+            finv, damping = self._inverse(self.fisher, damping)
+            point = newton_point(self.weights, self.gradient, finv) if self.first_order else self.weights
+            kept = self.objective.kept
+            scores = self.selection.scores(self._full(point, kept), _lifted(finv, kept, damping))
+        return _Ranking(damping, scores)
+
+    def _try(self, ranking: _Ranking, amount: int) -> _Step:
+        """Propose a stage down to `amount` in several ways and choose on the held-out samples."""
+        first, damping = self._damping is None, ranking.damping
         gradient, kept = self.gradient, self.objective.kept
         keep = kept
-        if amount < self._left:
+        if ranking.scores is not None:
             with phase("saliency"):
-                finv, damping = self._inverse(self.fisher, damping)
-                point = newton_point(self.weights, gradient, finv) if self.first_order else self.weights
-                keep = self.selection(self._full(point, kept), _lifted(finv, kept, damping), kept, amount)
+                keep = self.selection.best(ranking.scores, kept, amount)
         stay = keep[kept]
         with phase("update"):
             rest = self.fisher.restricted(stay)
@@ -297,7 +329,9 @@ class AdaptiveRun:
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        return _Step(best, keep, rest, stage, best.loss - self.loss > 2 * max(predicted, 0) + 0.1 * self.loss)
+        allowed = 2 * max(predicted, 0) + 0.1 * self.loss
+        rise = best.loss - self.loss
+        return _Step(best, keep, rest, stage, rise / allowed if allowed > 0 else math.inf if rise > 0 else 0)
 
     def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
         """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
@@ -380,9 +414,9 @@ def _by_magnitude(
 ) -> Iterator[Passed]:
     """Remove the smallest weights (or groups of least norm) and leave the rest."""
     dense = _loss_on(held_out, objective)
-    same = DiagonalInverse(torch.ones_like(objective.weights))
+    scores = selection.scores(objective.weights, DiagonalInverse(torch.ones_like(objective.weights)))
     for amount in targets:
-        keep = selection(objective.weights, same, objective.kept, amount)
+        keep = selection.best(scores, objective.kept, amount)
         pruned = recalibrated(objective.at(objective.weights, keep), stream, method)
         loss = _loss_on(held_out, pruned)
         stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - dense)

@@ -175,18 +175,28 @@ class Selection:
         return self.target(sparsity)
 
     def __call__(self, point: Tensor, finv: InverseOperator, kept: Tensor, amount: int) -> Tensor:
-        """Mask of what stays of `kept` `(d,)`: the most that is no more than `amount`, the cheapest removed.
+        """Mask of what stays of `kept` `(d,)`: `best` by `scores`."""
+        return self.best(self.scores(point, finv), kept, amount)
 
-        What goes together is ranked by its ρ_Q (docs/method.md §4) per weight, or per FLOP; without groups exactly
-        `amount` weights stay. Of equal ranks, what is first in the flat order stays.
+    def scores(self, point: Tensor, finv: InverseOperator) -> Tensor:
+        """ρ_Q of what goes together (docs/method.md §4), float64: of each weight, `(d,)`, or each group, `(u,)`.
 
         Parameters
         ----------
         point:
             w or the Newton point, `(d,)`.
         """
+        self._move(point.device)
+        return self._units.scores(point, finv)
+
+    def best(self, scores: Tensor, kept: Tensor, amount: int) -> Tensor:
+        """Mask of what stays of `kept` `(d,)`: the most that is no more than `amount`, the cheapest removed.
+
+        What goes together is ranked by its score per weight, or per FLOP; without groups exactly `amount` weights
+        stay. Of equal ranks, what is first in the flat order stays.
+        """
         self._move(kept.device)
-        scores, cost = self._units.scores(point, finv), self._costs(kept)
+        cost = self._costs(kept)
         bad = scores.isnan().nonzero()
         if len(bad):
             unit = int(bad[0])

@@ -105,9 +105,9 @@ def window_for(
     """The window of a method whose stages adapt, on data of `known` samples as far as it matters.
 
     Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient and one
-    without, in a fifth of the stages. There are as many rows as scoring may take, the data has and the memory holds;
-    raises where that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less of them than
-    it could.
+    without, each with half of the samples and rows. There are as many rows as scoring may take, the data has and the
+    memory holds; raises where that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less
+    of them than it could.
     """
     if not known:
         raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
@@ -118,7 +118,6 @@ def window_for(
         )
     options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
     repeats = min(curvature.samples, ENOUGH) > MOST_PASSES * known and not reads_once
-    stages = -(-options.stages // 5) if repeats else options.stages
     orders = (True, False) if repeats else (True,)
     if method.first_order != "auto":
         orders = (method.first_order,)
@@ -126,7 +125,7 @@ def window_for(
     samples = known - held_out
     weights = int(objective.kept.sum())
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
-    planned = max(min(options.window, affordable), 1)
+    planned = max(min(options.window // len(orders), affordable), 1)
     room = _Room.of(objective, curvature, weights, planned, runs=len(orders))
     most = min(planned, room.rows)
     if room.budget.limit is None and most < min(planned, samples):
@@ -136,7 +135,7 @@ def window_for(
         )
 
     group = max(g for g in _divisors(curvature.group) if g == 1 or g * most <= samples)
-    asked = curvature.samples // group
+    asked = curvature.samples // len(orders) // group
     rows = max(min(most, samples // group, asked), 1)
     row = objective.dtype.itemsize * weights
     chunk = room.chunk
@@ -154,8 +153,8 @@ def window_for(
         group=group,
         held_out=held_out,
         orders=orders,
-        stages=stages,
-        renewed=min(max(max(asked - rows, 0) // stages, 1), rows),
+        stages=options.stages,
+        renewed=min(max(max(asked - rows, 0) // options.stages, 1), rows),
         chunk=chunk,
         budget=room.budget,
         bill=tuple(bill),
