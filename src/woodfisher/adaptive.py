@@ -224,7 +224,7 @@ class AdaptiveRun:
         path = through(self._left, targets, self.window.stages, self.options.pace)
         done: list[Stage] = []
         planned, spare = len(path), self.window.stages // 2
-        trusted = math.inf
+        trusted = self._left
         while path:
             report_progress("stages", planned - len(path), planned)
             self._renew()
