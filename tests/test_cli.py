@@ -435,10 +435,10 @@ def test_plans_of_stages_that_adapt(memory, folder, capsys):
     assert main([*arguments, "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
     assert made["peak"] == made["base"] + sum(made["bill"].values()) <= 2**31
-    assert made["orders"] == [True, False] and made["held_out"] == 216
+    assert [course["first_order"] for course in made["courses"]] == [True, False] and made["held_out"] == 216
     assert main(arguments) == 0
     said = capsys.readouterr().out
-    assert f"{made['rows']} gradient rows of 21,456 weights in one block" in said and "of 2 GiB" in said
+    assert f"{made['courses'][0]['rows']} gradient rows through 120 stages" in said and "of 2 GiB" in said
     assert main([*arguments, "--keep", "disk"]) == 2
     assert "keep='disk' came" in capsys.readouterr().err
 

@@ -188,16 +188,17 @@ def test_methods_are_planned_by_their_stages():
     method = wf.METHODS["woodfisher"]
     window = wf.plan(objective, method)
     assert isinstance(window, wf.Window)
-    assert (window.rows, window.held_out, window.orders) == (48, 12, (True, False))
-    assert window.samples == 2 * 120 * 48
-    assert "48 gradient rows of 36 weights in one block, carried through 120 stages" in str(window)
+    assert window.held_out == 12
+    assert [(c.first_order, c.rows, c.stages) for c in window.courses] == [(True, 48, 120), (False, 48, 40)]
+    assert window.samples == (120 + 40) * 48
+    assert "48 gradient rows through 40 stages without the gradient; 48 are new at each" in str(window)
     block = wf.plan(objective, wf.METHODS["woodfisher-block"], memory="2GiB")
     assert isinstance(block, wf.Plan) and block.rows == 60
     with pytest.raises(wf.WoodfisherError, match=r"the rows of a wf.WoodFisher, and Identity\(\) keeps none"):
         wf.plan(objective, wf.METHODS["magnitude"])
     without_length = wf.Objective(mlp(), Unsized([samples(60)]), cross_entropy)
     state = torch.get_rng_state()
-    assert wf.plan(without_length, method).rows == 48
+    assert wf.plan(without_length, method).courses == window.courses
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -218,4 +219,4 @@ def test_more_samples_than_usual_are_no_repetition_of_few(samples, known, runs):
     method = wf.METHODS["woodfisher"]
     method = replace(method, curvature=replace(method.curvature, samples=samples))
     window = window_for(wf.Objective(mlp(), [], cross_entropy), method, known)
-    assert (len(window.orders), window.stages) == (runs, 120)
+    assert [course.stages for course in window.courses] == [120, 40][:runs]

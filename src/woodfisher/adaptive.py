@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from woodfisher.batches import FORWARD_BATCH, Stream, rechunk
+from woodfisher.batches import FORWARD_BATCH, Stream, rechunk, samples_in
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
-    from woodfisher.window import Window
+    from woodfisher.window import Course
 
 _FACTOR = 3.0
 """Ratio of one damping tried to the next."""
@@ -155,10 +155,10 @@ def adaptive_run(
     window = window_for(objective, method, known, reads_once=stream.reads_once)
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
-    streams = [stream, *(stream.fork() for _ in window.orders[1:])]
+    streams = [stream, *(stream.fork() for _ in window.courses[1:])]
     runs = [
-        AdaptiveRun(objective, method, selection, window, held_out, each, order)
-        for each, order in zip(streams, window.orders, strict=True)
+        AdaptiveRun(objective.within(window.chunk), method, selection, course, held_out, each)
+        for each, course in zip(streams, window.courses, strict=True)
     ]
     by_size = _by_magnitude(objective, targets, method, selection, held_out, stream)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
@@ -176,14 +176,12 @@ class AdaptiveRun:
         With a `WoodFisher` in one block for its curvature.
     selection:
         What may stay.
-    window:
+    course:
         What it takes of the data.
     held_out:
         Batches to check stages on.
     stream:
         Where samples for rows come from.
-    first_order:
-        Whether the gradient takes part.
     """
 
     def __init__(
@@ -191,20 +189,18 @@ class AdaptiveRun:
         objective: Objective,
         method: Method,
         selection: Selection,
-        window: Window,
+        course: Course,
         held_out: Sequence[Batch],
         stream: Stream,
-        first_order: bool,
     ) -> None:
-        self.objective, self.method, self.selection = objective.within(window.chunk), method, selection
+        self.objective, self.method, self.selection = objective, method, selection
         self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
-        self.window = window
-        self.stream, self.first_order = stream, first_order
+        self.course, self.stream, self.first_order = course, stream, course.first_order
         self._held_out = held_out
         self.weights = objective.weights[objective.kept].double()
-        self._next_rows = window.rows
+        self._next_rows = course.rows
         self.fisher = RunningFisher(
-            len(self.weights), window.rows, window.group, dtype=objective.dtype, device=objective.device
+            len(self.weights), course.rows, course.group, dtype=objective.dtype, device=objective.device
         )
         self.gradient = torch.zeros_like(self.weights)
         self._weight = 0.0
@@ -212,7 +208,7 @@ class AdaptiveRun:
         self._most_damping = 0.0
         self.loss = _loss_on(held_out, objective)
         if not math.isfinite(self.loss):
-            for _ in objective.on(held_out).iter_rows(window.held_out):
+            for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
                 pass
             raise WoodfisherError(
                 f"the mean loss of the model as it came is {self.loss} on held-out samples: check the loss, the "
@@ -221,9 +217,9 @@ class AdaptiveRun:
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
-        path = through(self._left, targets, self.window.stages, self.options.pace)
+        path = through(self._left, targets, self.course.stages, self.options.pace)
         done: list[Stage] = []
-        planned, spare = len(path), self.window.stages // 2
+        planned, spare = len(path), self.course.stages // 2
         trusted = self._left
         while path:
             report_progress("stages", planned - len(path), planned)
@@ -258,12 +254,12 @@ class AdaptiveRun:
         """Take new rows, and their mean into the averaged gradient."""
         index = self.objective.kept.nonzero().squeeze(1)
         columns = None if len(index) == len(self.objective.kept) else index
-        samples = self._next_rows * self.window.group
-        self._next_rows = self.window.renewed
+        samples = self._next_rows * self.course.group
+        self._next_rows = self.course.renewed
         if self.curvature.labels == "model":
             move_on()
         fresh = self.objective.on(self.stream.draw(samples))
-        rows = fresh.rows(samples, group=self.window.group, labels=self.curvature.labels, columns=columns)
+        rows = fresh.rows(samples, group=self.course.group, labels=self.curvature.labels, columns=columns)
         with phase("curvature"):
             self.fisher.add(rows)
             self._weight += len(rows)
@@ -362,7 +358,7 @@ class AdaptiveRun:
         gram = self.fisher.gram
         if len(gram) < LEAST_ROWS:
             return self._scale
-        return held_out_damping(gram, len(self.weights), self.window.group)
+        return held_out_damping(gram, len(self.weights), self.course.group)
 
     def _absolute(self) -> float | None:
         damping = self.curvature.damping

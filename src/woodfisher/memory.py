@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +185,7 @@ class Needs:
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON takes it."""
-        own = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "budget"}
+        own = {name: value for name, value in asdict(self).items() if name != "budget"}
         memory = {"base": self.budget.base, "memory": self.budget.limit, "peak": self.peak}
         return {**own, **memory, "bill": dict(self.bill), "seconds": dict(self.seconds)}
 

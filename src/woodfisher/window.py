@@ -38,22 +38,56 @@ LOSSES = 4
 """Times that a stage usually asks for the loss on the held-out samples."""
 
 
+_FEWER_STAGES, _FEWER_ROWS = 3, 2
+"""Where data is few: what stages are divided by without the gradient, of which more bring little, and rows with it."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class Window(Needs):
-    """Rows that are carried from stage to stage.
+class Course:
+    """What one run takes of the data.
 
     Attributes
     ----------
-    weights, rows, group:
-        d, N, and the samples that a row averages.
-    held_out:
-        Samples that stages are checked on, none of which is used for rows.
-    orders:
-        Whether the gradient takes part, for each of the runs that are made side by side.
+    first_order:
+        Whether the gradient takes part.
     stages:
-        Planned stages of each of them.
+        As many are planned.
+    rows, group:
+        N, which are carried from stage to stage, and the samples that a row averages.
     renewed:
         Rows that are renewed at each stage after the first.
+    """
+
+    first_order: bool
+    stages: int
+    rows: int
+    group: int
+    renewed: int
+
+    @property
+    def samples(self) -> int:
+        """Samples that it takes gradients of."""
+        return (self.rows + self.renewed * (self.stages - 1)) * self.group
+
+    def __str__(self) -> str:
+        return (
+            f"{self.rows} gradient rows through {self.stages} stages {'with' if self.first_order else 'without'} the "
+            f"gradient; {self.renewed} are new at each, and a row averages {self.group} of the samples"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window(Needs):
+    """Runs side by side, of stages that carry their rows along.
+
+    Attributes
+    ----------
+    weights:
+        d, all in one block.
+    held_out:
+        Samples that stages are checked on, none of which is used for rows.
+    courses:
+        What each run takes.
     chunk:
         Bytes that a chunk of samples may take while gradients are gathered.
     budget, bill, seconds:
@@ -61,23 +95,19 @@ class Window(Needs):
     """
 
     weights: int
-    rows: int
-    group: int
     held_out: int
-    orders: tuple[bool, ...]
-    stages: int
-    renewed: int
+    courses: tuple[Course, ...]
     chunk: int
 
     @property
     def samples(self) -> int:
         """Samples that all runs take gradients of."""
-        return len(self.orders) * (self.rows + self.renewed * (self.stages - 1)) * self.group
+        return sum(course.samples for course in self.courses)
 
     def timed(self, objective: Objective, machine: Machine) -> Window:
         """The same window with the time that it takes on a machine."""
-        stages = self.stages * len(self.orders)
-        flops = 2 * self.rows * (self.rows + self.renewed) * self.weights * stages
+        stages = sum(course.stages for course in self.courses)
+        flops = sum(2 * c.rows * (c.rows + c.renewed) * self.weights * c.stages for c in self.courses)
         seconds = {
             "gradients": machine.gradients(objective, self.samples),
             "factor and score": flops / (0.5 * machine.flops),
@@ -86,11 +116,10 @@ class Window(Needs):
         return replace(self, seconds=seconds)
 
     def __str__(self) -> str:
-        runs = ", with the gradient and without it" if len(self.orders) > 1 else ""
         return "\n".join(
             [
-                f"{self.rows} gradient rows of {self.weights:,} weights in one block, carried through {self.stages} "
-                f"stages{runs}; {self.renewed} are new at each, and a row averages {self.group} of the samples",
+                f"{self.weights:,} weights in one block:",
+                *map(str, self.courses),
                 f"{self.samples:,} sample gradients in all; stages are checked on {self.held_out} held-out samples",
                 "rows are kept in memory",
                 *self.lines(),
@@ -104,10 +133,10 @@ def window_for(
 ) -> Window:
     """The window of a method whose stages adapt, on data of `known` samples as far as it matters.
 
-    Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient and one
-    without, each with half of the samples and rows. There are as many rows as scoring may take, the data has and the
-    memory holds; raises where that has room for fewer than `LEAST_ROWS`. Unless it may `look` at samples, it knows less
-    of them than it could.
+    Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient, of fewer
+    rows, and one without, of fewer stages, which share the samples. There are as many rows as scoring may take, the
+    data has and the memory holds; raises where that has room for fewer than `LEAST_ROWS`. Unless it may `look` at
+    samples, it knows less of them than it could.
     """
     if not known:
         raise WoodfisherError("the data holds no batch; samples for rows and to check on are needed.")
@@ -125,8 +154,11 @@ def window_for(
     samples = known - held_out
     weights = int(objective.kept.sum())
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
-    planned = max(min(options.window // len(orders), affordable), 1)
-    room = _Room.of(objective, curvature, weights, planned, runs=len(orders))
+    planned = max(min(options.window, affordable), 1)
+    cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
+    room = _Room.of(
+        objective, curvature, weights, planned, copies=sum(1 / cut for cut in cuts) + 1 / min(cuts)
+    )
     most = min(planned, room.rows)
     if room.budget.limit is None and most < min(planned, samples):
         warn(
@@ -134,27 +166,32 @@ def window_for(
             "Fisher is made of fewer."
         )
 
-    group = max(g for g in _divisors(curvature.group) if g == 1 or g * most <= samples)
-    asked = curvature.samples // len(orders) // group
-    rows = max(min(most, samples // group, asked), 1)
+    def course(first_order: bool, cut: int) -> Course:
+        stages = -(-options.stages // (1 if first_order or not repeats else _FEWER_STAGES))
+        most_rows = max(most // cut, 1)
+        group = max(g for g in _divisors(curvature.group) if g == 1 or g * most_rows <= samples)
+        asked = curvature.samples // len(orders) // group
+        rows = max(min(most_rows, samples // group, asked), 1)
+        renewed = min(max((asked - rows) // stages, 1), rows)
+        return Course(first_order=first_order, stages=stages, rows=rows, group=group, renewed=renewed)
+
+    courses = tuple(map(course, orders, cuts))
+    largest = max(courses, key=lambda course: course.rows)
     row = objective.dtype.itemsize * weights
     chunk = room.chunk
     if look and not objective.reads_once:
-        chunk = min(chunk, rows * (2 * objective.row_bytes(group) + 2 * row))
+        chunk = min(chunk, largest.rows * (2 * objective.row_bytes(largest.group) + 2 * row))
+    rows = [course.rows for course in courses]
     bill = [
-        (f"{rows} gradient rows of {weights} weights", len(orders) * rows * row),
-        ("their copy while a stage is tried", rows * row),
-        ("Gram matrices", (len(orders) + 1) * 2 * 8 * rows**2),
+        (f"{sum(rows)} gradient rows of {weights} weights", sum(rows) * row),
+        ("a copy of theirs while a stage is tried", largest.rows * row),
+        ("Gram matrices", 2 * 8 * sum(count**2 for count in [*rows, largest.rows])),
         (_BESIDES, max(chunk, room.vectors)),
     ]
     return Window(
         weights=weights,
-        rows=rows,
-        group=group,
         held_out=held_out,
-        orders=orders,
-        stages=options.stages,
-        renewed=min(max(max(asked - rows, 0) // options.stages, 1), rows),
+        courses=courses,
         chunk=chunk,
         budget=room.budget,
         bill=tuple(bill),
@@ -182,10 +219,10 @@ class _Room:
 
     @classmethod
     def of(
-        cls, objective: Objective, curvature: WoodFisher, weights: int, planned: int, *, runs: int
+        cls, objective: Objective, curvature: WoodFisher, weights: int, planned: int, *, copies: float
     ) -> _Room:
-        """For `planned` rows of `weights` weights; raises where not even `LEAST_ROWS` of them fit."""
-        each = (runs + 1) * (objective.dtype.itemsize * weights + 2 * 8 * planned)
+        """For `copies` of `planned` rows of `weights` weights; raises where not even `LEAST_ROWS` of them fit."""
+        each = math.ceil(copies * (objective.dtype.itemsize * weights + 2 * 8 * planned))
         vectors = (VECTORS + CANDIDATES) * 8 * objective.layout.size
         budget = Budget.of(objective.device, curvature.memory, base=objective.base)
         if budget.room is None:
