@@ -1,7 +1,7 @@
 """Networks that nothing here was tuned on: a transformer that reads digits row by row, and a reader of sequences.
 
     woodfisher compare --task benchmarks.networks:transformer --seeds 3
-    woodfisher compare --task benchmarks.networks:reader --params embed conv lstm.weight_* head
+    woodfisher compare --task benchmarks.networks:reader --params "[ech]*.weight" "lstm.weight_*"
 
 The first is trained on scikit-learn's digits, each image a sequence of eight rows of eight pixels; the second on drawn
 sequences of tokens, of which it has to say which pair of kinds comes first, and whether one kind is frequent.

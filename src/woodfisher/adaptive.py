@@ -69,7 +69,8 @@ class Adaptive:
     Attributes
     ----------
     stages:
-        Planned stages; splits may add half as many again.
+        Planned stages; splits may add half as many again. Without the gradient, a third of them is planned where samples
+        are few, and splits may add the rest too.
     window:
         Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be more
         than about a second on two cores, or where the data has not as many or the memory no room for them.
@@ -219,7 +220,8 @@ class AdaptiveRun:
         """Prune through each amount in `targets`, largest first; yield there."""
         path = through(self._left, targets, self.course.stages, self.options.pace)
         done: list[Stage] = []
-        planned, spare = len(path), self.course.stages // 2
+        left_out = self.options.stages - self.course.stages
+        planned, spare = len(path), left_out + self.course.stages // 2
         trusted = self._left
         while path:
             report_progress("stages", planned - len(path), planned)
