@@ -69,8 +69,8 @@ class Adaptive:
     Attributes
     ----------
     stages:
-        Planned stages; splits may add half as many again. Without the gradient, a third of them is planned where samples
-        are few, and splits may add the rest too.
+        Planned stages; splits may add half as many again. Where samples are few, a third of them is planned for the run
+        without the gradient, and splits may add the rest too.
     window:
         Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be more
         than about a second on two cores, or where the data has not as many or the memory no room for them.
