@@ -71,9 +71,9 @@ def test_what_can_not_fit_is_refused_with_the_least_that_would(keep, workspace, 
 @pytest.mark.usefixtures("_nothing_is_small")
 def test_later_stages_count_the_memory_that_the_first_one_found(monkeypatch):
     objective = wide().begun()
-    monkeypatch.setattr(memory, "resident_memory", lambda _: 1000 * MIB)
+    monkeypatch.setattr(memory, "resident_memory", lambda _: 2**50)
     again = objective.on(objective.data).begun()
-    assert planned(again, wf.WoodFisher(9, 500, 1e-3)).budget.base == objective.base < 1000 * MIB
+    assert planned(again, wf.WoodFisher(9, 500, 1e-3)).budget.base == objective.base < 2**50
 
 
 def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
@@ -88,7 +88,7 @@ def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
                 yield batch
 
     objective = wf.Objective(mlp(), Batches(), cross_entropy)
-    made = wf.plan(objective, wf.WoodFisher(400, 10, 1e-3, memory="1GiB"))
+    made = wf.plan(objective, wf.WoodFisher(400, 10, 1e-3, memory="8GiB"))
     assert set(reads) == {20}
     assert (made.rows, made.weights, made.blocks, made.block_size) == (400, 36, 5, 10)
     assert made.flops == 3 * 10 * (2 * 400 * 10 + 200) + 4 * (2 * 400 * 4 + 2 * 16) + 2 * (
@@ -98,7 +98,7 @@ def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
     assert made.peak == made.budget.base + sum(size for _, size in made.bill)
     assert all(seconds >= 0 for seconds in made.seconds.values())
     text = str(made)
-    for part in ("400 gradient rows of 36 weights", "in memory", "peak memory", "of 1 GiB", "expected"):
+    for part in ("400 gradient rows of 36 weights", "in memory", "peak memory", "of 8 GiB", "expected"):
         assert part in text
 
 
@@ -192,7 +192,7 @@ def test_methods_are_planned_by_their_stages():
     assert [(c.first_order, c.rows, c.stages) for c in window.courses] == [(True, 48, 120), (False, 48, 40)]
     assert window.samples == (120 + 40) * 48
     assert "48 gradient rows through 40 stages without the gradient; 48 are new at each" in str(window)
-    block = wf.plan(objective, wf.METHODS["woodfisher-block"], memory="2GiB")
+    block = wf.plan(objective, wf.METHODS["woodfisher-block"], memory="8GiB")
     assert isinstance(block, wf.Plan) and block.rows == 60
     with pytest.raises(wf.WoodfisherError, match=r"the rows of a wf.WoodFisher, and Identity\(\) keeps none"):
         wf.plan(objective, wf.METHODS["magnitude"])

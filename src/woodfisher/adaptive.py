@@ -51,7 +51,6 @@ noise."""
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
 
-
 _EASE = 0.5
 """Share of the rise that a stage may have below which the next one may remove twice as much."""
 
@@ -329,7 +328,8 @@ class AdaptiveRun:
         )
         allowed = 2 * max(predicted, 0) + 0.1 * self.loss
         rise = best.loss - self.loss
-        return _Step(best, keep, rest, stage, rise / allowed if allowed > 0 else math.inf if rise > 0 else 0)
+        strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
+        return _Step(best, keep, rest, stage, strain)
 
     def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
         """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
