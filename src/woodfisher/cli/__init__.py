@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Make a trained network much sparser at the least loss of accuracy, with second-order information.
 
-  woodfisher prune                                          the embedded task, end to end, in a minute
+  woodfisher prune                                          the embedded task, end to end, in a minute or two
   woodfisher prune --task my_project.tasks:resnet --sparsity 0.9 --out pruned
   woodfisher compare --sparsity 0.5 0.7 0.9 --methods magnitude,obd,woodfisher
   woodfisher train --task resnet20-cifar10 --sparsity 0.95 --epochs 30

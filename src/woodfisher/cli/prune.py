@@ -43,7 +43,7 @@ class Prune:
     default, in one shot with --stages 1. The test accuracy is shown beside the dense network's and beside magnitude
     pruning of the same sparsity.
 
-    Without arguments: a small network is trained on scikit-learn's digits and pruned, in a minute.
+    Without arguments: a small network is trained on scikit-learn's digits and pruned, in a minute or two.
 
     Started by torchrun, its processes share the work (for blockwise methods), and the first one writes and shows.
 
