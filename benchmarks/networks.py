@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from woodfisher.tasks import Task, accuracy
+from woodfisher.tasks.loaders import shuffled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,8 +87,7 @@ def transformer(seed: int = 0) -> Task:
     train = TensorDataset(images[2 * fifth :], labels[2 * fifth :])
     model = trained(Transformer, train, epochs=60, batch=32, rate=2e-3)
     held_out = [[(images[part], labels[part])] for part in (slice(0, fifth), slice(fifth, 2 * fifth))]
-    loader = shuffled(train, 32, torch.Generator().manual_seed(seed))
-    return Task("digits-transformer", model, loader, *held_out, cross_entropy, accuracy)
+    return Task("digits-transformer", model, shuffled(train, seed, 32), *held_out, cross_entropy, accuracy)
 
 
 def reader(seed: int = 0) -> Task:
@@ -95,8 +95,7 @@ def reader(seed: int = 0) -> Task:
     train = TensorDataset(*sequences(4000, seed=1))
     model = trained(Reader, train, epochs=30, batch=50, rate=3e-3)
     held_out = [sequences(1000, seed=2)], [sequences(2000, seed=3)]
-    loader = shuffled(train, 50, torch.Generator().manual_seed(seed))
-    return Task("sequences-reader", model, loader, *held_out, cross_entropy, accuracy)
+    return Task("sequences-reader", model, shuffled(train, seed, 50), *held_out, cross_entropy, accuracy)
 
 
 def sequences(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -119,14 +118,9 @@ def trained(
         optimizer = torch.optim.Adam(model.parameters(), rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
         for _ in range(epochs):
-            for x, y in shuffled(data, batch):
+            for x, y in DataLoader(data, batch, shuffle=True):
                 optimizer.zero_grad()
                 cross_entropy(model(x), y).backward()
                 optimizer.step()
             schedule.step()
     return model.eval()
-
-
-def shuffled(data: Dataset, batch: int, generator: torch.Generator | None = None) -> DataLoader:
-    """Batches in an order of their own at each pass."""
-    return DataLoader(data, batch_size=batch, shuffle=True, generator=generator)

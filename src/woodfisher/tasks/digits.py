@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.tasks.base import Task, accuracy
-from woodfisher.tasks.loaders import in_order, rank_in_class, shuffled
+from woodfisher.tasks.loaders import TRAIN_BATCH, in_order, rank_in_class, shuffled
 from woodfisher.tasks.weights import restored
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _task(
     return Task(
         name,
         model.eval(),
-        shuffled(train, seed),
+        shuffled(train, seed, TRAIN_BATCH),
         in_order(validation),
         in_order(test),
         cross_entropy,
@@ -142,7 +142,7 @@ def _states(
 
     Adam with a one-cycle rate up to `rate`; one thread, because the number of threads changes the rounding.
     """
-    batches = shuffled(read_digits()[0], seed=0)
+    batches = shuffled(read_digits()[0], 0, TRAIN_BATCH)
     model = _untrained(network)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs[-1] * len(batches))
