@@ -166,7 +166,8 @@ def window_for(
         )
 
     def course(first_order: bool, cut: int) -> Course:
-        stages = -(-options.stages // (1 if first_order or not repeats else _FEWER_STAGES))
+        fewer = repeats and not first_order
+        stages = -(-options.stages // _FEWER_STAGES) if fewer else options.stages
         most_rows = max(most // cut, 1)
         group = max(g for g in _divisors(curvature.group) if g == 1 or g * most_rows <= samples)
         asked = curvature.samples // len(orders) // group
