@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from woodfisher.batches import FORWARD_BATCH, Stream, rechunk, samples_in
+from woodfisher.batches import FORWARD_BATCH, Stream, rechunk
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
@@ -155,12 +155,21 @@ def adaptive_run(
     window = window_for(objective, method, known, reads_once=stream.reads_once)
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
+    dense = _loss_on(held_out, objective)
+    if not math.isfinite(dense):
+        for _ in objective.on(held_out).iter_rows(window.held_out):
+            pass
+        raise WoodfisherError(
+            f"the mean loss of the model as it came is {dense} on held-out samples: check the loss, the data and the "
+            "weights."
+        )
     streams = [stream, *(stream.fork() for _ in window.courses[1:])]
+    bounded = objective.within(window.chunk)
     runs = [
-        AdaptiveRun(objective.within(window.chunk), method, selection, course, held_out, each)
+        AdaptiveRun(bounded, method, selection, course, held_out, each, dense)
         for each, course in zip(streams, window.courses, strict=True)
     ]
-    by_size = _by_magnitude(objective, targets, method, selection, held_out, stream)
+    by_size = _by_magnitude(objective, targets, method, selection, held_out, stream, dense)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
         yield min(passed, key=lambda p: p.loss)
 
@@ -182,6 +191,8 @@ class AdaptiveRun:
         Batches to check stages on.
     stream:
         Where samples for rows come from.
+    loss:
+        Where it starts, on the held-out samples.
     """
 
     def __init__(
@@ -192,11 +203,12 @@ class AdaptiveRun:
         course: Course,
         held_out: Sequence[Batch],
         stream: Stream,
+        loss: float,
     ) -> None:
         self.objective, self.method, self.selection = objective, method, selection
         self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
         self.course, self.stream, self.first_order = course, stream, course.first_order
-        self._held_out = held_out
+        self._held_out, self.loss = held_out, loss
         self.weights = objective.weights[objective.kept].double()
         self._next_rows = course.rows
         self.fisher = RunningFisher(
@@ -206,14 +218,6 @@ class AdaptiveRun:
         self._weight = 0.0
         self._damping: float | None = None
         self._most_damping = 0.0
-        self.loss = _loss_on(held_out, objective)
-        if not math.isfinite(self.loss):
-            for _ in objective.on(held_out).iter_rows(sum(map(samples_in, held_out))):
-                pass
-            raise WoodfisherError(
-                f"the mean loss of the model as it came is {self.loss} on held-out samples: check the loss, the "
-                "data and the weights."
-            )
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
@@ -409,9 +413,9 @@ def _by_magnitude(
     selection: Selection,
     held_out: Sequence[Batch],
     stream: Stream,
+    dense: float,
 ) -> Iterator[Passed]:
     """Remove the smallest weights (or groups of least norm) and leave the rest."""
-    dense = _loss_on(held_out, objective)
     scores = selection.scores(objective.weights, DiagonalInverse(torch.ones_like(objective.weights)))
     for amount in targets:
         keep = selection.best(scores, objective.kept, amount)
