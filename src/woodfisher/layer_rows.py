@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise, starmap
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -196,21 +197,28 @@ class LayerRows:
     def select(self, index: Tensor, out: Tensor) -> None:
         """Write the rows for some of the layer's weights, int64 `(k,)` and ascending, to `out` `(N, k)`.
 
-        Dense rows are made of a few channels at a time.
+        Dense rows are made of a few channels at a time, and in place where all of their weights are asked for: the first
+        and the last channel, of which a span of weights may have only a part, are each made alone.
         """
         if not len(index):
             return
         rows, channels = self.unfolded(), index // self.width
         step = max(_WORKSPACE // (self.count * self.width * self.dtype.itemsize), 1)
-        for first in range(int(channels[0]), int(channels[-1]) + 1, step):
-            some = slice(first, min(first + step, self.channels))
-            ends = torch.tensor([some.start, some.stop], device=channels.device)
-            start, stop = torch.searchsorted(channels, ends).tolist()
-            here = index[start:stop] - first * self.width
-            if len(here) == (some.stop - some.start) * self.width:
-                rows.dense(some, out=out[:, start:stop])
-            elif len(here):
-                torch.index_select(rows.dense(some), 1, here, out=out[:, start:stop])
+        first, last = int(channels[0]), int(channels[-1])
+        bounds = sorted({first, last, last + 1, *range(first + 1, last, step)})
+        places = torch.searchsorted(channels, torch.tensor(bounds, device=channels.device)).tolist()
+        for some, here in zip(
+            starmap(slice, pairwise(bounds)), starmap(slice, pairwise(places)), strict=True
+        ):
+            if here.stop - here.start == (some.stop - some.start) * self.width:
+                rows.dense(some, out=out[:, here])
+            elif here.stop > here.start:
+                inside, dense = index[here] - some.start * self.width, rows.dense(some)
+                first, last = int(inside[0]), int(inside[-1])
+                if last - first < len(inside):
+                    out[:, here] = dense[:, first : last + 1]
+                else:
+                    torch.index_select(dense, 1, inside, out=out[:, here])
 
     def gram(self) -> Tensor:
         """Inner products of the rows, float64 `(N, N)`.

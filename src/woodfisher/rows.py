@@ -218,7 +218,7 @@ class FileRows(WindowRows):
     def _load(self, span: slice) -> Tensor:
         # Read and not mapped: the system maps more of the file than is touched, which counts as the process's memory.
         here = self._whole(span)
-        window = torch.empty(self.count, here.stop - here.start, dtype=self.dtype)
+        window = new_matrix(self.count, here.stop - here.start, self.dtype, torch.device("cpu"))
         for row, into in enumerate(window.numpy()):
             self._file.seek((row * self.size + here.start) * self.dtype.itemsize)
             if self._file.readinto(into) < into.nbytes:
@@ -343,13 +343,17 @@ class FactorRows(WindowRows):
         count = len(next(iter(layers.values())).outputs)
         super().__init__(count, layout.size if index is None else len(index), dtype, device, window)
         self._layers, self._layout, self._index = dict(layers), layout, index
+        self._unfolded: tuple[str, LayerRows] | None = None
 
     def _load(self, span: slice) -> Tensor:
         span = self._whole(span)
         out = new_matrix(self.count, span.stop - span.start, self.dtype, self.device)
         for name, (place, index) in self._layout.places(_indexes(span, self._index, self.device)).items():
             assert index is not None
-            self._layers[name].select(index, out[:, place])
+            if self._unfolded is None or self._unfolded[0] != name:
+                self._unfolded = None
+                self._unfolded = name, self._layers[name].unfolded()
+            self._unfolded[1].select(index, out[:, place])
         return out
 
     def gram(self) -> Tensor:

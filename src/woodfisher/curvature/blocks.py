@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, pieces, spans
+from woodfisher.curvature.base import InverseOperator, spans
 from woodfisher.curvature.dense import primal_blocks, triangular_inverse
 from woodfisher.curvature.lowrank import (
     SINGLE_TOLERANCE,
@@ -93,22 +93,24 @@ class FisherBlocks(InverseOperator):
             return self._exact._diagonal()
         quick = self._dual if self._block > self._rows.count else self._primal
         out = torch.empty(self._count, self._block, dtype=torch.float64, device=self.device)
-        groups = spans(self._count, 8 * self._rows.count * self._block)
-        sound = []
+        sound = torch.empty(self._count, dtype=torch.bool, device=self.device)
+        groups = spans(self._count, self._rows.dtype.itemsize * self._rows.count * self._block)
         for blocks in groups:
-            out[blocks], good = quick(blocks)
-            sound.append(good)
-            if len(sound) == 1 and not bool(good):
+            out[blocks], sound[blocks] = quick(blocks)
+            if blocks.start == 0 and not bool(sound[blocks].any()):
                 return self._exact._diagonal()
-        for blocks, good in zip(groups, torch.stack(sound).tolist(), strict=True):
-            if not good:
-                out[blocks] = self._of(blocks)._diagonal().reshape(-1, self._block)
+        unsound = (~sound).cpu()
+        for blocks in groups:
+            again = unsound[blocks].nonzero()
+            if len(again):
+                these = slice(blocks.start + int(again[0]), blocks.start + int(again[-1]) + 1)
+                out[these] = self._of(these)._diagonal().reshape(-1, self._block)
         return out.flatten()
 
     def _dual(self, blocks: slice) -> tuple[Tensor, Tensor]:
-        """Diagonals in float32, with K added up and factored in float64, and whether rounding leaves them sound."""
+        """Diagonals in float32, with K added up and factored in float64, and which of them rounding leaves sound."""
         N, count = self._rows.count, blocks.stop - blocks.start
-        cut = [columns for _, columns in pieces(count, N, self._block)]
+        cut = spans(self._block, self._rows.dtype.itemsize * N * count)
         K = torch.zeros(count, N, N, dtype=torch.float64, device=self.device)
         for columns in cut:
             G = self._read(blocks, columns)
@@ -117,13 +119,13 @@ class FisherBlocks(InverseOperator):
         factor, rounding = _factored(K, scale)
         lower = factor.float()
         out = torch.empty(count, self._block, dtype=torch.float64, device=self.device)
-        sound = rounding.isfinite().all()
+        sound = rounding.isfinite()
         for columns in cut:
             G = self._read(blocks, columns)
             x = ratios(G, scale)
             left = unexplained(lower, G, x)
             uncertain = uncertainty(G, x) + rounding[:, None] * (1 - left)
-            sound &= (uncertain <= SINGLE_TOLERANCE * left).all()
+            sound &= (uncertain <= SINGLE_TOLERANCE * left).all(1)
             out[:, columns] = left / self.damping
         return out, sound
 
@@ -131,7 +133,7 @@ class FisherBlocks(InverseOperator):
         """The same from F = λI + GᵀG/n."""
         G = self._read(blocks, slice(0, self._block))
         factor, rounding = _factored((G.mT @ G).double() / self.divisor, self.damping)
-        return factor.square().sum(1), (rounding <= SINGLE_TOLERANCE).all()
+        return factor.square().sum(1), rounding <= SINGLE_TOLERANCE
 
 
 def _factored(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,7 @@ def column_energies(lower: Tensor, G: Tensor) -> Tensor:
 
 def ratios(G: Tensor, scale: float) -> Tensor:
     """x_i = ‖g_i‖²/(nλ), with nλ = `scale`: float64 `(count, B)`."""
-    return torch.linalg.vector_norm(G, dim=1).double().square_() / scale
+    return G.square().sum(1).double() / scale
 
 
 def unexplained(lower: Tensor, G: Tensor, x: Tensor) -> Tensor:
