@@ -351,6 +351,10 @@ def test_help_reads_like_a_manual(command, capsys):
             "the metric of the task mine fails on the test data: ZeroDivisionError",
         ),
         (["prune", "--task", "my_tasks:no_model"], "must be a torch.nn.Module; a NoneType came"),
+        *(
+            ([command, "--task", "my_tasks:failing_metric", "--params", "decoder.*"], "matches no parameter")
+            for command in ("prune", "compare", "train")
+        ),
         (["prune", "--device", "meta"], "can't be used here: it holds no values"),
         (
             ["prune", "--criterion", "magnitude", "--refine", "3"],

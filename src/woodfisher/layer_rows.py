@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import pairwise, starmap
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -197,8 +197,8 @@ class LayerRows:
     def select(self, index: Tensor, out: Tensor) -> None:
         """Write the rows for some of the layer's weights, int64 `(k,)` and ascending, to `out` `(N, k)`.
 
-        Dense rows are made of a few channels at a time, and in place where all of their weights are asked for: the first
-        and the last channel, of which a span of weights may have only a part, are each made alone.
+        Dense rows are made of a few channels at a time, and in place where all weights of these are asked for: the
+        first and the last channel, of which a span of weights may have only a part, are each made alone.
         """
         if not len(index):
             return
@@ -207,18 +207,19 @@ class LayerRows:
         first, last = int(channels[0]), int(channels[-1])
         bounds = sorted({first, last, last + 1, *range(first + 1, last, step)})
         places = torch.searchsorted(channels, torch.tensor(bounds, device=channels.device)).tolist()
-        for some, here in zip(
-            starmap(slice, pairwise(bounds)), starmap(slice, pairwise(places)), strict=True
-        ):
-            if here.stop - here.start == (some.stop - some.start) * self.width:
-                rows.dense(some, out=out[:, here])
-            elif here.stop > here.start:
-                inside, dense = index[here] - some.start * self.width, rows.dense(some)
-                first, last = int(inside[0]), int(inside[-1])
-                if last - first < len(inside):
-                    out[:, here] = dense[:, first : last + 1]
-                else:
-                    torch.index_select(dense, 1, inside, out=out[:, here])
+        for (start, stop), (left, right) in zip(pairwise(bounds), pairwise(places), strict=True):
+            if right == left:
+                continue
+            here = out[:, left:right]
+            if right - left == (stop - start) * self.width:
+                rows.dense(slice(start, stop), out=here)
+                continue
+            dense, inside = rows.dense(slice(start, stop)), index[left:right] - start * self.width
+            begin, end = int(inside[0]), int(inside[-1]) + 1
+            if end - begin == right - left:
+                here.copy_(dense[:, begin:end])
+            else:
+                torch.index_select(dense, 1, inside, out=here)
 
     def gram(self) -> Tensor:
         """Inner products of the rows, float64 `(N, N)`.

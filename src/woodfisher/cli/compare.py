@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from woodfisher.method import Method
+    from woodfisher.objective import Objective
     from woodfisher.oneshot import Pruned
     from woodfisher.tasks import Task
 
@@ -88,12 +89,12 @@ class Compare:
         for seed in range(self.model.seed, self.model.seed + self.seeds):
             note(f"loading {self.model.task}, seed {seed}")
             task = replace(self.model, seed=seed).load()
+            objective = self.model.objective(task, task.model).on(Replay(task.train))
             dense.append(task.evaluate(task.model))
             note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
-            data = Replay(task.train)
-            first.update(*map(fingerprints, take(data, 1)))
+            first.update(*map(fingerprints, take(objective.data, 1)))
             for name, method in methods.items():
-                cells = self._results(task, data, name, method, family)
+                cells = self._results(task, objective, name, method, family)
                 results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
         if self.seeds > 1 and len(first) == 1:
             warn(
@@ -116,7 +117,7 @@ class Compare:
         if self.out is not None:
             curvatures = [method.curvature for method in methods.values()]
             curvatures.sort(key=lambda curvature: not isinstance(curvature, WoodFisher))
-            content["examined"] = examine(self.model.objective(task, task.model), curvatures[0]).to_dict()
+            content["examined"] = examine(objective, curvatures[0]).to_dict()
             content["origin"] = origin(self.model.device)
             curves = {
                 name: [
@@ -143,7 +144,7 @@ class Compare:
             _show(content, names)
 
     def _results(
-        self, task: Task, data: Replay, name: str, method: Method, family: tuple[float, ...]
+        self, task: Task, objective: Objective, name: str, method: Method, family: tuple[float, ...]
     ) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
         together = isinstance(method.staging, Adaptive)
@@ -151,7 +152,6 @@ class Compare:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:
                 with progress(f"{name} to {label}") as show:
-                    objective = self.model.objective(task, task.model).on(data)
                     runs: Sequence[Pruned | None] = sweep_objective(objective, sparsities, method, show)
                 error = ""
             except WoodfisherError as problem:

@@ -91,10 +91,10 @@ class Prune:
         note(f"loading {self.model.task}")
         with together() as ranks:
             task = self.model.load()
+            objective = self.model.objective(task, task.model)
             baseline = copied(task.model)
             dense = ranks.first(lambda: _evaluate(task, task.model, "dense"))
         with progress(f"{self.criterion} to {aim}") as show:
-            objective = self.model.objective(task, task.model)
             if goal is None:
                 report = prune_objective(objective, sparsity, method, show)
             else:

@@ -101,6 +101,7 @@ class Train:
         require_lightning()
         note(f"loading {self.model.task}")
         task = self.model.load()
+        objective = self.model.objective(task, task.model)
         dense = task.evaluate(task.model)
         note(f"dense: {task.metric_name} {score(dense, task.metric_name)} on test data")
         try:
@@ -132,7 +133,7 @@ class Train:
         }
         content = Outcome(self.model, task, method, folder, asked).write(
             trained,
-            self.model.objective(task, task.model),
+            objective,
             {"dense": {"metric": dense}, "pruned": {"metric": pruned}},
             ("training.png", lambda path: plot_training(trained, task.metric_name, path)),
         )
