@@ -1,5 +1,6 @@
 """Plans: what is kept where, what it takes, and what is refused."""
 
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from models import mlp, samples
 from woodfisher import memory, planning
 from woodfisher.machine import Machine
 from woodfisher.memory import parse_bytes
+from woodfisher.method import METHODS
 from woodfisher.planning import planned
 from woodfisher.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
 from woodfisher.window import window_for
@@ -100,6 +102,29 @@ def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
     text = str(made)
     for part in ("400 gradient rows of 36 weights", "in memory", "peak memory", "of 8 GiB", "expected"):
         assert part in text
+
+
+def test_gradients_are_expected_to_take_what_those_of_the_first_samples_took():
+    class Slow(torch.nn.Linear):
+        def forward(self, x):
+            time.sleep(0.02)
+            return super().forward(x)
+
+    model = Slow(6, 4)
+    objective = wf.Objective(model, [samples(40)] * 10, cross_entropy)
+    made = wf.plan(objective, wf.WoodFisher(400, 10, 1e-3))
+    assert made.seconds["gradients"] >= 0.2  # ten batches
+
+
+def test_a_plan_of_a_method_counts_its_update_and_the_choice_of_its_damping():
+    objective = wf.Objective(mlp(), [samples(400)], cross_entropy)
+    method = replace(METHODS["woodfisher-block"], curvature=wf.WoodFisher(400, 10, "auto"))
+    made = wf.plan(objective, method)
+    assert min(made.seconds["damping"], made.seconds["update"]) > 0
+    assert f"expected: {sum(made.seconds.values()):.2g} s (gradients" in str(made)
+    without = wf.plan(objective, replace(method, curvature=wf.WoodFisher(400, 10, 1e-3), update="none"))
+    assert not without.seconds["damping"]
+    assert "update" not in without.seconds
 
 
 def test_dual_blocks_count_three_operations_for_a_pair_of_rows_and_a_weight():

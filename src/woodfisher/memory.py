@@ -191,11 +191,13 @@ class Needs:
 
     def lines(self) -> list[str]:
         """Memory and time in words, a line each."""
-        times = ", ".join(
-            f"{phase} {seconds:.0f} s" if seconds >= 10 else f"{phase} {seconds:.2g} s"
-            for phase, seconds in self.seconds.items()
-        )
-        return [*self.budget.lines(self.bill), *([f"expected: {times}"] if times else [])]
+        times = ", ".join(f"{phase} {_seconds(value)}" for phase, value in self.seconds.items() if value)
+        expected = [f"expected: {_seconds(sum(self.seconds.values()))} ({times})"] if times else []
+        return [*self.budget.lines(self.bill), *expected]
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.0f} s" if value >= 10 else f"{value:.2g} s"
 
 
 def total(bill: Bill) -> int:

@@ -225,6 +225,7 @@ class _Work:
             run.count * run.size * (3 * N**2 if run.size > N else 2 * N * run.size + 2 * run.size**2)
             for run in self.runs
         )
+        auto = self.curvature.damping == "auto"
         traffic = (1 + READS) * self.dense
         return Plan(
             rows=N,
@@ -242,7 +243,8 @@ class _Work:
             seconds={
                 "gradients": self._passes(keep, window) * self._gathering if look else 0.0,
                 "rows": self._reading(keep, traffic),
-                "factor and score": flops / (0.5 * self.machine.flops),
+                "damping": self.machine.products(2 * N**2 * d * auto),
+                "factor and score": self.machine.products(flops),
             },
         )
 

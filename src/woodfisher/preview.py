@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from woodfisher.window import Window
 
 
+_DOUBLE = 2
+"""Times that products in float64, of which an update's factors are made, take those in float32."""
+
+
 def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | None = None) -> Plan | Window:
     """Where gradient rows would be kept, and what memory and time it would take, without doing it.
 
-    Of the data only the first samples are read, where it tells its length. Times come from a calibration of about a
-    second on this machine.
+    Of the data only the first samples are read, where it tells its length. Times come from a calibration of some
+    seconds on this machine, in which gradients of these samples are taken.
 
     Parameters
     ----------
@@ -55,9 +59,13 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
         raise WoodfisherError(f"a plan is for the rows of a wf.WoodFisher, and {curvature!r} keeps none.")
     if memory is not None:
         curvature = replace(curvature, memory=memory)
-    machine = calibrated(objective.device)
+    machine = calibrated(objective)
     if not isinstance(how, Method) or isinstance(how.staging, int):
-        return planned(objective, curvature, machine)
+        made = planned(objective, curvature, machine)
+        if not isinstance(how, Method) or how.update == "none":
+            return made
+        moving = _DOUBLE * 2 * made.rows * min(made.rows, made.block_size) * made.weights
+        return replace(made, seconds={**made.seconds, "update": machine.products(moving)})
     method = replace(how, curvature=curvature)
     if objective.reads_once:
         known = objective.known_samples() or samples_that_matter(method, reads_once=True)

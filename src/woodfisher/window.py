@@ -109,7 +109,7 @@ class Window(Needs):
         flops = sum(2 * c.rows * (c.rows + c.renewed) * self.weights * c.stages for c in self.courses)
         seconds = {
             "gradients": machine.gradients(objective, self.samples),
-            "factor and score": flops / (0.5 * machine.flops),
+            "factor and score": machine.products(flops),
             "checks": machine.gradients(objective, LOSSES * stages * self.held_out / 3),
         }
         return replace(self, seconds=seconds)
