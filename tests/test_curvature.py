@@ -289,6 +289,7 @@ def negative_diagonal():
     ("make", "message"),
     [
         (lambda: wf.WoodFisher(damping=0), "damping must be a finite number above 0"),
+        (lambda: wf.WoodFisher(damping=True), "damping must be a finite number above 0"),
         (lambda: wf.WoodFisher(damping=float("nan")), "damping"),
         (lambda: wf.DiagonalFisher(damping=-1e-3), "damping"),
         (lambda: wf.KFAC(damping=0), "damping"),

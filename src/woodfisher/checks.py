@@ -12,6 +12,12 @@ from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import TypeGuard
+
+
+def _is_number(value: object) -> TypeGuard[numbers.Real]:
+    """Whether `value` is a real number: True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_count(name: str, value: object, *, least: int = 1, or_none: str = "") -> None:
@@ -25,19 +31,19 @@ def check_count(name: str, value: object, *, least: int = 1, or_none: str = "") 
 
 def check_positive(name: str, value: object, why: str) -> None:
     """Raise unless `value` is a finite number above zero."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value) or value <= 0:
+    if not _is_number(value) or not math.isfinite(value) or value <= 0:
         raise WoodfisherError(f"{name} must be a finite number above 0, {why}; {value!r} came.")
 
 
 def check_not_negative(name: str, value: object) -> None:
     """Raise unless `value` is a finite number of at least zero."""
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < math.inf:
+    if not _is_number(value) or not 0 <= float(value) < math.inf:
         raise WoodfisherError(f"{name} must be a finite number of at least 0; {value!r} came.")
 
 
 def check_fraction(name: str, value: object) -> None:
     """Raise unless `value` is a number in [0, 1)."""
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+    if not _is_number(value) or not 0 <= float(value) < 1:
         raise WoodfisherError(f"{name} must be a number in [0, 1); {value!r} came.")
 
 
@@ -69,7 +75,7 @@ def metric_value(value: object, message: str) -> float:
 
 def check_sparsity(value: object) -> None:
     """Raise unless `value` is a fraction in [0, 1)."""
-    if not isinstance(value, numbers.Real) or not 0 <= float(value) < 1:
+    if not _is_number(value) or not 0 <= float(value) < 1:
         raise WoodfisherError(
             f"sparsity is the fraction of weights to remove, in [0, 1): 0.9 for 90 %; {value!r} came."
         )
