@@ -134,7 +134,7 @@ def window_for(
 
     Where the plan reads data of few samples more than `MOST_PASSES` times there is a run with the gradient, of fewer
     rows, and one without, of fewer stages, which share the samples. There are as many rows as scoring may take, the
-    data has and the memory holds; raises where that has room for fewer than `LEAST_ROWS`. Unless it may `look` at
+    data has and the memory holds; raises where that has room for fewer than `LEAST_ROWS` a run. Unless it may `look` at
     samples, it knows less of them than it could.
     """
     if not known:
@@ -156,7 +156,12 @@ def window_for(
     planned = max(min(options.window, affordable), 1)
     cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
     room = _Room.of(
-        objective, curvature, weights, planned, copies=sum(1 / cut for cut in cuts) + 1 / min(cuts)
+        objective,
+        curvature,
+        weights,
+        planned,
+        copies=sum(1 / cut for cut in cuts) + 1 / min(cuts),
+        least=min(planned, LEAST_ROWS * max(cuts)),
     )
     most = min(planned, room.rows)
     if room.budget.limit is None and most < min(planned, samples):
@@ -219,9 +224,16 @@ class _Room:
 
     @classmethod
     def of(
-        cls, objective: Objective, curvature: WoodFisher, weights: int, planned: int, *, copies: float
+        cls,
+        objective: Objective,
+        curvature: WoodFisher,
+        weights: int,
+        planned: int,
+        *,
+        copies: float,
+        least: int,
     ) -> _Room:
-        """For `copies` of `planned` rows of `weights` weights; raises where not even `LEAST_ROWS` of them fit."""
+        """For `copies` of `planned` rows of `weights` weights; raises where not even `least` of them fit."""
         each = math.ceil(copies * (objective.dtype.itemsize * weights + 2 * 8 * planned))
         vectors = (VECTORS + CANDIDATES) * 8 * objective.layout.size
         budget = Budget.of(objective.device, curvature.memory, base=objective.base)
@@ -229,7 +241,6 @@ class _Room:
             return cls(budget, planned, objective.workspace, vectors)
         chunk = max(min(objective.workspace, budget.room // 6), 0)
         rows = max(budget.room - max(chunk, vectors), 0) // each
-        least = min(planned, LEAST_ROWS)
         if rows < least:
             needed = least * each
             besides = max(vectors, min(objective.workspace, needed // 5 + 1))
