@@ -356,13 +356,13 @@ class Stream:
 def fingerprints(batch: Batch) -> list[bytes]:
     """A digest of each sample's bytes."""
     parts = [
-        tensor.detach().cpu().contiguous().flatten(1 if tensor.ndim > 1 else 0)
+        tensor.detach().cpu().unsqueeze(-1).flatten(1).contiguous().view(torch.uint8).numpy()
         for tensor in tensors_of(batch)
     ]
     digests = []
-    for i in range(samples_in(batch)):
+    for sample in zip(*parts, strict=True):
         digest = hashlib.blake2b(digest_size=16)
-        for part in parts:
-            digest.update(part[i].reshape(-1).view(torch.uint8).numpy().data)
+        for part in sample:
+            digest.update(part.data)
         digests.append(digest.digest())
     return digests

@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.parameters import inputs_first
+from woodfisher.triangles import full_gram
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -231,7 +232,7 @@ class LayerRows:
         by_terms = N * T * T * (self.channels + self.groups * self.width)
         if by_terms > (N + T) * self.size:
             for _, G in self._tiles(self.dtype.itemsize):
-                K += G @ G.mT
+                K += full_gram(G)
             return K
         S, A = (t.double().movedim(0, 1).mT.flatten(1, 2) for t in self.terms())
         rows = max(_WORKSPACE // (16 * self.groups * T * T * N), 1)

@@ -15,6 +15,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated
 from woodfisher.layer_rows import LayerRows
 from woodfisher.memory import format_bytes, new_matrix
+from woodfisher.triangles import full_gram
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class Rows(ABC):
         """Inner products GGᵀ, float64 `(N, N)`: of each span in the rows' dtype, added up in float64."""
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
         for span in self.spans():
-            G = self.columns(span)
-            total += G @ G.mT
+            total += full_gram(self.columns(span))
         return total
 
     def energies(self) -> Tensor:

@@ -11,13 +11,13 @@ from woodfisher.curvature.dense import primal_blocks, triangular_inverse
 from woodfisher.curvature.lowrank import (
     SINGLE_TOLERANCE,
     LowRankInverse,
-    gram_triangles,
     ratios,
     roundoff,
     uncertainty,
     unexplained,
 )
 from woodfisher.rows import block_rows
+from woodfisher.triangles import gram_triangles
 
 if TYPE_CHECKING:
     from torch import Tensor

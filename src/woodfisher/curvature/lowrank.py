@@ -10,33 +10,13 @@ import torch
 from woodfisher.curvature.base import InverseOperator, energies, pieces, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.rows import Rows, as_rows, block_rows
+from woodfisher.triangles import column_energies, gram_triangles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SINGLE_TOLERANCE = 2e-4
 """Largest relative uncertainty of a diagonal entry that float32 products may leave."""
-
-
-def _strips(rows: int) -> list[slice]:
-    """Four strips of rows of a lower triangle: a product by them skips three eighths of the work, all above it."""
-    height = max(-(-rows // 4), 32)
-    return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
-
-
-def gram_triangles(G: Tensor, out: Tensor) -> Tensor:
-    """Write the lower triangles of GGᵀ `(count, N, N)`, and some of what is above, to `out`."""
-    for strip in _strips(G.shape[1]):
-        out[:, strip, : strip.stop] = G[:, strip] @ G[:, : strip.stop].mT
-    return out
-
-
-def column_energies(lower: Tensor, G: Tensor) -> Tensor:
-    """Column sums of squares of LG for lower triangular L: `(count, N, N)`, `(count, N, B)` → `(count, B)`."""
-    total = torch.zeros(G.shape[0], G.shape[2], dtype=G.dtype, device=G.device)
-    for strip in _strips(G.shape[1]):
-        total += (lower[:, strip, : strip.stop] @ G[:, : strip.stop]).square_().sum(1)
-    return total
 
 
 def ratios(G: Tensor, scale: float) -> Tensor:

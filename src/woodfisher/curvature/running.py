@@ -9,6 +9,7 @@ import torch
 
 from woodfisher.curvature.lowrank import LowRankInverse
 from woodfisher.memory import new_matrix
+from woodfisher.triangles import full_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +69,9 @@ class RunningFisher:
             self._store[place] = row_block
             self._filled = max(self._filled, min(self._next + len(row_block), window))
             self._next = (self._next + len(row_block)) % window
+            if len(row_block) == self._filled:
+                self._gram[place[:, None], place] = full_gram(row_block)
+                continue
             cross = (self.rows @ row_block.mT).double()
             self._gram[: self._filled, place] = cross
             self._gram[place, : self._filled] = cross.mT
@@ -82,9 +86,9 @@ class RunningFisher:
         gone, left = self.rows[:, ~stay], other.rows
         square = other.gram
         if gone.shape[1] < left.shape[1]:
-            square -= (gone @ gone.mT).double()
+            square -= full_gram(gone)
         else:
-            square[:] = (left @ left.mT).double()
+            square[:] = full_gram(left)
         return other
 
     def pull(self, v: Tensor) -> Tensor:

@@ -1,0 +1,37 @@
+"""Products of which a triangle is all there is to compute: symmetric ones, and those by a triangular matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _strips(rows: int) -> list[slice]:
+    """Four strips of rows of a lower triangle: a product by them skips three eighths of the work, all above it."""
+    height = max(-(-rows // 4), 32)
+    return [slice(first, min(first + height, rows)) for first in range(0, rows, height)]
+
+
+def gram_triangles(G: Tensor, out: Tensor) -> Tensor:
+    """Write the lower triangles of GGᵀ `(count, N, N)`, and some of what is above, to `out`."""
+    for strip in _strips(G.shape[1]):
+        out[:, strip, : strip.stop] = G[:, strip] @ G[:, : strip.stop].mT
+    return out
+
+
+def full_gram(G: Tensor) -> Tensor:
+    """All of GGᵀ, multiplied in the dtype of G: `(N, d)` → float64 `(N, N)`."""
+    lower = gram_triangles(G[None], G.new_empty(1, len(G), len(G)))[0].double().tril_()
+    return lower + lower.tril(-1).mT
+
+
+def column_energies(lower: Tensor, G: Tensor) -> Tensor:
+    """Column sums of squares of LG for lower triangular L: `(count, N, N)`, `(count, N, B)` → `(count, B)`."""
+    total = torch.zeros(G.shape[0], G.shape[2], dtype=G.dtype, device=G.device)
+    for strip in _strips(G.shape[1]):
+        total += (lower[:, strip, : strip.stop] @ G[:, : strip.stop]).square_().sum(1)
+    return total
