@@ -327,12 +327,11 @@ def spans(count: int, bytes_each: int) -> list[slice]:
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
-def pieces(count: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+def pieces(count: int, rows: int, columns: int) -> Iterator[tuple[slice, list[slice]]]:
     """Cut a batch `(count, rows, columns)` of float64 blocks into pieces of at most `WORKSPACE` bytes.
 
-    Yields slices over the blocks and over the columns: several whole blocks, or some columns of one block.
+    Yields a slice of the blocks with slices of their columns: several whole blocks, or one in parts.
     """
+    whole = 8 * rows * columns <= WORKSPACE
     for blocks in spans(count, 8 * rows * columns):
-        whole = 8 * rows * columns <= WORKSPACE
-        for span in [slice(0, columns)] if whole else spans(columns, 8 * rows):
-            yield blocks, span
+        yield blocks, [slice(0, columns)] if whole else spans(columns, 8 * rows)

@@ -13,6 +13,8 @@ from woodfisher.rows import Rows, as_rows, block_rows
 from woodfisher.triangles import column_energies, gram_triangles
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 SINGLE_TOLERANCE = 2e-4
@@ -92,10 +94,6 @@ class LowRankInverse(InverseOperator):
         """L⁻¹, which products with the curvature itself and solves on kept weights alone don't need."""
         return self._factored(None)
 
-    @property
-    def _pieces(self) -> list[tuple[slice, slice]]:
-        return list(pieces(*self._shape))
-
     def _piece(self, blocks: slice, columns: slice) -> Tensor:
         piece = block_rows(self._rows, self._shape[2], blocks, columns)
         if piece.dtype == self._products:
@@ -108,16 +106,17 @@ class LowRankInverse(InverseOperator):
         factor = torch.empty(count, N, N, dtype=torch.float64, device=self.device)
         for group in spans(count, 8 * N * max(B, 3 * N)):
             K = factor[group].zero_()
-            for inside, columns in pieces(group.stop - group.start, N, B):
+            for inside, cut in pieces(group.stop - group.start, N, B):
                 blocks = slice(group.start + inside.start, group.start + inside.stop)
-                G = block_rows(self._rows, B, blocks, columns)
-                G = G.to(torch.float64, memory_format=torch.contiguous_format)
-                if keep is not None:
-                    G = G * keep[blocks, :, columns]
-                if columns.start == 0:
-                    gram_triangles(G, K[inside])
-                else:
-                    K[inside] += gram_triangles(G, torch.empty_like(K[inside]))
+                for columns in cut:
+                    G = block_rows(self._rows, B, blocks, columns)
+                    G = G.to(torch.float64, memory_format=torch.contiguous_format)
+                    if keep is not None:
+                        G = G * keep[blocks, :, columns]
+                    if columns.start == 0:
+                        gram_triangles(G, K[inside])
+                    else:
+                        K[inside] += gram_triangles(G, torch.empty_like(K[inside]))
             factor[group] = self._inverted(K)
         return factor
 
@@ -132,40 +131,36 @@ class LowRankInverse(InverseOperator):
     def _correct(self, V: Tensor, factor: Tensor) -> Tensor:
         """(V − Gᵀ K⁻¹ G V)/λ a block, with K⁻¹ = L⁻ᵀL⁻¹."""
         V = self._blocked(V)
-        Y = self._rows_times(V)
-        Y = factor.mT @ (factor @ Y)
+        through = self._through_rows(V, lambda blocks, Y: factor[blocks].mT @ (factor[blocks] @ Y))
+        return through.neg_().add_(V).div_(self.damping)
+
+    def _through_rows(self, V: Tensor, inner: Callable[[slice, Tensor], Tensor]) -> Tensor:
+        """Gᵀ inner(GV) a block, `(count, B, k)`; rows of blocks that are a piece are read once."""
         out = torch.empty_like(V)
-        for blocks, columns in self._pieces:
-            out[blocks, columns] = V[blocks, columns] - self._back(blocks, columns, Y)
-        return out.div_(self.damping)
-
-    def _rows_times(self, V: Tensor) -> Tensor:
-        """GV a block: `(count, N, k)`."""
-        count, N, _ = self._shape
-        Y = torch.zeros(count, N, V.shape[2], dtype=torch.float64, device=self.device)
-        for blocks, columns in self._pieces:
-            Y[blocks] += self._piece(blocks, columns) @ V[blocks, columns].to(self._products)
-        return Y
-
-    def _back(self, blocks: slice, columns: slice, Y: Tensor) -> Tensor:
-        """GᵀY for a piece."""
-        return self._piece(blocks, columns).mT @ Y[blocks].to(self._products)
+        for blocks, cut in pieces(*self._shape):
+            Y = torch.zeros(1, dtype=torch.float64, device=self.device)
+            for columns in cut:
+                G = self._piece(blocks, columns)
+                Y = Y + G @ V[blocks, columns].to(self._products)
+            Y = inner(blocks, Y).to(self._products)
+            for columns in cut:
+                if len(cut) > 1:
+                    G = self._piece(blocks, columns)
+                out[blocks, columns] = (G.mT @ Y).to(out)
+        return out
 
     def _inverse_product(self, V: Tensor) -> Tensor:
         return self._correct(V, self._factor).reshape(V.shape)
 
     def _forward_product(self, V: Tensor) -> Tensor:
-        B = self._blocked(V)
-        Y = self._rows_times(B)
-        out = B * self.damping
-        for blocks, columns in self._pieces:
-            out[blocks, columns] += self._back(blocks, columns, Y) / self.divisor
-        return out.reshape(V.shape)
+        through = self._through_rows(self._blocked(V), lambda _, Y: Y / self.divisor)
+        return through.reshape(V.shape).add_(V, alpha=self.damping)
 
     def _diagonal(self) -> Tensor:
         out = torch.empty(self._shape[0], self._shape[2], dtype=torch.float64, device=self.device)
-        for blocks, columns in self._pieces:
-            out[blocks, columns] = self._unexplained(blocks, columns)
+        for blocks, cut in pieces(*self._shape):
+            for columns in cut:
+                out[blocks, columns] = self._unexplained(blocks, columns)
         return out.div_(self.damping).flatten()
 
     def _unexplained(self, blocks: slice, columns: slice) -> Tensor:
