@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import woodfisher as wf
 from models import mlp, samples
 from woodfisher import memory, planning
+from woodfisher import objective as objective_module
 from woodfisher.machine import Machine
 from woodfisher.memory import parse_bytes
 from woodfisher.method import METHODS
@@ -114,6 +115,14 @@ def test_gradients_are_expected_to_take_what_those_of_the_first_samples_took():
     objective = wf.Objective(model, [samples(40)] * 10, cross_entropy)
     made = wf.plan(objective, wf.WoodFisher(400, 10, 1e-3))
     assert made.seconds["gradients"] >= 0.2  # ten batches
+
+
+@pytest.mark.parametrize("how", [wf.WoodFisher(40, 10, 1e-3), METHODS["woodfisher"]])
+def test_memory_that_timing_gradients_takes_is_not_that_of_the_process_as_it_is(how, monkeypatch):
+    monkeypatch.setattr(objective_module, "resident_memory", lambda _: 100 * MIB)
+    monkeypatch.setattr(memory, "resident_memory", lambda _: 900 * MIB)
+    made = wf.plan(wf.Objective(mlp(), [samples(60)], cross_entropy), how)
+    assert made.budget.base == 100 * MIB
 
 
 def test_a_plan_of_a_method_counts_its_update_and_the_choice_of_its_damping():

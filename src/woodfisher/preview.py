@@ -59,6 +59,7 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
         raise WoodfisherError(f"a plan is for the rows of a wf.WoodFisher, and {curvature!r} keeps none.")
     if memory is not None:
         curvature = replace(curvature, memory=memory)
+    objective = objective.begun()  # with what the process has before gradients are timed
     machine = calibrated(objective)
     if not isinstance(how, Method) or isinstance(how.staging, int):
         made = planned(objective, curvature, machine)
