@@ -68,8 +68,8 @@ class Adaptive:
     Attributes
     ----------
     stages:
-        Planned stages; splits may add half as many again. Where samples are few, a third of them is planned for the run
-        without the gradient, and splits may add the rest too.
+        Planned stages; splits may add as many again. Where samples are few, a third of them is planned for the run
+        without the gradient.
     window:
         Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be more
         than about a second on two cores, or where the data has not as many or the memory no room for them.
@@ -223,8 +223,7 @@ class AdaptiveRun:
         """Prune through each amount in `targets`, largest first; yield there."""
         path = through(self._left, targets, self.course.stages, self.options.pace)
         done: list[Stage] = []
-        left_out = self.options.stages - self.course.stages
-        planned, spare = len(path), left_out + self.course.stages // 2
+        planned, spare = len(path), self.options.stages
         trusted = self._left
         while path:
             report_progress("stages", planned - len(path), planned)
