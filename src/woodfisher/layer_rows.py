@@ -205,8 +205,9 @@ class LayerRows:
             return
         rows, channels = self.unfolded(), index // self.width
         step = max(_WORKSPACE // (self.count * self.width * self.dtype.itemsize), 1)
-        first, last = int(channels[0]), int(channels[-1])
-        bounds = sorted({first, last, last + 1, *range(first + 1, last, step)})
+        lowest, highest = int(index[0]), int(index[-1])
+        begin, end = -(-lowest // self.width), (highest + 1) // self.width
+        bounds = sorted({lowest // self.width, *range(begin, end, step), end, highest // self.width + 1})
         places = torch.searchsorted(channels, torch.tensor(bounds, device=channels.device)).tolist()
         for (start, stop), (left, right) in zip(pairwise(bounds), pairwise(places), strict=True):
             if right == left:
@@ -216,9 +217,9 @@ class LayerRows:
                 rows.dense(slice(start, stop), out=here)
                 continue
             dense, inside = rows.dense(slice(start, stop)), index[left:right] - start * self.width
-            begin, end = int(inside[0]), int(inside[-1]) + 1
-            if end - begin == right - left:
-                here.copy_(dense[:, begin:end])
+            low, high = int(inside[0]), int(inside[-1]) + 1
+            if high - low == right - left:
+                here.copy_(dense[:, low:high])
             else:
                 torch.index_select(dense, 1, inside, out=here)
 
