@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from woodfisher.objective import Objective
 
 
+_PROBE, _PROBE_SECONDS = 64, 0.5
+"""What gradients are timed on: so many of the first samples, or as many as may take so long."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """Rates of a machine: `calibrated` measures them, and `nominal` takes them from what is usual.
@@ -57,10 +61,6 @@ class Machine:
     def _gradient(self, objective: Objective) -> float:
         """Seconds of a sample's: three times the operations of a forward pass."""
         return 3 * objective.forward_flops() / (self.passes * self.flops)
-
-
-_PROBE, _PROBE_SECONDS = 64, 0.5
-"""What gradients are timed on: so many of the first samples, or as many as may take so long."""
 
 
 def calibrated(objective: Objective) -> Machine:
