@@ -51,16 +51,7 @@ class Machine:
 
     def gradients(self, objective: Objective, samples: float) -> float:
         """Seconds of taking gradients of so many samples."""
-        return 0.0 if objective.reads_once else self._gradient(objective) * samples
-
-    def samples(self, objective: Objective, seconds: float) -> int:
-        """Samples whose gradients take so many seconds, one at least and `_PROBE` at most."""
-        each = self._gradient(objective)
-        return max(min(int(seconds / each), _PROBE), 1) if each else _PROBE
-
-    def _gradient(self, objective: Objective) -> float:
-        """Seconds of a sample's: three times the operations of a forward pass."""
-        return 3 * objective.forward_flops() / (self.passes * self.flops)
+        return _gradient_flops(objective) * samples / (self.passes * self.flops)
 
 
 def calibrated(objective: Objective) -> Machine:
@@ -73,14 +64,25 @@ def calibrated(objective: Objective) -> Machine:
         for work in (lambda: A @ A, lambda: data.clone())
     )
     machine = Machine(flops=2 * 1500**3 / product, memory=2 * len(data) / copy)
-    first = (
-        None if objective.reads_once else objective.first_samples(machine.samples(objective, _PROBE_SECONDS))
-    )
-    if first is None or not objective.forward_flops():
-        return machine
+    return replace(machine, passes=_measured_passes(objective, machine))
+
+
+def _measured_passes(objective: Objective, machine: Machine) -> float:
+    """`passes` as the first samples have it; what it is on `machine` where none can be read or counted."""
+    each = _gradient_flops(objective)
+    if not each:
+        return machine.passes
+    most = int(_PROBE_SECONDS * machine.passes * machine.flops / each)
+    first = objective.first_samples(max(min(most, _PROBE), 1))
+    assert first is not None  # its operations were counted
     probe, count = objective.on([first]), samples_in(first)
-    seconds = min(seconds_of(device, lambda: probe.gradient(count)) for _ in range(2))
-    return replace(machine, passes=machine.passes * machine.gradients(objective, count) / seconds)
+    seconds = min(seconds_of(objective.device, lambda: probe.gradient(count)) for _ in range(2))
+    return each * count / (seconds * machine.flops)
+
+
+def _gradient_flops(objective: Objective) -> int:
+    """Operations of a sample's gradient, three times those of its forward pass; 0 for data that is read only once."""
+    return 0 if objective.reads_once else 3 * objective.forward_flops()
 
 
 def seconds_of(device: torch.device, work: Callable[[], object], times: int = 1) -> float:

@@ -107,10 +107,11 @@ class Window(Needs):
         """The same window with the time that it takes on a machine."""
         stages = sum(course.stages for course in self.courses)
         flops = sum(2 * c.rows * (c.rows + c.renewed) * self.weights * c.stages for c in self.courses)
+        gradient = machine.gradients(objective, 1)
         seconds = {
-            "gradients": machine.gradients(objective, self.samples),
+            "gradients": gradient * self.samples,
             "factor and score": machine.products(flops),
-            "checks": machine.gradients(objective, LOSSES * stages * self.held_out / 3),
+            "checks": gradient * LOSSES * stages * self.held_out / 3,
         }
         return replace(self, seconds=seconds)
 
