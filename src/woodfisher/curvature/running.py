@@ -64,15 +64,15 @@ class RunningFisher:
     def add(self, rows: Tensor) -> None:
         """Take in new rows `(r, d)` in the place of the oldest; of more than the window the last ones."""
         window = len(self._store)
-        for row_block in rows[-window:].split(window):
-            place = (self._next + torch.arange(len(row_block), device=rows.device)) % window
-            self._store[place] = row_block
-            self._filled = max(self._filled, min(self._next + len(row_block), window))
-            self._next = (self._next + len(row_block)) % window
-            if len(row_block) == self._filled:
-                self._gram[place[:, None], place] = full_gram(row_block)
-                continue
-            cross = (self.rows @ row_block.mT).double()
+        rows = rows[-window:]
+        place = (self._next + torch.arange(len(rows), device=rows.device)) % window
+        self._store[place] = rows
+        self._filled = max(self._filled, min(self._next + len(rows), window))
+        self._next = (self._next + len(rows)) % window
+        if len(rows) == self._filled:
+            self._gram[place[:, None], place] = full_gram(rows)
+        else:
+            cross = (self.rows @ rows.mT).double()
             self._gram[: self._filled, place] = cross
             self._gram[place, : self._filled] = cross.mT
 
