@@ -54,6 +54,21 @@ def new_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device
     return torch.from_numpy(np.empty((rows, columns), kind))
 
 
+class Scratch:
+    """Memory by names, handed out again and again for results that the next ones may overwrite."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor that holds anything, as what was last written under `name`."""
+        size, key = math.prod(shape), (name, dtype)
+        if key not in self._held or len(self._held[key]) < size:
+            self._held[key] = new_matrix(1, size, dtype, self._device)[0]
+        return self._held[key][:size].view(shape)
+
+
 def peak_memory() -> int:
     """Most bytes of main memory that the process had so far; 0 where the system doesn't say."""
     return _status("VmHWM")

@@ -9,6 +9,8 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.memory import Scratch
+
 
 def _strips(rows: int) -> list[slice]:
     """Four strips of rows of a lower triangle: a product by them skips three eighths of the work, all above it."""
@@ -19,7 +21,7 @@ def _strips(rows: int) -> list[slice]:
 def gram_triangles(G: Tensor, out: Tensor) -> Tensor:
     """Write the lower triangles of GGᵀ `(count, N, N)`, and some of what is above, to `out`."""
     for strip in _strips(G.shape[1]):
-        out[:, strip, : strip.stop] = G[:, strip] @ G[:, : strip.stop].mT
+        torch.bmm(G[:, strip], G[:, : strip.stop].mT, out=out[:, strip, : strip.stop])
     return out
 
 
@@ -29,9 +31,15 @@ def full_gram(G: Tensor) -> Tensor:
     return lower + lower.tril(-1).mT
 
 
-def column_energies(lower: Tensor, G: Tensor) -> Tensor:
-    """Column sums of squares of LG for lower triangular L: `(count, N, N)`, `(count, N, B)` → `(count, B)`."""
-    total = torch.zeros(G.shape[0], G.shape[2], dtype=G.dtype, device=G.device)
-    for strip in _strips(G.shape[1]):
-        total += (lower[:, strip, : strip.stop] @ G[:, : strip.stop]).square_().sum(1)
+def column_energies(G: Tensor, scratch: Scratch, lower: Tensor | None = None) -> Tensor:
+    """Column sums of squares of G, or of LG for lower triangular L: `(count, N, B)`, `(count, N, N)` → `(count, B)`."""
+    count, N, B = G.shape
+    total = torch.zeros(count, B, dtype=G.dtype, device=G.device)
+    for strip in _strips(N):
+        part = scratch("a strip", (count, len(range(N)[strip]), B), G.dtype)
+        if lower is None:
+            torch.square(G[:, strip], out=part)
+        else:
+            torch.bmm(lower[:, strip, : strip.stop], G[:, : strip.stop], out=part).square_()
+        total += part.sum(1)
     return total

@@ -321,9 +321,15 @@ def removed_part(kept: Tensor, damping: float) -> list[tuple[Tensor, DiagonalInv
     return [(gone, DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64)))] if len(gone) else []
 
 
-def spans(count: int, bytes_each: int) -> list[slice]:
-    """Cut `count` things into slices of at most `WORKSPACE` bytes, one thing at least."""
+def spans(count: int, bytes_each: int, *, by_threads: bool = False) -> list[slice]:
+    """Cut `count` things into slices of at most `WORKSPACE` bytes, one thing at least.
+
+    With `by_threads` a slice has as many for each thread, if it has that many.
+    """
     step = max(WORKSPACE // max(bytes_each, 1), 1)
+    threads = torch.get_num_threads()
+    if by_threads and step > threads:
+        step -= step % threads
     return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 

@@ -16,8 +16,9 @@ from woodfisher.curvature.lowrank import (
     uncertainty,
     unexplained,
 )
+from woodfisher.memory import Scratch
 from woodfisher.rows import block_rows
-from woodfisher.triangles import gram_triangles
+from woodfisher.triangles import column_energies, gram_triangles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,9 +95,12 @@ class FisherBlocks(InverseOperator):
         quick = self._dual if self._block > self._rows.count else self._primal
         out = torch.empty(self._count, self._block, dtype=torch.float64, device=self.device)
         sound = torch.empty(self._count, dtype=torch.bool, device=self.device)
-        groups = spans(self._count, self._rows.dtype.itemsize * self._rows.count * self._block)
+        groups = spans(
+            self._count, self._rows.dtype.itemsize * self._rows.count * self._block, by_threads=True
+        )
+        scratch = Scratch(self.device)
         for blocks in groups:
-            out[blocks], sound[blocks] = quick(blocks)
+            out[blocks], sound[blocks] = quick(blocks, scratch)
             if blocks.start == 0 and not bool(sound[blocks].any()):
                 return self._exact._diagonal()
         unsound = (~sound).cpu()
@@ -107,36 +111,37 @@ class FisherBlocks(InverseOperator):
                 out[these] = self._of(these)._diagonal().reshape(-1, self._block)
         return out.flatten()
 
-    def _dual(self, blocks: slice) -> tuple[Tensor, Tensor]:
+    def _dual(self, blocks: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """Diagonals in float32, with K added up and factored in float64, and which of them rounding leaves sound."""
         N, count = self._rows.count, blocks.stop - blocks.start
         cut = spans(self._block, self._rows.dtype.itemsize * N * count)
-        K = torch.zeros(count, N, N, dtype=torch.float64, device=self.device)
+        product = scratch("a product", (count, N, N), self._rows.dtype)
+        K = scratch("K", (count, N, N), torch.float64)
         for columns in cut:
-            G = self._read(blocks, columns)
-            K += gram_triangles(G, torch.zeros(count, N, N, dtype=G.dtype, device=self.device))
+            gram_triangles(self._read(blocks, columns), product)
+            K.copy_(product) if columns.start == 0 else K.add_(product)
         scale = self.divisor * self.damping
-        factor, rounding = _factored(K, scale)
-        lower = factor.float()
+        factor, rounding = _factored(K, scale, scratch)
+        lower = product.copy_(factor)
         out = torch.empty(count, self._block, dtype=torch.float64, device=self.device)
         sound = rounding.isfinite()
         for columns in cut:
             G = self._read(blocks, columns)
-            x = ratios(G, scale)
-            left = unexplained(lower, G, x)
+            x = ratios(G, scale, scratch)
+            left = unexplained(lower, G, x, scratch)
             uncertain = uncertainty(G, x) + rounding[:, None] * (1 - left)
             sound &= (uncertain <= SINGLE_TOLERANCE * left).all(1)
             out[:, columns] = left / self.damping
         return out, sound
 
-    def _primal(self, blocks: slice) -> tuple[Tensor, Tensor]:
+    def _primal(self, blocks: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The same from F = λI + GᵀG/n."""
         G = self._read(blocks, slice(0, self._block))
-        factor, rounding = _factored((G.mT @ G).double() / self.divisor, self.damping)
-        return factor.square().sum(1), rounding <= SINGLE_TOLERANCE
+        factor, rounding = _factored((G.mT @ G).double() / self.divisor, self.damping, scratch)
+        return column_energies(factor, scratch), rounding <= SINGLE_TOLERANCE
 
 
-def _factored(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
+def _factored(gram: Tensor, shift: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
     """L⁻¹ of K = `gram` + `shift`·I = LLᵀ for a batch, and how far rounding of `gram` may have moved it.
 
     With E the rounding of a float32 product, |E_ij| ≤ 2u d_i d_j and d² the diagonal of `gram`, what K⁻¹ is changed
@@ -149,7 +154,9 @@ def _factored(gram: Tensor, shift: float) -> tuple[Tensor, Tensor]:
     """
     energies = gram.diagonal(dim1=1, dim2=2).clone()
     gram.diagonal(dim1=1, dim2=2).add_(shift)
-    factor, info = torch.linalg.cholesky_ex(gram)
-    inverse = triangular_inverse(factor)
-    rounding = roundoff(gram) * (inverse.square().sum(1) * energies).sum(1)
+    info = torch.empty(len(gram), dtype=torch.int32, device=gram.device)
+    factor = scratch("L", gram.shape, gram.dtype).mT
+    torch.linalg.cholesky_ex(gram, out=(factor, info))
+    inverse = triangular_inverse(factor, scratch("the inverse of L", gram.shape, gram.dtype))
+    rounding = roundoff(gram) * (column_energies(inverse, scratch) * energies).sum(1)
     return inverse, torch.where(info == 0, rounding, torch.nan)

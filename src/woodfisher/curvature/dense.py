@@ -27,20 +27,20 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     return factor
 
 
-def triangular_inverse(lower: Tensor) -> Tensor:
+def triangular_inverse(lower: Tensor, out: Tensor | None = None) -> Tensor:
     """L⁻¹ for a batch of lower triangular `(count, n, n)`, by halves: matrix products but for the leaves."""
+    out = torch.empty_like(lower) if out is None else out
     n = lower.shape[-1]
     if n <= _LEAF:
         eye = torch.eye(n, dtype=lower.dtype, device=lower.device).expand_as(lower)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        return out.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
     half = n // 2
-    top = triangular_inverse(lower[:, :half, :half])
-    bottom = triangular_inverse(lower[:, half:, half:])
-    inverse = torch.zeros_like(lower)
-    inverse[:, :half, :half] = top
-    inverse[:, half:, half:] = bottom
-    inverse[:, half:, :half] = -bottom @ (lower[:, half:, :half] @ top)
-    return inverse
+    top = triangular_inverse(lower[:, :half, :half], out[:, :half, :half])
+    bottom = triangular_inverse(lower[:, half:, half:], out[:, half:, half:])
+    out[:, :half, half:] = 0
+    corner = out[:, half:, :half]
+    torch.baddbmm(corner, bottom, lower[:, half:, :half] @ top, beta=0, alpha=-1, out=corner)
+    return out
 
 
 class DenseInverse(InverseOperator):

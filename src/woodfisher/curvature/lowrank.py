@@ -9,6 +9,7 @@ import torch
 
 from woodfisher.curvature.base import InverseOperator, energies, pieces, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
+from woodfisher.memory import Scratch
 from woodfisher.rows import Rows, as_rows, block_rows
 from woodfisher.triangles import column_energies, gram_triangles
 
@@ -21,17 +22,17 @@ SINGLE_TOLERANCE = 2e-4
 """Largest relative uncertainty of a diagonal entry that float32 products may leave."""
 
 
-def ratios(G: Tensor, scale: float) -> Tensor:
+def ratios(G: Tensor, scale: float, scratch: Scratch) -> Tensor:
     """x_i = ‖g_i‖²/(nλ), with nλ = `scale`: float64 `(count, B)`."""
-    return G.square().sum(1).double() / scale
+    return column_energies(G, scratch).double() / scale
 
 
-def unexplained(lower: Tensor, G: Tensor, x: Tensor) -> Tensor:
+def unexplained(lower: Tensor, G: Tensor, x: Tensor, scratch: Scratch) -> Tensor:
     """1 − ‖v_i‖² with V = L⁻¹G, from products in G's dtype: float64 `(count, B)`.
 
     The exact difference is at least 1/(1 + x_i): that bound keeps it positive.
     """
-    return torch.maximum(1 - column_energies(lower.to(G.dtype), G).double(), 1 / (1 + x))
+    return torch.maximum(1 - column_energies(G, scratch, lower.to(G.dtype)).double(), 1 / (1 + x))
 
 
 def uncertainty(G: Tensor, x: Tensor) -> Tensor:
@@ -158,22 +159,23 @@ class LowRankInverse(InverseOperator):
 
     def _diagonal(self) -> Tensor:
         out = torch.empty(self._shape[0], self._shape[2], dtype=torch.float64, device=self.device)
+        scratch = Scratch(self.device)
         for blocks, cut in pieces(*self._shape):
             for columns in cut:
-                out[blocks, columns] = self._unexplained(blocks, columns)
+                out[blocks, columns] = self._unexplained(blocks, columns, scratch)
         return out.div_(self.damping).flatten()
 
-    def _unexplained(self, blocks: slice, columns: slice) -> Tensor:
+    def _unexplained(self, blocks: slice, columns: slice, scratch: Scratch) -> Tensor:
         """1 − ‖v_i‖² for a piece, from float32 products where rounding leaves it certain enough, else float64."""
         G = block_rows(self._rows, self._shape[2], blocks, columns)
-        factor, x = self._factor[blocks], ratios(G, self.divisor * self.damping)
+        factor, x = self._factor[blocks], ratios(G, self.divisor * self.damping, scratch)
         if G.dtype == torch.float32:
             uncertain = uncertainty(G, x)
             if uncertain.max() <= SINGLE_TOLERANCE:
-                left = unexplained(factor, G, x)
+                left = unexplained(factor, G, x, scratch)
                 if (uncertain <= SINGLE_TOLERANCE * left).all():
                     return left
-        return unexplained(factor, G.double(), x)
+        return unexplained(factor, G.double(), x, scratch)
 
     def _submatrices(self, index: Tensor) -> Tensor:
         _, N, B = self._shape
