@@ -316,7 +316,7 @@ def test_a_stage_trusted_too_far_is_taken_back_and_split():
     run = adaptive(objective, method, stream.hold_out(12), stream, False)
     (passed,) = run.passing([4])
     taken_back = [i for i, stage in enumerate(passed.stages) if not stage.accepted]
-    assert taken_back == [0, 2]
+    assert taken_back == [0, 3, 4]
     for i in taken_back:
         again = passed.stages[i + 1]
         assert again.sparsity < passed.stages[i].sparsity
@@ -561,7 +561,8 @@ def test_damping_follows_the_curvature_where_a_network_fits_its_samples():
     report = wf.prune(model, data, cross_entropy, 0.9, first_order=False, stages=stages)
     dampings = [stage.damping for stage in report.stages if stage.damping is not None]
     assert max(dampings) > 1000 * dampings[0]
-    assert sum(stage.damping is not None for stage in report.stages) > 0.9 * len(report.stages)
+    assert sum(stage.damping is not None for stage in report.stages) > 0.8 * len(report.stages)
+    assert sum(stage.measured for stage in report.stages if stage.accepted) < 0.2
 
 
 @pytest.mark.filterwarnings("ignore:40.10%")
@@ -596,11 +597,28 @@ def test_the_prediction_is_the_quadratic_model_without_damping(first_order):
     stream = Stream(objective.data)
     run = adaptive(objective, METHOD, stream.hold_out(12), stream, first_order)
     run._renew()
-    step = run._try(run._ranking(30), 30)
+    step = run._try(run._ranking(6), 6)
     moved = run._full(step.candidate.weights, step.keep) - run.weights
     curvature = run.fisher.inverse(1.0).forward(moved) - moved
     expected = float(moved @ curvature) / 2 + first_order * float(run.gradient @ moved)
     assert step.stage.predicted == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_gradient_that_misleads_the_ranking_is_left_out_of_it():
+    """Here it would have a step bring the largest weights to zero, as noise may."""
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    stream = Stream(objective.data)
+    run = adaptive(objective, METHOD, stream.hold_out(12), stream, True)
+    run._renew()
+    ranking = run._ranking(6)
+    largest = run.weights.abs() >= run.weights.abs().topk(6).values[-1]
+    run.gradient = run.fisher.inverse(ranking.damping).forward(run.weights * largest)
+    done = []
+    step = run._stage(6, False, done)
+    assert [stage.accepted for stage in done] == [False, True]
+    assert done[1].measured < done[0].measured
+    assert not run._try(run._ranking(6), 6).keep[largest].any()
+    assert step.keep[largest].sum() > 3
 
 
 @pytest.mark.filterwarnings("ignore:400 samples were asked for")

@@ -63,13 +63,14 @@ class Adaptive:
     `samples` counts those of all stages, and a row averages `group` of them (fewer where the data would not fill
     the window otherwise). Each stage removes weights and moves the rest to the minimum of the quadratic model, at
     several dampings; what has the lowest loss on the held-out samples is taken. A stage that raises that loss by
-    far more than predicted is taken back and split in two, and those that follow are no larger until one goes easily.
+    far more than predicted is taken back, tried with weights ranked where they stand if the gradient took part in
+    that, and then split in two; those that follow are no larger until one goes easily.
 
     Attributes
     ----------
     stages:
-        Planned stages; splits may add as many again. Where samples are few, a third of them is planned for the run
-        without the gradient.
+        Planned stages; splits may add as many again, in proportion to the way gone. Where samples are few, a third
+        of them is planned for the run without the gradient.
     window:
         Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be more
         than about a second on two cores, or where the data has not as many or the memory no room for them.
@@ -119,11 +120,14 @@ class _Step:
 
     Attributes
     ----------
+    removed:
+        How much it was to remove.
     strain:
         The rise by what it may be; above 1 the quadratic was trusted too far.
     """
 
     candidate: _Candidate
+    removed: int
     keep: Tensor
     fisher: RunningFisher
     stage: Stage
@@ -208,7 +212,7 @@ class AdaptiveRun:
         self.objective, self.method, self.selection = objective, method, selection
         self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
         self.course, self.stream, self.first_order = course, stream, course.first_order
-        self._held_out, self.loss = held_out, loss
+        self._held_out, self.loss, self._dense = held_out, loss, loss
         self.weights = objective.weights[objective.kept].double()
         self._next_rows = course.rows
         self.fisher = RunningFisher(
@@ -223,32 +227,52 @@ class AdaptiveRun:
         """Prune through each amount in `targets`, largest first; yield there."""
         path = through(self._left, targets, self.course.stages, self.options.pace)
         done: list[Stage] = []
-        planned, spare = len(path), self.options.stages
+        planned, added = len(path), 0
         trusted = self._left
         while path:
-            report_progress("stages", planned - len(path), planned)
+            passed = planned - len(path)
+            report_progress("stages", passed, planned)
             self._renew()
-            ranking = self._ranking(path[0])
             whole = self._left - path[0]
-            removed = min(whole, trusted) if spare else whole
-            step = self._try(ranking, self._left - removed)
-            while step.strain > 1 and removed > 1 and spare:
-                done.append(replace(step.stage, accepted=False))
-                removed //= 2
-                trusted = removed
-                del step  # the rows that it holds
-                step = self._try(ranking, self._left - removed)
-            done.append(step.stage)
+            may_split = added < self.options.stages * (passed + 1) // planned
+            asked = min(whole, trusted) if may_split else whole
+            step = self._stage(asked, may_split, done)
             self._accept(step)
+            if step.removed < asked:
+                trusted = step.removed
             if step.strain < _EASE:
                 trusted *= 2
-            if removed < whole:
-                spare -= 1
+            if step.removed < whole:
+                added += 1
                 continue
             amount = path.pop(0)
             if amount in targets:
                 yield self._finished(tuple(done))
         report_progress("stages", planned, planned)
+
+    def _stage(self, removed: int, may_split: bool, done: list[Stage]) -> _Step:
+        """Remove as many, or as few of them as the quadratic can be trusted with; note in `done` what was tried.
+
+        What the gradient of few samples would bring to zero is not always what can be spared. So where such a
+        ranking leads too far, weights are ranked where they stand, before fewer of them are removed.
+        """
+        ranking = self._ranking(removed)
+        step = self._try(ranking, removed)
+        if step.strain > 1 and removed and self.first_order:
+            done.append(replace(step.stage, accepted=False))
+            loss = step.candidate.loss
+            del step  # the rows that it holds
+            other = self._ranking(removed, ahead=False)
+            step = self._try(other, removed)
+            if step.candidate.loss < loss:
+                ranking = other
+        while step.strain > 1 and removed > 1 and may_split:
+            done.append(replace(step.stage, accepted=False))
+            removed //= 2
+            del step  # the rows that it holds
+            step = self._try(ranking, removed)
+        done.append(step.stage)
+        return step
 
     @property
     def _left(self) -> int:
@@ -272,27 +296,31 @@ class AdaptiveRun:
             mean = fresh.gradient(samples)[self.objective.kept]
         self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
 
-    def _ranking(self, amount: int) -> _Ranking:
-        """What each weight costs, if the stage is to remove any on the way to `amount`."""
+    def _ranking(self, removed: int, *, ahead: bool = True) -> _Ranking:
+        """What each weight costs, if any are to go: with the gradient where it leads to, if `ahead`, or where it is."""
         carried = None if self._damping is None else self._damping * self._scale
         damping = self._absolute() or carried or self._likely_damping()
-        if amount >= self._left:
+        if not removed:
             return _Ranking(damping, None)
         with phase("saliency"):
             finv, damping = self._inverse(self.fisher, damping)
-            point = newton_point(self.weights, self.gradient, finv) if self.first_order else self.weights
+            point = (
+                newton_point(self.weights, self.gradient, finv)
+                if self.first_order and ahead
+                else self.weights
+            )
             kept = self.objective.kept
             scores = self.selection.scores(self._full(point, kept), _lifted(finv, kept, damping))
         return _Ranking(damping, scores)
 
-    def _try(self, ranking: _Ranking, amount: int) -> _Step:
-        """Propose a stage down to `amount` in several ways and choose on the held-out samples."""
+    def _try(self, ranking: _Ranking, removed: int) -> _Step:
+        """Propose a stage that removes as many in several ways and choose on the held-out samples."""
         first, damping = self._damping is None, ranking.damping
         gradient, kept = self.gradient, self.objective.kept
         keep = kept
         if ranking.scores is not None:
             with phase("saliency"):
-                keep = self.selection.best(ranking.scores, kept, amount)
+                keep = self.selection.best(ranking.scores, kept, self._left - removed)
         stay = keep[kept]
         with phase("update"):
             rest = self.fisher.restricted(stay)
@@ -329,10 +357,10 @@ class AdaptiveRun:
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        allowed = 2 * max(predicted, 0) + 0.1 * self.loss
+        allowed = 2 * max(predicted, 0) + 0.1 * max(self.loss, self._dense)
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
-        return _Step(best, keep, rest, stage, strain)
+        return _Step(best, removed, keep, rest, stage, strain)
 
     def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
         """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""

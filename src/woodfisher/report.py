@@ -61,7 +61,7 @@ class Stage:
     first_order:
         Whether the gradient counted.
     accepted:
-        False where it was taken back, to be tried again with half of the removals.
+        False where it was taken back, to be tried again with other weights, or with half as many.
     """
 
     sparsity: float

@@ -254,7 +254,7 @@ def taken_back_section(runs: Sequence[Run], note: str = "") -> Section:
     ]
     text = (
         f"{note}{len(rows)} of {sum(len(run.changes) for run in checked)} stages raised the held-out loss by far more "
-        "than predicted. Each was taken back and tried again with half of the removals."
+        "than predicted. Each was taken back and tried again with other weights, or with half as many."
     )
     table = Table(
         "Stages that were taken back",
