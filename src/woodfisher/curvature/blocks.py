@@ -119,7 +119,10 @@ class FisherBlocks(InverseOperator):
         K = scratch("K", (count, N, N), torch.float64)
         for columns in cut:
             gram_triangles(self._read(blocks, columns), product)
-            K.copy_(product) if columns.start == 0 else K.add_(product)
+            if columns.start == 0:
+                K.copy_(product)
+            else:
+                K += product
         scale = self.divisor * self.damping
         factor, rounding = _factored(K, scale, scratch)
         lower = product.copy_(factor)
