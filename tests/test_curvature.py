@@ -426,3 +426,22 @@ def test_products_with_no_columns_and_blocks_of_no_weights():
 def test_what_an_operator_can_not_take_is_refused(call, says):
     with pytest.raises(wf.WoodfisherError, match=says):
         call(DiagonalInverse(torch.ones(3)))
+
+
+def test_scratch_is_handed_out_again():
+    scratch = Scratch(torch.device("cpu"))
+    first = scratch("a", (2, 3), torch.float32)
+    assert scratch("a", (3, 2), torch.float32).data_ptr() == first.data_ptr()
+    others = scratch("b", (2, 3), torch.float32), scratch("a", (2, 3), torch.float64)
+    assert len({each.data_ptr() for each in (first, *others)}) == 3
+    larger = scratch("a", (4, 3), torch.float32)
+    assert larger.shape == (4, 3) and larger.is_contiguous() and larger.dtype == torch.float32
+    assert scratch("a", (2, 3), torch.float32).data_ptr() == larger.data_ptr()
+
+
+@pytest.mark.parametrize(("threads", "each"), [(1, 5), (2, 4), (3, 3), (8, 5)])
+def test_groups_of_blocks_are_shared_out_evenly(monkeypatch, threads, each):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    groups = base.spans(12, base.WORKSPACE // 5, by_threads=True)
+    assert [i for group in groups for i in range(12)[group]] == list(range(12))
+    assert {group.stop - group.start for group in groups[:-1]} == {each}
