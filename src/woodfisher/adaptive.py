@@ -212,7 +212,7 @@ class AdaptiveRun:
         self.objective, self.method, self.selection = objective, method, selection
         self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
         self.course, self.stream, self.first_order = course, stream, course.first_order
-        self._held_out, self.loss, self._dense = held_out, loss, loss
+        self._held_out, self.loss, self._first_loss = held_out, loss, loss
         self.weights = objective.weights[objective.kept].double()
         self._next_rows = course.rows
         self.fisher = RunningFisher(
@@ -259,13 +259,17 @@ class AdaptiveRun:
         ranking = self._ranking(removed)
         step = self._try(ranking, removed)
         if step.strain > 1 and removed and self.first_order:
-            done.append(replace(step.stage, accepted=False))
-            loss = step.candidate.loss
+            worse, loss = step.stage, step.candidate.loss
             del step  # the rows that it holds
             other = self._ranking(removed, ahead=False)
             step = self._try(other, removed)
             if step.candidate.loss < loss:
                 ranking = other
+            elif removed == 1 or not may_split:
+                worse = step.stage
+                del step
+                step = self._try(ranking, removed)
+            done.append(replace(worse, accepted=False))
         while step.strain > 1 and removed > 1 and may_split:
             done.append(replace(step.stage, accepted=False))
             removed //= 2
@@ -357,7 +361,7 @@ class AdaptiveRun:
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        allowed = 2 * max(predicted, 0) + 0.1 * max(self.loss, self._dense)
+        allowed = 2 * max(predicted, 0) + 0.1 * max(self.loss, self._first_loss)
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
         return _Step(best, removed, keep, rest, stage, strain)
