@@ -98,10 +98,11 @@ class Adaptive:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """Where a stage begins: the damping that weights are ranked at, and their scores, if any are to go."""
+    """Where a stage begins: the damping that weights are ranked at, and F⁻¹ with their scores, if any are to go."""
 
     damping: float
-    scores: Tensor | None
+    finv: InverseOperator | None = None
+    scores: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ class AdaptiveRun:
         if step.strain > 1 and removed and self.first_order:
             worse, loss = step.stage, step.candidate.loss
             del step  # the rows that it holds
-            other = self._ranking(removed, ahead=False)
+            other = self._ranked(ranking, self.weights)
             step = self._try(other, removed)
             if step.candidate.loss < loss:
                 ranking = other
@@ -300,22 +301,23 @@ class AdaptiveRun:
             mean = fresh.gradient(samples)[self.objective.kept]
         self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
 
-    def _ranking(self, removed: int, *, ahead: bool = True) -> _Ranking:
-        """What each weight costs, if any are to go: with the gradient where it leads to, if `ahead`, or where it is."""
+    def _ranking(self, removed: int) -> _Ranking:
+        """What each weight costs, if any are to go: where the gradient leads to, if it takes part."""
         carried = None if self._damping is None else self._damping * self._scale
         damping = self._absolute() or carried or self._likely_damping()
         if not removed:
-            return _Ranking(damping, None)
+            return _Ranking(damping)
         with phase("saliency"):
             finv, damping = self._inverse(self.fisher, damping)
-            point = (
-                newton_point(self.weights, self.gradient, finv)
-                if self.first_order and ahead
-                else self.weights
-            )
-            kept = self.objective.kept
-            scores = self.selection.scores(self._full(point, kept), _lifted(finv, kept, damping))
-        return _Ranking(damping, scores)
+            point = newton_point(self.weights, self.gradient, finv) if self.first_order else self.weights
+        return self._ranked(_Ranking(damping, _lifted(finv, self.objective.kept, damping)), point)
+
+    def _ranked(self, ranking: _Ranking, point: Tensor) -> _Ranking:
+        """The same with what each weight costs at `point`."""
+        assert ranking.finv is not None
+        with phase("saliency"):
+            scores = self.selection.scores(self._full(point, self.objective.kept), ranking.finv)
+        return replace(ranking, scores=scores)
 
     def _try(self, ranking: _Ranking, removed: int) -> _Step:
         """Propose a stage that removes as many in several ways and choose on the held-out samples."""
