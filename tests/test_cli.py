@@ -5,14 +5,19 @@ import json
 import math
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import save_file
 
 from woodfisher.cli import main
+from woodfisher.cli.prune import _stages
 from woodfisher.method import METHODS
+from woodfisher.report import Stage
 from woodfisher.saved import read
 from woodfisher.tasks import load_task
 
@@ -263,6 +268,23 @@ def test_stages_that_adapt_show_what_they_predicted_and_measured(folder, capsys)
     report = json.loads((folder / "out" / "report.json").read_text())
     assert report["method"]["curvature"]["damping"] == {"factor": 2.0}
     assert all(stage["measured"] is not None for stage in report["stages"])
+
+
+def test_of_many_stages_a_few_are_shown_with_the_tries_taken_back_before_each():
+    def stage(number, measured=0.25, accepted=True):
+        return Stage(number / 100, 1.5e-7, measured, damping=0.01, first_order=False, accepted=accepted)
+
+    stages = [stage(n) for n in range(1, 23)]
+    stages[3:3] = [stage(8, 3.0, accepted=False), stage(6, 2.0, accepted=False)]
+    report = SimpleNamespace(stages=stages, method={"stages": {"stages": 22}})
+    console = Console(file=StringIO(), width=100)
+    console.print(_stages(report))
+    shown = console.file.getvalue()
+    rows = [line.split("│")[1:-1] for line in shown.splitlines() if "%" in line]
+    assert "22 stages, 2 tries taken back" in shown
+    assert [row[0].strip() for row in rows] == [f"{n}.0%" for n in range(2, 23, 2)]
+    assert [row[5].strip() for row in rows] == ["", "2", *[""] * 9]
+    assert {(row[1].strip(), row[2].strip()) for row in rows} == {("+1.5e-07", "+0.25")}
 
 
 @pytest.mark.filterwarnings("ignore:every weight of")

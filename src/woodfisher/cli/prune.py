@@ -210,26 +210,34 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
 
 
 def _stages(report: Report) -> Table:
-    """Predicted and measured change of the loss side by side: every stage taken back, and a few of the others."""
-    taken_back = sum(not stage.accepted for stage in report.stages)
+    """Predicted and measured change of the loss side by side, of a few stages."""
     adapt = isinstance(report.method["stages"], dict)
     where = "held-out samples" if adapt else "samples of the rows"
-    count = f"{len(report.stages)} stage{'s' * (len(report.stages) > 1)}"
-    table = Table(title=f"{count}, {taken_back} taken back: change of the loss ({where})")
-    for column in ("sparsity", "predicted", "measured", "damping", "gradient", ""):
+    accepted = sum(stage.accepted for stage in report.stages)
+    count = f"{accepted} stage{'s' * (accepted > 1)}"
+    table = Table(
+        title=f"{count}, {len(report.stages) - accepted} tries taken back: change of the loss ({where})"
+    )
+    for column in ("sparsity", "predicted", "measured", "damping", "gradient", "taken back before"):
         table.add_column(column, justify="right")
-    every = -(-len(report.stages) // SHOWN_STAGES)
+    every = -(-accepted // SHOWN_STAGES)
     if every > 1:
-        table.caption = f"one in {every}, those taken back and the last; report.json has all"
-    for number, stage in enumerate(report.stages, 1):
-        if stage.accepted and number % every and number != len(report.stages):
+        table.caption = f"one in {every} and the last; report.json has all"
+    number = taken_back = 0
+    for stage in report.stages:
+        if not stage.accepted:
+            taken_back += 1
+            continue
+        number += 1
+        if number % every and number != accepted:
             continue
         table.add_row(
             f"{stage.sparsity:.1%}",
-            "" if stage.predicted is None else f"{stage.predicted:+.4f}",
-            "" if stage.measured is None else f"{stage.measured:+.4f}",
+            "" if stage.predicted is None else f"{stage.predicted:+.2g}",
+            "" if stage.measured is None else f"{stage.measured:+.2g}",
             f"{stage.damping:.3g}" if stage.damping else "weights stay" if adapt else "",
             "yes" if stage.first_order else "no",
-            "" if stage.accepted else "taken back",
+            f"{taken_back}" if taken_back else "",
         )
+        taken_back = 0
     return table
