@@ -585,7 +585,7 @@ def test_layers_that_are_called_by_keyword_can_be_sparse():
 
 
 def test_layers_that_cannot_be_sparse_here_are_refused():
-    encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), params=["linear*.weight"])
     with pytest.raises(wf.WoodfisherError, match="belongs to a TransformerEncoderLayer"):
         to_sparse(encoder, ["linear1"])
     with pytest.raises(wf.WoodfisherError, match="the model is in bfloat16"):
@@ -600,7 +600,7 @@ def test_a_sparse_file_takes_the_dtype_of_the_network(tmp_path):
 
 
 def test_layers_that_cannot_be_sparse_are_neither_measured_nor_loaded(tmp_path):
-    encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
+    encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), params=["linear*.weight"])
     encoder.train()
     assert measure_layers(encoder, torch.randn(2, 5, 16)) == []
     with pytest.raises(wf.WoodfisherError, match=r"the layer 'no\.where' must be a plain Linear"):

@@ -78,7 +78,7 @@ class Objective:
         Patterns (as in a shell: `encoder.*`, `*.weight`) of parameter names, or of names of modules that
         hold them. Default: the weights of Linear layers (transformers' Conv1D among them) and of convolutions; no
         biases, no norms, and not the packed weights of attention and recurrent layers (`in_proj_weight`,
-        `weight_ih_l0`, ...), which patterns choose.
+        `weight_ih_l0`, ...), which patterns choose; a warning names what is left out.
     exclude:
         Patterns of what to leave out.
     sampler:

@@ -113,15 +113,27 @@ def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Par
             f"the weights of {', '.join(computed[:4])} are parametrized (by weight_norm, say), so that zeros in the "
             "parameters need not be zeros there: they are left dense. Name them with params= to prune them anyway."
         )
+    packed = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
+        for p in module.parameters(recurse=False)
+        if p.ndim > 1
+    }
+    _warn_of_dense("of attention and recurrent layers are", [n for n, p in named.items() if id(p) in packed])
     trained = {name: p for name, p in weights.items() if p.requires_grad}
     if trained and len(trained) < len(weights):
-        frozen = [name for name in weights if name not in trained]
-        warn(
-            f"{len(frozen)} weights are frozen and left dense ({', '.join(frozen[:4])}"
-            f"{', …' if len(frozen) > 4 else ''}): name them with params= to prune them too."
-        )
+        _warn_of_dense("are frozen and", [name for name in weights if name not in trained])
         return trained
     return weights
+
+
+def _warn_of_dense(why: str, names: Sequence[str]) -> None:
+    if names:
+        warn(
+            f"{len(names)} weights {why} left dense ({', '.join(names[:4])}"
+            f"{', …' if len(names) > 4 else ''}): name them with params= to prune them too."
+        )
 
 
 def _matching(
