@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,7 +19,7 @@ from woodfisher.isolation import move_on
 from woodfisher.normalisation import recalibrated
 from woodfisher.report import Stage
 from woodfisher.saliency import newton_point
-from woodfisher.schedule import through
+from woodfisher.schedule import through, with_rests
 from woodfisher.watch import phase, report_progress
 from woodfisher.window import known_samples, window_for
 
@@ -42,11 +43,17 @@ _FACTOR = 3.0
 _FIRST_POWERS = {True: range(10), False: range(-1, 2)}
 """Powers of that ratio tried at the first stage, with and without the gradient, around what held-out rows say."""
 
-_MOST_DAMPING = {True: 3.0, False: 81.0}
+_MOST_DAMPING = {True: 27.0, False: math.inf}
 """How many times what was best at the first stage the damping may grow to, both relative to the mean curvature then:
 with the gradient a smaller step is almost always better for the next stage alone, and too small for those that follow.
 It may fall as far as held-out samples like it to: what is removed leads away from the optimum, where a step was mostly
 noise."""
+
+_MOVES = 4
+"""Parts in which the rows of a stage come, if the gradient has a part: after each the kept weights move."""
+
+_RISE = 0.1
+"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -113,6 +120,14 @@ class _Candidate:
     loss: float
     damping: float
     moved: bool = True
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """What moving the kept weights while rows came was predicted to change the loss by, and did."""
+
+    predicted: float = 0.0
+    measured: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -222,11 +237,14 @@ class AdaptiveRun:
         self.gradient = torch.zeros_like(self.weights)
         self._weight = 0.0
         self._damping: float | None = None
-        self._most_damping = 0.0
+        self._most: float | None = None
+        self._moved = _Moved()
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
-        path = through(self._left, targets, self.course.stages, self.options.pace)
+        resting = self.course.stages // 3 if self.first_order else 0
+        path = through(self._left, targets, self.course.stages - 2 * resting, self.options.pace)
+        path = with_rests(path, self._left, targets, resting)
         done: list[Stage] = []
         planned, added = len(path), 0
         trusted = self._left
@@ -241,13 +259,13 @@ class AdaptiveRun:
             self._accept(step)
             if step.removed < asked:
                 trusted = step.removed
-            if step.strain < _EASE:
+            if step.removed and step.strain < _EASE:
                 trusted *= 2
             if step.removed < whole:
                 added += 1
                 continue
             amount = path.pop(0)
-            if amount in targets:
+            if amount in targets and amount not in path:
                 yield self._finished(tuple(done))
         report_progress("stages", planned, planned)
 
@@ -284,27 +302,52 @@ class AdaptiveRun:
         return self.selection.amount(self.objective.kept)
 
     def _renew(self) -> None:
-        """Take new rows, and their mean into the averaged gradient."""
-        index = self.objective.kept.nonzero().squeeze(1)
-        columns = None if len(index) == len(self.objective.kept) else index
-        samples = self._next_rows * self.course.group
-        self._next_rows = self.course.renewed
+        """Take new rows, and their mean into the averaged gradient; the kept weights move as they come."""
         if self.curvature.labels == "model":
             move_on()
-        fresh = self.objective.on(self.stream.draw(samples))
-        rows = fresh.rows(samples, group=self.course.group, labels=self.curvature.labels, columns=columns)
+        parts, finv = 1, None
+        if self.first_order and self._damping is not None:
+            parts, (finv, _) = _MOVES, self._inverse(self.fisher, self._current_damping())
+        weights, objective, predicted = self.weights, self.objective, 0.0
+        came = []
+        for count in _shares(self._next_rows, parts):
+            came.append(self._gathered(count))
+            if finv is not None:
+                step = finv @ (self.gradient / -parts)
+                predicted += self._predicted(step)
+                self.weights = self.weights + step
+                self.objective = self._objective_at(self.weights, self.objective.kept)
+                self._weight *= self.options.momentum ** (1 / parts)
+        self._next_rows = self.course.renewed
         with phase("curvature"):
-            self.fisher.add(rows)
-            self._weight += len(rows)
+            for rows in came:
+                self.fisher.add(rows)
+        self._moved = _Moved()
+        if finv is not None:
+            loss = self._loss_at(self.weights, self.objective.kept)
+            if loss - self.loss > self._bearable:
+                self.weights, self.objective = weights, objective
+            else:
+                self._moved = _Moved(predicted, loss - self.loss)
+                self.loss = loss
+
+    def _gathered(self, count: int) -> Tensor:
+        """So many new rows, whose mean is taken into the averaged gradient."""
+        index = self.objective.kept.nonzero().squeeze(1)
+        columns = None if len(index) == len(self.objective.kept) else index
+        samples, group, labels = count * self.course.group, self.course.group, self.curvature.labels
+        fresh = self.objective.on(self.stream.draw(samples))
+        rows = fresh.rows(samples, group=group, labels=labels, columns=columns)
+        self._weight += len(rows)
         mean = rows.mean(0)
-        if self.first_order and self.curvature.labels == "model":  # rows of drawn targets have a mean of zero
+        if self.first_order and labels == "model":  # rows of drawn targets have a mean of zero
             mean = fresh.gradient(samples)[self.objective.kept]
         self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
+        return rows
 
     def _ranking(self, removed: int) -> _Ranking:
         """What each weight costs, if any are to go: where the gradient leads to, if it takes part."""
-        carried = None if self._damping is None else self._damping * self._scale
-        damping = self._absolute() or carried or self._likely_damping()
+        damping = self._current_damping()
         if not removed:
             return _Ranking(damping)
         with phase("saliency"):
@@ -344,7 +387,8 @@ class AdaptiveRun:
         tried = [candidate(choice) for choice in self._dampings(damping, first)]
         best = min(tried, key=lambda c: c.loss)
         if not best.loss <= _TOLERANCE * self.loss:
-            plain = _Candidate(start, self._loss_at(start, keep), damping * _FACTOR, moved=False)
+            larger = min(damping * _FACTOR, self._most_damping)
+            plain = _Candidate(start, self._loss_at(start, keep), larger, moved=False)
             best = min(best, plain, key=lambda c: c.loss)
         if not math.isfinite(best.loss):
             raise WoodfisherError(
@@ -353,20 +397,28 @@ class AdaptiveRun:
             )
         step = gone.clone()
         step[stay] = best.weights - start
-        predicted = float(step @ self.fisher.pull(step) / 2)
-        if self.first_order:
-            predicted += float(gradient @ step)
+        predicted = self._predicted(step)
         stage = Stage(
             sparsity=1 - int(keep.sum()) / self.objective.layout.size,
-            predicted=predicted,
-            measured=best.loss - self.loss,
+            predicted=self._moved.predicted + predicted,
+            measured=self._moved.measured + best.loss - self.loss,
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        allowed = 2 * max(predicted, 0) + 0.1 * max(self.loss, self._first_loss)
+        allowed = 2 * max(predicted, 0) + self._bearable
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
         return _Step(best, removed, keep, rest, stage, strain)
+
+    def _predicted(self, step: Tensor) -> float:
+        """Change of the loss that the quadratic model expects of a step of the kept weights."""
+        linear = float(self.gradient @ step) if self.first_order else 0.0
+        return linear + float(step @ self.fisher.pull(step)) / 2
+
+    @property
+    def _bearable(self) -> float:
+        """Rise of the loss that nobody has to predict."""
+        return _RISE * max(self.loss, self._first_loss)
 
     def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
         """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
@@ -384,8 +436,17 @@ class AdaptiveRun:
             return [damping]
         if first:
             return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
-        most = self._most_damping * self._scale
-        return list(dict.fromkeys([damping, damping / _FACTOR, min(damping * _FACTOR, most)]))
+        return list(dict.fromkeys([damping, damping / _FACTOR, min(damping * _FACTOR, self._most_damping)]))
+
+    @property
+    def _most_damping(self) -> float:
+        """What the damping may grow to."""
+        return math.inf if self._most is None else self._most * self._scale
+
+    def _current_damping(self) -> float:
+        """λ as it was given, as it was best at the last stage, or as held-out rows find it likeliest."""
+        carried = None if self._damping is None else self._damping * self._scale
+        return self._absolute() or carried or self._likely_damping()
 
     @property
     def _scale(self) -> float:
@@ -408,7 +469,8 @@ class AdaptiveRun:
     def _accept(self, step: _Step) -> None:
         candidate, keep = step.candidate, step.keep
         self._damping = candidate.damping / self._scale
-        self._most_damping = self._most_damping or self._damping * _MOST_DAMPING[self.first_order]
+        if self._most is None:
+            self._most = self._damping * _MOST_DAMPING[self.first_order]
         self.gradient = self.gradient[keep[self.objective.kept]]
         self.fisher = step.fisher
         self.weights, self.loss = candidate.weights, candidate.loss
@@ -456,6 +518,16 @@ def _by_magnitude(
         loss = _loss_on(held_out, pruned)
         stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - dense)
         yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
+
+
+def _shares(count: int, parts: int) -> list[int]:
+    """`count` in as many nearly equal parts, but for empty ones.
+
+    >>> _shares(10, 4), _shares(2, 4)
+    ([2, 3, 2, 3], [1, 1])
+    """
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [stop - start for start, stop in pairwise(bounds) if stop > start]
 
 
 def _loss_on(held_out: Sequence[Batch], objective: Objective) -> float:
