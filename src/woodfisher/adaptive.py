@@ -302,34 +302,34 @@ class AdaptiveRun:
         return self.selection.amount(self.objective.kept)
 
     def _renew(self) -> None:
-        """Take new rows, and their mean into the averaged gradient; the kept weights move as they come."""
+        """Take new rows, and their mean into the averaged gradient, by which the kept weights move as they come."""
         if self.curvature.labels == "model":
             move_on()
-        parts, finv = 1, None
-        if self.first_order and self._damping is not None:
-            parts, (finv, _) = _MOVES, self._inverse(self.fisher, self._current_damping())
-        weights, objective, predicted = self.weights, self.objective, 0.0
-        came = []
-        for count in _shares(self._next_rows, parts):
+        moves = _MOVES if self.first_order and self._damping is not None else 0
+        finv = self._inverse(self.fisher, self._current_damping())[0] if moves else None
+        self._moved, came = _Moved(), []
+        for count in _shares(self._next_rows, max(moves, 1)):
             came.append(self._gathered(count))
-            if finv is not None:
-                step = finv @ (self.gradient / -parts)
-                predicted += self._predicted(step)
-                self.weights = self.weights + step
-                self.objective = self._objective_at(self.weights, self.objective.kept)
-                self._weight *= self.options.momentum ** (1 / parts)
+            if finv is not None and not self._move(finv, 1 / moves):
+                finv = None
         self._next_rows = self.course.renewed
         with phase("curvature"):
             for rows in came:
                 self.fisher.add(rows)
-        self._moved = _Moved()
-        if finv is not None:
-            loss = self._loss_at(self.weights, self.objective.kept)
-            if loss - self.loss > self._bearable:
-                self.weights, self.objective = weights, objective
-            else:
-                self._moved = _Moved(predicted, loss - self.loss)
-                self.loss = loss
+
+    def _move(self, finv: InverseOperator, share: float) -> bool:
+        """Move the kept weights by a share of the way to the Newton point, unless that raises the loss."""
+        with phase("update"):
+            step = finv @ (self.gradient * -share)
+            weights, predicted = self.weights + step, self._predicted(step)
+        loss = self._loss_at(weights, self.objective.kept)
+        if loss - self.loss > share * self._bearable:
+            return False
+        self._moved = _Moved(self._moved.predicted + predicted, self._moved.measured + loss - self.loss)
+        self.weights, self.loss = weights, loss
+        self.objective = self._objective_at(weights, self.objective.kept)
+        self._weight *= self.options.momentum**share
+        return True
 
     def _gathered(self, count: int) -> Tensor:
         """So many new rows, whose mean is taken into the averaged gradient."""

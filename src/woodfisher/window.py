@@ -34,8 +34,8 @@ CANDIDATES = 10
 
 _BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
 
-LOSSES = 4
-"""Times that a stage usually asks for the loss on the held-out samples."""
+LOSSES = 7
+"""Times that a stage usually asks for the loss on the held-out samples, with the gradient."""
 
 _FEWER_STAGES, _FEWER_ROWS = 3, 2
 """Where data is few: what stages are divided by without the gradient, of which more bring little, and rows with it."""
