@@ -73,6 +73,9 @@ class Adaptive:
     far more than predicted is taken back, tried with weights ranked where they stand if the gradient took part in
     that, and then split in two; those that follow are no larger until one goes easily.
 
+    With the gradient the kept weights also move while a stage's rows come. A third of the stages does so before
+    anything is removed, and another third after the sparsities that are asked for.
+
     Attributes
     ----------
     stages:
@@ -242,7 +245,7 @@ class AdaptiveRun:
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
-        resting = self.course.stages // 3 if self.first_order else 0
+        resting = self.course.resting
         path = through(self._left, targets, self.course.stages - 2 * resting, self.options.pace)
         path = with_rests(path, self._left, targets, resting)
         done: list[Stage] = []

@@ -34,8 +34,8 @@ CANDIDATES = 10
 
 _BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
 
-LOSSES = 7
-"""Times that a stage usually asks for the loss on the held-out samples, with the gradient."""
+LOSSES = {True: 7, False: 4}
+"""Times that a stage usually asks for the loss on the held-out samples, with and without the gradient."""
 
 _FEWER_STAGES, _FEWER_ROWS = 3, 2
 """Where data is few: what stages are divided by without the gradient, of which more bring little, and rows with it."""
@@ -62,6 +62,11 @@ class Course:
     rows: int
     group: int
     renewed: int
+
+    @property
+    def resting(self) -> int:
+        """Stages that remove nothing, with the gradient: as many before anything is removed, and after targets."""
+        return self.stages // 3 if self.first_order else 0
 
     @property
     def samples(self) -> int:
@@ -105,13 +110,15 @@ class Window(Needs):
 
     def timed(self, objective: Objective, machine: Machine) -> Window:
         """The same window with the time that it takes on a machine."""
-        stages = sum(course.stages for course in self.courses)
-        flops = sum(2 * c.rows * (c.rows + c.renewed) * self.weights * c.stages for c in self.courses)
+        losses = sum(LOSSES[c.first_order] * c.stages for c in self.courses)
+        products = sum(
+            c.rows * (c.rows * (c.stages - 2 * c.resting) + c.renewed * c.stages) for c in self.courses
+        )
         gradient = machine.gradients(objective, 1)
         seconds = {
             "gradients": gradient * self.samples,
-            "factor and score": machine.products(flops),
-            "checks": gradient * LOSSES * stages * self.held_out / 3,
+            "factor and score": machine.products(2 * products * self.weights),
+            "checks": gradient * losses * self.held_out / 3,
         }
         return replace(self, seconds=seconds)
 
