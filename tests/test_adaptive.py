@@ -666,6 +666,18 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
     assert step.stage.measured == pytest.approx(step.candidate.loss - before)
 
 
+def test_what_is_predicted_excuses_a_rise_up_to_the_loss(monkeypatch):
+    run = after_a_stage()
+    run._renew()
+    largest = max(run.loss, run._first_loss)
+    for predicted, foreseen in ((-1.0, 0.0), (largest / 4, largest / 2), (1e3, largest)):
+        monkeypatch.setattr(run, "_predicted", lambda step, predicted=predicted: predicted)
+        step = run._try(run._ranking(26), 26)
+        rise = step.candidate.loss - run.loss
+        assert rise > 0
+        assert step.strain == pytest.approx(rise / (foreseen + 0.1 * largest))
+
+
 def test_moves_that_raise_the_loss_are_undone():
     run = after_a_stage()
     weights, loss = run.weights, run.loss

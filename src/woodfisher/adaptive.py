@@ -53,7 +53,8 @@ _MOVES = 4
 """Parts in which the rows of a stage come, if the gradient has a part: after each the kept weights move."""
 
 _RISE = 0.1
-"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted."""
+"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted; and
+what is predicted counts up to that loss, since a removal that multiplies it is better made in parts."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -408,7 +409,8 @@ class AdaptiveRun:
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        allowed = 2 * max(predicted, 0) + self._bearable
+        foreseen = min(max(2 * predicted, 0), max(self.loss, self._first_loss))
+        allowed = foreseen + self._bearable
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
         return _Step(best, removed, keep, rest, stage, strain)
