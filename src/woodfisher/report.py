@@ -52,7 +52,8 @@ class Stage:
         Reached with it.
     predicted:
         Change of the mean loss that the quadratic model expects of it, λ included, or, where stages adapt, of the
-        rows alone, since there λ says how far they are trusted; None where no curvature was estimated.
+        rows alone, since there λ says how far they are trusted, and with what moved while its rows came; None where
+        no curvature was estimated.
     measured:
         Change of the mean loss on the held-out samples, or on those of the rows where none were held out; None
         without samples.
