@@ -702,6 +702,16 @@ def test_the_gradient_moves_weights_before_and_between_removals():
     assert len(set(kept)) == len(kept)
 
 
+def test_stages_after_a_target_that_groups_undercut_remove_nothing():
+    stages = replace(QUICK, stages=9)
+    report = wf.prune(
+        trained(), batches(), cross_entropy, 17 / 36, first_order=True, stages=stages, pattern=wf.Block(2)
+    )
+    kept = [round(36 * (1 - stage.sparsity)) for stage in report.stages if stage.accepted]
+    assert report.kept == 18
+    assert kept[-4:] == [18] * 4
+
+
 def test_with_the_gradient_damping_stays_within_its_bound_where_weights_stay(monkeypatch):
     run = after_a_stage()
     most = 27 * run._damping

@@ -256,7 +256,7 @@ class AdaptiveRun:
             passed = planned - len(path)
             report_progress("stages", passed, planned)
             self._renew()
-            whole = self._left - path[0]
+            whole = max(self._left - path[0], 0)  # groups may leave less than was asked for
             may_split = added < self.options.stages * (passed + 1) // planned
             asked = min(whole, trusted) if may_split else whole
             step = self._stage(asked, may_split, done)
