@@ -269,7 +269,7 @@ def test_numbers_for_people():
         ({"data": samples()}, "put it into a list"),
         ({"params": "decoder"}, "matches no parameter"),
         ({"model": {"a": mlp(), "b": nn.Linear(6, 3)}}, "those of 'b' differ from those of 'a'"),
-        ({"model": Recurrent()}, "fails on a batch"),
+        ({"model": Recurrent(), "params": "fc"}, "fails on a batch"),
     ],
 )
 def test_bad_input(arguments, message):
