@@ -660,8 +660,8 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
     torch.testing.assert_close(run.weights, weights)
     torch.testing.assert_close(run.gradient, gradient)
     assert run.loss == pytest.approx(run._loss_at(weights, kept))
-    assert run._moved.predicted == pytest.approx(predicted)
-    assert run._moved.measured == pytest.approx(run.loss - before)
+    assert run._foreseen == pytest.approx(predicted)
+    assert run.loss - run._began == pytest.approx(run.loss - before)
     step = run._stage(0, False, [])
     assert step.stage.measured == pytest.approx(step.candidate.loss - before)
 
@@ -685,7 +685,7 @@ def test_moves_that_raise_the_loss_are_undone():
     run._renew()
     assert torch.equal(run.weights, weights)
     assert run.loss == loss
-    assert run._moved.measured == 0
+    assert run.loss - run._began == 0
 
 
 def test_the_gradient_moves_weights_before_and_between_removals():

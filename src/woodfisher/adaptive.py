@@ -49,9 +49,6 @@ with the gradient a smaller step is almost always better for the next stage alon
 It may fall as far as held-out samples like it to: what is removed leads away from the optimum, where a step was mostly
 noise."""
 
-_MOVES = 4
-"""Parts in which the rows of a stage come, if the gradient has a part: after each the kept weights move."""
-
 _RISE = 0.1
 """Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted; and
 what is predicted counts up to that loss, since a removal that multiplies it is better made in parts."""
@@ -124,14 +121,6 @@ class _Candidate:
     loss: float
     damping: float
     moved: bool = True
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """What moving the kept weights while rows came was predicted to change the loss by, and did."""
-
-    predicted: float = 0.0
-    measured: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -242,7 +231,7 @@ class AdaptiveRun:
         self._weight = 0.0
         self._damping: float | None = None
         self._most: float | None = None
-        self._moved = _Moved()
+        self._began, self._foreseen = loss, 0.0
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
@@ -309,9 +298,9 @@ class AdaptiveRun:
         """Take new rows, and their mean into the averaged gradient, by which the kept weights move as they come."""
         if self.curvature.labels == "model":
             move_on()
-        moves = _MOVES if self.first_order and self._damping is not None else 0
+        moves = 0 if self._damping is None else self.course.moves
         finv = self._inverse(self.fisher, self._current_damping())[0] if moves else None
-        self._moved, came = _Moved(), []
+        self._began, self._foreseen, came = self.loss, 0.0, []
         for count in _shares(self._next_rows, max(moves, 1)):
             came.append(self._gathered(count))
             if finv is not None and not self._move(finv, 1 / moves):
@@ -327,9 +316,9 @@ class AdaptiveRun:
             step = finv @ (self.gradient * -share)
             weights, predicted = self.weights + step, self._predicted(step)
         loss = self._loss_at(weights, self.objective.kept)
-        if loss - self.loss > share * self._bearable:
+        if loss - self.loss > share * _RISE * self._yardstick:
             return False
-        self._moved = _Moved(self._moved.predicted + predicted, self._moved.measured + loss - self.loss)
+        self._foreseen += predicted
         self.weights, self.loss = weights, loss
         self.objective = self._objective_at(weights, self.objective.kept)
         self._weight *= self.options.momentum**share
@@ -404,13 +393,12 @@ class AdaptiveRun:
         predicted = self._predicted(step)
         stage = Stage(
             sparsity=1 - int(keep.sum()) / self.objective.layout.size,
-            predicted=self._moved.predicted + predicted,
-            measured=self._moved.measured + best.loss - self.loss,
+            predicted=self._foreseen + predicted,
+            measured=best.loss - self._began,
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        foreseen = min(max(2 * predicted, 0), max(self.loss, self._first_loss))
-        allowed = foreseen + self._bearable
+        allowed = min(max(2 * predicted, 0), self._yardstick) + _RISE * self._yardstick
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
         return _Step(best, removed, keep, rest, stage, strain)
@@ -421,9 +409,9 @@ class AdaptiveRun:
         return linear + float(step @ self.fisher.pull(step)) / 2
 
     @property
-    def _bearable(self) -> float:
-        """Rise of the loss that nobody has to predict."""
-        return _RISE * max(self.loss, self._first_loss)
+    def _yardstick(self) -> float:
+        """The loss that rises are held against: the present one, or the first where that is larger."""
+        return max(self.loss, self._first_loss)
 
     def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
         """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""

@@ -17,7 +17,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 ENDS = {":first": 0, ":last": -1}
 """Patterns for the weight of the first and of the last Linear or convolution layer, in the model's order."""
@@ -87,10 +87,17 @@ def choose(
 
 def _layer_weights(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """The weights of Linear and convolution layers that these have themselves."""
+    return _matrices(model, named, lambda module: _is_layer(module) and not _computes_weight(module))
+
+
+def _matrices(
+    model: nn.Module, named: dict[str, nn.Parameter], holds: Callable[[nn.Module], bool]
+) -> dict[str, nn.Parameter]:
+    """The parameters of two dimensions or more that such modules have themselves."""
     own = {
         id(p)
         for module in model.modules()
-        if _is_layer(module) and not _computes_weight(module)
+        if holds(module)
         for p in module.parameters(recurse=False)
         if p.ndim > 1
     }
@@ -113,14 +120,9 @@ def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Par
             f"the weights of {', '.join(computed[:4])} are parametrized (by weight_norm, say), so that zeros in the "
             "parameters need not be zeros there: they are left dense. Name them with params= to prune them anyway."
         )
-    packed = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase))
-        for p in module.parameters(recurse=False)
-        if p.ndim > 1
-    }
-    _warn_of_dense("of attention and recurrent layers are", [n for n, p in named.items() if id(p) in packed])
+    packed = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+    inside = _matrices(model, named, lambda module: isinstance(module, packed))
+    _warn_of_dense("of attention and recurrent layers are", list(inside))
     trained = {name: p for name, p in weights.items() if p.requires_grad}
     if trained and len(trained) < len(weights):
         _warn_of_dense("are frozen and", [name for name in weights if name not in trained])

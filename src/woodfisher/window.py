@@ -34,8 +34,11 @@ CANDIDATES = 10
 
 _BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
 
-LOSSES = {True: 7, False: 4}
-"""Times that a stage usually asks for the loss on the held-out samples, with and without the gradient."""
+LOSSES = {True: 3, False: 4}
+"""Times that a stage usually asks for the held-out loss, with and without the gradient, besides its moves."""
+
+MOVES = 4
+"""Parts in which the rows of a stage come, if the gradient has a part: after each the kept weights move."""
 
 _FEWER_STAGES, _FEWER_ROWS = 3, 2
 """Where data is few: what stages are divided by without the gradient, of which more bring little, and rows with it."""
@@ -62,6 +65,11 @@ class Course:
     rows: int
     group: int
     renewed: int
+
+    @property
+    def moves(self) -> int:
+        """How often the kept weights move while the rows of a stage come, from the second stage on."""
+        return MOVES if self.first_order else 0
 
     @property
     def resting(self) -> int:
@@ -110,7 +118,7 @@ class Window(Needs):
 
     def timed(self, objective: Objective, machine: Machine) -> Window:
         """The same window with the time that it takes on a machine."""
-        losses = sum(LOSSES[c.first_order] * c.stages for c in self.courses)
+        losses = sum((LOSSES[c.first_order] + c.moves) * c.stages for c in self.courses)
         products = sum(
             c.rows * (c.rows * (c.stages - 2 * c.resting) + c.renewed * c.stages) for c in self.courses
         )
