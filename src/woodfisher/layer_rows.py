@@ -198,16 +198,18 @@ class LayerRows:
     def select(self, index: Tensor, out: Tensor) -> None:
         """Write the rows for some of the layer's weights, int64 `(k,)` and ascending, to `out` `(N, k)`.
 
-        Dense rows are made of a few channels at a time, and in place where all weights of these are asked for: the
-        first and the last channel, of which a span of weights may have only a part, are each made alone.
+        Dense rows are made of a few channels at a time. Of a span of weights that are products of patches, whole
+        channels are made in place, the first and the last one alone where the span has a part of them.
         """
         if not len(index):
             return
         rows, channels = self.unfolded(), index // self.width
         step = max(_WORKSPACE // (self.count * self.width * self.dtype.itemsize), 1)
         lowest, highest = int(index[0]), int(index[-1])
-        begin, end = -(-lowest // self.width), (highest + 1) // self.width
-        bounds = sorted({lowest // self.width, *range(begin, end, step), end, highest // self.width + 1})
+        first, last = lowest // self.width, highest // self.width + 1
+        in_place = highest - lowest < len(index) and not self._faster_by_groups
+        begin, end = (-(-lowest // self.width), (highest + 1) // self.width) if in_place else (first, last)
+        bounds = sorted({first, *range(begin, end, step), end, last})
         places = torch.searchsorted(channels, torch.tensor(bounds, device=channels.device)).tolist()
         for (start, stop), (left, right) in zip(pairwise(bounds), pairwise(places), strict=True):
             if right == left:
@@ -275,7 +277,7 @@ class LayerRows:
         if self.convolution is None or self.width == self.inputs.shape[2] // self.groups:
             return False
         few_inputs = self.groups == 1 and self.inputs.shape[2] < 8
-        return not few_inputs and self.positions * self.groups > self.channels * self.inputs.shape[1]
+        return not few_inputs and self.positions * self.groups > self.channels
 
     def _patches(self, groups: slice) -> Tensor:
         """The a of a convolution, `(N, groups, width, T)`."""
