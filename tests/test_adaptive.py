@@ -17,7 +17,7 @@ from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, Tens
 
 import woodfisher as wf
 from models import ConvNet, mlp, samples
-from woodfisher.adaptive import AdaptiveRun, _shares, adaptive_run
+from woodfisher.adaptive import AdaptiveRun, _Average, _shares, adaptive_run
 from woodfisher.batches import Replay, Stream, length, samples_in
 from woodfisher.curvature.damping import _GRID, held_out_damping
 from woodfisher.curvature.running import RunningFisher
@@ -25,7 +25,7 @@ from woodfisher.memory import parse_bytes
 from woodfisher.method import METHODS
 from woodfisher.schedule import through, with_rests
 from woodfisher.selection import survivors
-from woodfisher.window import window_for
+from woodfisher.window import Course, window_for
 
 QUICK = wf.Adaptive(stages=6, window=20, held_out=12)
 METHOD = replace(METHODS["woodfisher"], stages=QUICK, curvature=wf.WoodFisher(400, None, "auto", group=2))
@@ -256,16 +256,17 @@ def test_a_path_goes_down_through_every_target(now, shares, stages, pace):
 @given(
     amounts=st.lists(st.integers(1, 99), min_size=1, max_size=12, unique=True),
     chosen=st.sets(st.integers(0, 11), min_size=1),
-    stages=st.integers(0, 9),
+    before=st.integers(0, 9),
+    after=st.integers(0, 9),
 )
-def test_rests_come_first_and_after_targets(amounts, chosen, stages):
+def test_rests_come_first_and_after_targets(amounts, chosen, before, after):
     path = sorted(amounts, reverse=True)
     targets = [path[i % len(path)] for i in chosen]
-    rested = with_rests(path, 100, targets, stages)
+    rested = with_rests(path, 100, targets, before, after)
     assert rested == sorted(rested, reverse=True)
     assert set(rested) - {100} == set(path)
-    assert rested.count(100) == stages
-    assert len(rested) == len(path) + 2 * stages
+    assert rested.count(100) == before
+    assert len(rested) == len(path) + before + after
     more = [rested.count(amount) - 1 for amount in path if amount in targets]
     assert more == sorted(more)
     assert more[-1] - more[0] <= 1
@@ -286,7 +287,7 @@ def test_runs_keep_exactly_the_asked_number(first_order, damping):
         cross_entropy,
         0.6,
         curvature=method.curvature,
-        stages=QUICK,
+        stages=replace(QUICK, stages=12),
         first_order=first_order,
     )
     assert report.kept == int(weights_of(model).count_nonzero()) == 14
@@ -342,6 +343,62 @@ def test_a_stage_trusted_too_far_is_taken_back_and_split():
     assert int(passed.objective.kept.sum()) == 4
 
 
+def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkeypatch):
+    method = replace(METHOD, stages=replace(QUICK, stages=16))
+
+    def run_through(rise):
+        monkeypatch.setattr("woodfisher.adaptive._RISE", rise)
+        objective = wf.Objective(trained(), batches(), cross_entropy)
+        stream, drawn = Stream(objective.data), []
+        run = adaptive(objective, method, stream.hold_out(12), stream, True)
+        draw = stream.draw
+        monkeypatch.setattr(stream, "draw", lambda count: drawn.append(count) or draw(count))
+        (last,) = run.passing([20])
+        assert int(last.objective.kept.sum()) == 20
+        return sum(stage.accepted for stage in last.stages), sum(drawn), run.course
+
+    stages, drawn, course = run_through(math.inf)
+    assert stages == course.stages
+    assert drawn == course.samples
+    more, drawn, _ = run_through(1e-3)
+    assert more > stages
+    assert course.samples - course.group * more < drawn <= course.samples
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_rows_that_are_still_to_come_are_shared(first_order):
+    course = Course(first_order=first_order, stages=9, rows=20, group=2, renewed=10)
+    shares = [course.share(*left) for left in ((80, 8), (70, 8), (40, 8), (20, 8), (0, 1))]
+    assert shares == ([10, 8, 5, 3, 3] if first_order else [10] * 5)
+
+
+@given(st.lists(st.integers(-9, 9), min_size=1, max_size=12), st.lists(st.integers(-9, 9), max_size=3))
+def test_later_places_count_more_in_an_average_and_those_of_more_weights_not_at_all(places, before):
+    average = _Average()
+    for place in before:
+        average.add(torch.tensor([place, 7.0, 1.0], dtype=torch.float64))
+    for place in places:
+        average.add(torch.tensor([place, -place], dtype=torch.float64))
+    shares = [k * (k + 1) * (k + 2) for k in range(1, len(places) + 1)]
+    mean = sum(share * place for share, place in zip(shares, places, strict=True)) / sum(shares)
+    assert average.mean.tolist() == pytest.approx([mean, -mean])
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_a_target_is_left_at_the_average_if_that_has_the_lower_loss(better, monkeypatch):
+    run = after_a_stage()
+    there = run.weights * (1 if better else 3)
+    loss = run._loss_at(there, run.objective.kept)
+    monkeypatch.setattr(run._average, "mean", there)
+    if better:
+        run.weights, run.loss = run.weights * 3, run._loss_at(run.weights * 3, run.objective.kept)
+        run.objective = run._objective_at(run.weights, run.objective.kept)
+    assert (loss < run.loss) == better
+    passed = run._finished(())
+    assert torch.equal(passed.objective.weights[run.objective.kept], there if better else run.weights)
+    assert passed.loss == min(loss, run.loss)
+
+
 def test_the_gradient_is_that_of_the_data_where_rows_are_of_drawn_targets():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     method = replace(METHOD, curvature=replace(METHOD.curvature, labels="model", group=1))
@@ -349,7 +406,7 @@ def test_the_gradient_is_that_of_the_data_where_rows_are_of_drawn_targets():
     held_out = stream.hold_out(12)
     run = adaptive(objective, method, held_out, stream, True)
     seen = stream.fork().draw(20)
-    run._renew()
+    run._renew(run.course.rows)
     torch.testing.assert_close(run.gradient.float(), objective.on(seen).gradient(20))
 
 
@@ -389,7 +446,9 @@ def test_a_sweep_is_one_run_through_all_sparsities():
     model = trained()
     before = copy.deepcopy(model.state_dict())
     asked = [0.8, 0.3, 0.6]
-    points = wf.sweep(model, batches(360), cross_entropy, asked, criterion="woodtaylor", stages=QUICK)
+    points = wf.sweep(
+        model, batches(360), cross_entropy, asked, criterion="woodtaylor", stages=replace(QUICK, stages=24)
+    )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert [p.report.kept for p in points] == [round((1 - s) * 36) for s in asked]
     assert len(points[0].report.stages) > len(points[2].report.stages) > len(points[1].report.stages)
@@ -619,7 +678,7 @@ def test_the_prediction_is_the_quadratic_model_without_damping(first_order):
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
     run = adaptive(objective, METHOD, stream.hold_out(12), stream, first_order)
-    run._renew()
+    run._renew(run.course.rows)
     step = run._try(run._ranking(6), 6)
     moved = run._full(step.candidate.weights, step.keep) - run.weights
     curvature = run.fisher.inverse(1.0).forward(moved) - moved
@@ -633,7 +692,7 @@ def after_a_stage():
     objective = wf.Objective(trained().double(), data, cross_entropy)
     stream = Stream(objective.data)
     run = adaptive(objective, METHOD, stream.hold_out(12), stream, True)
-    run._renew()
+    run._renew(run.course.rows)
     run._accept(run._stage(6, False, []))
     return run
 
@@ -643,10 +702,10 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
     draw = run.stream.draw
     monkeypatch.setattr(run.stream, "draw", lambda count: drawn.append(draw(count)) or drawn[-1])
     course, kept, before = run.course, run.objective.kept, run.loss
-    finv = run.fisher.inverse(run._current_damping()).dense()
+    finv = run.fisher.inverse(run._damping.now(run.fisher)).dense()
     curvature = run.fisher.rows.mT @ run.fisher.rows / run.fisher.divisor
     weights, gradient, seen, predicted = run.weights.clone(), run.gradient.clone(), run._weight, 0.0
-    run._renew()
+    run._renew(run.course.renewed)
     parts = _shares(course.renewed, 4)
     for part, new in zip(parts, drawn, strict=True):
         at = run.objective.at(run._full(weights, kept), kept)
@@ -668,7 +727,7 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
 
 def test_what_is_predicted_excuses_a_rise_up_to_the_loss(monkeypatch):
     run = after_a_stage()
-    run._renew()
+    run._renew(run.course.renewed)
     largest = max(run.loss, run._first_loss)
     for predicted, foreseen in ((-1.0, 0.0), (largest / 4, largest / 2), (1e3, largest)):
         monkeypatch.setattr(run, "_predicted", lambda step, predicted=predicted: predicted)
@@ -682,7 +741,7 @@ def test_moves_that_raise_the_loss_are_undone():
     run = after_a_stage()
     weights, loss = run.weights, run.loss
     run.gradient = 1e3 * run.weights
-    run._renew()
+    run._renew(run.course.renewed)
     assert torch.equal(run.weights, weights)
     assert run.loss == loss
     assert run.loss - run._began == 0
@@ -690,13 +749,13 @@ def test_moves_that_raise_the_loss_are_undone():
 
 def test_the_gradient_moves_weights_before_and_between_removals():
     report = wf.prune(
-        trained(), batches(), cross_entropy, 0.6, first_order=True, stages=replace(QUICK, stages=9)
+        trained(), batches(), cross_entropy, 0.6, first_order=True, stages=replace(QUICK, stages=12)
     )
     accepted = [round(36 * (1 - stage.sparsity)) for stage in report.stages if stage.accepted]
     assert accepted[:3] == [36] * 3
     assert accepted[-4:] == [14] * 4
     plain = wf.prune(
-        trained(), batches(), cross_entropy, 0.6, first_order=False, stages=replace(QUICK, stages=9)
+        trained(), batches(), cross_entropy, 0.6, first_order=False, stages=replace(QUICK, stages=12)
     )
     kept = [stage.sparsity for stage in plain.stages if stage.accepted]
     assert len(set(kept)) == len(kept)
@@ -714,14 +773,18 @@ def test_stages_after_a_target_that_groups_undercut_remove_nothing():
 
 def test_with_the_gradient_damping_stays_within_its_bound_where_weights_stay(monkeypatch):
     run = after_a_stage()
-    most = 27 * run._damping
+
+    def relative() -> float:
+        return run._damping.now(run.fisher) / run.fisher.scale
+
+    most = 27 * relative()
     monkeypatch.setattr(run, "_loss_at", lambda weights, keep: float(not torch.equal(weights, run.weights)))
     for _ in range(5):
-        run._renew()
+        run._renew(run.course.renewed)
         step = run._stage(0, False, [])
         assert not step.candidate.moved
         run._accept(step)
-        assert run._damping <= most * (1 + 1e-9)
+        assert relative() <= most * (1 + 1e-9)
 
 
 def test_a_gradient_that_misleads_the_ranking_is_left_out_of_it():
@@ -729,7 +792,7 @@ def test_a_gradient_that_misleads_the_ranking_is_left_out_of_it():
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
     run = adaptive(objective, METHOD, stream.hold_out(12), stream, True)
-    run._renew()
+    run._renew(run.course.rows)
     ranking = run._ranking(6)
     largest = run.weights.abs() >= run.weights.abs().topk(6).values[-1]
     run.gradient = run.fisher.inverse(ranking.damping).forward(run.weights * largest)

@@ -12,7 +12,7 @@ import torch
 from woodfisher.batches import FORWARD_BATCH, Stream, rechunk
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
-from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
+from woodfisher.curvature.carried import CarriedDamping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import move_on
@@ -31,23 +31,10 @@ if TYPE_CHECKING:
     from woodfisher.batches import Batch
     from woodfisher.curvature import WoodFisher
     from woodfisher.curvature.base import InverseOperator
-    from woodfisher.curvature.lowrank import LowRankInverse
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
     from woodfisher.window import Course
-
-_FACTOR = 3.0
-"""Ratio of one damping tried to the next."""
-
-_FIRST_POWERS = {True: range(10), False: range(-1, 2)}
-"""Powers of that ratio tried at the first stage, with and without the gradient, around what held-out rows say."""
-
-_MOST_DAMPING = {True: 27.0, False: math.inf}
-"""How many times what was best at the first stage the damping may grow to, both relative to the mean curvature then:
-with the gradient a smaller step is almost always better for the next stage alone, and too small for those that follow.
-It may fall as far as held-out samples like it to: what is removed leads away from the optimum, where a step was mostly
-noise."""
 
 _RISE = 0.1
 """Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted; and
@@ -71,14 +58,15 @@ class Adaptive:
     far more than predicted is taken back, tried with weights ranked where they stand if the gradient took part in
     that, and then split in two; those that follow are no larger until one goes easily.
 
-    With the gradient the kept weights also move while a stage's rows come. A third of the stages does so before
-    anything is removed, and another third after the sparsities that are asked for.
+    With the gradient the kept weights also move while a stage's rows come. A quarter of the stages does so before
+    anything is removed, and a third after the sparsities that are asked for. At each of these the mean of where the
+    weights stood is taken if held-out samples like it better.
 
     Attributes
     ----------
     stages:
-        Planned stages; splits may add as many again, in proportion to the way gone. Where samples are few, a third
-        of them is planned for the run without the gradient.
+        Planned stages; splits may add as many again, in proportion to the way gone, and those that follow then renew
+        fewer rows. Where samples are few, a third of them is planned for the run without the gradient.
     window:
         Most rows that the Fisher is made of. Scoring takes 2N²d operations, and N is less where that would be more
         than about a second on two cores, or where the data has not as many or the memory no room for them.
@@ -223,28 +211,29 @@ class AdaptiveRun:
         self.course, self.stream, self.first_order = course, stream, course.first_order
         self._held_out, self.loss, self._first_loss = held_out, loss, loss
         self.weights = objective.weights[objective.kept].double()
-        self._next_rows = course.rows
         self.fisher = RunningFisher(
             len(self.weights), course.rows, course.group, dtype=objective.dtype, device=objective.device
         )
         self.gradient = torch.zeros_like(self.weights)
         self._weight = 0.0
-        self._damping: float | None = None
-        self._most: float | None = None
+        self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
         self._began, self._foreseen = loss, 0.0
+        self._average = _Average()
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
-        resting = self.course.resting
-        path = through(self._left, targets, self.course.stages - 2 * resting, self.options.pace)
-        path = with_rests(path, self._left, targets, resting)
+        before, after = self.course.warming, self.course.resting
+        path = through(self._left, targets, self.course.stages - before - after, self.options.pace)
+        path = with_rests(path, self._left, targets, before, after)
         done: list[Stage] = []
-        planned, added = len(path), 0
+        planned, added, to_come = len(path), 0, self.course.all_rows
         trusted = self._left
         while path:
             passed = planned - len(path)
             report_progress("stages", passed, planned)
-            self._renew()
+            count = self.course.share(to_come, len(path)) if done else self.course.rows
+            to_come -= count
+            self._renew(count)
             whole = max(self._left - path[0], 0)  # groups may leave less than was asked for
             may_split = added < self.options.stages * (passed + 1) // planned
             asked = min(whole, trusted) if may_split else whole
@@ -294,18 +283,17 @@ class AdaptiveRun:
     def _left(self) -> int:
         return self.selection.amount(self.objective.kept)
 
-    def _renew(self) -> None:
+    def _renew(self, count: int) -> None:
         """Take new rows, and their mean into the averaged gradient, by which the kept weights move as they come."""
         if self.curvature.labels == "model":
             move_on()
-        moves = 0 if self._damping is None else self.course.moves
-        finv = self._inverse(self.fisher, self._current_damping())[0] if moves else None
+        moves = self.course.moves if self._damping.begun else 0
+        finv = self._damping.inverse(self.fisher, self._damping.now(self.fisher))[0] if moves else None
         self._began, self._foreseen, came = self.loss, 0.0, []
-        for count in _shares(self._next_rows, max(moves, 1)):
-            came.append(self._gathered(count))
+        for part in _shares(count, max(moves, 1)):
+            came.append(self._gathered(part))
             if finv is not None and not self._move(finv, 1 / moves):
                 finv = None
-        self._next_rows = self.course.renewed
         with phase("curvature"):
             for rows in came:
                 self.fisher.add(rows)
@@ -322,6 +310,7 @@ class AdaptiveRun:
         self.weights, self.loss = weights, loss
         self.objective = self._objective_at(weights, self.objective.kept)
         self._weight *= self.options.momentum**share
+        self._average.add(weights)
         return True
 
     def _gathered(self, count: int) -> Tensor:
@@ -340,11 +329,11 @@ class AdaptiveRun:
 
     def _ranking(self, removed: int) -> _Ranking:
         """What each weight costs, if any are to go: where the gradient leads to, if it takes part."""
-        damping = self._current_damping()
+        damping = self._damping.now(self.fisher)
         if not removed:
             return _Ranking(damping)
         with phase("saliency"):
-            finv, damping = self._inverse(self.fisher, damping)
+            finv, damping = self._damping.inverse(self.fisher, damping)
             point = newton_point(self.weights, self.gradient, finv) if self.first_order else self.weights
         return self._ranked(_Ranking(damping, _lifted(finv, self.objective.kept, damping)), point)
 
@@ -357,7 +346,6 @@ class AdaptiveRun:
 
     def _try(self, ranking: _Ranking, removed: int) -> _Step:
         """Propose a stage that removes as many in several ways and choose on the held-out samples."""
-        first, damping = self._damping is None, ranking.damping
         gradient, kept = self.gradient, self.objective.kept
         keep = kept
         if ranking.scores is not None:
@@ -373,14 +361,14 @@ class AdaptiveRun:
 
         def candidate(damping: float) -> _Candidate:
             with phase("update"):
-                inverse, damping = self._inverse(rest, damping)
+                inverse, damping = self._damping.inverse(rest, damping)
                 weights = start + inverse @ side
             return _Candidate(weights, self._loss_at(weights, keep), damping)
 
-        tried = [candidate(choice) for choice in self._dampings(damping, first)]
+        tried = [candidate(choice) for choice in self._damping.choices(ranking.damping, self.fisher)]
         best = min(tried, key=lambda c: c.loss)
         if not best.loss <= _TOLERANCE * self.loss:
-            larger = min(damping * _FACTOR, self._most_damping)
+            larger = self._damping.larger(ranking.damping, self.fisher)
             plain = _Candidate(start, self._loss_at(start, keep), larger, moved=False)
             best = min(best, plain, key=lambda c: c.loss)
         if not math.isfinite(best.loss):
@@ -413,60 +401,13 @@ class AdaptiveRun:
         """The loss that rises are held against: the present one, or the first where that is larger."""
         return max(self.loss, self._first_loss)
 
-    def _inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
-        """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
-        while True:
-            try:
-                return fisher.inverse(damping), damping
-            except WoodfisherError:
-                if self._absolute() is not None:
-                    raise
-            damping *= _FACTOR
-
-    def _dampings(self, damping: float, first: bool) -> list[float]:
-        """What to try: many at the first stage, then the last one and its neighbours."""
-        if self._absolute() is not None:
-            return [damping]
-        if first:
-            return [damping * _FACTOR**power for power in _FIRST_POWERS[self.first_order]]
-        return list(dict.fromkeys([damping, damping / _FACTOR, min(damping * _FACTOR, self._most_damping)]))
-
-    @property
-    def _most_damping(self) -> float:
-        """What the damping may grow to."""
-        return math.inf if self._most is None else self._most * self._scale
-
-    def _current_damping(self) -> float:
-        """λ as it was given, as it was best at the last stage, or as held-out rows find it likeliest."""
-        carried = None if self._damping is None else self._damping * self._scale
-        return self._absolute() or carried or self._likely_damping()
-
-    @property
-    def _scale(self) -> float:
-        """What damping is carried from stage to stage relative to: the mean curvature."""
-        return self.fisher.scale or 1.0
-
-    def _likely_damping(self) -> float:
-        """What held-out rows find likeliest; the curvature's mean where there are too few rows to ask."""
-        gram = self.fisher.gram
-        if len(gram) < LEAST_ROWS:
-            return self._scale
-        return held_out_damping(gram, len(self.weights), self.course.group)
-
-    def _absolute(self) -> float | None:
-        damping = self.curvature.damping
-        if isinstance(damping, Relative):
-            return damping.factor * self.fisher.scale
-        return None if damping == "auto" else float(damping)
-
     def _accept(self, step: _Step) -> None:
         candidate, keep = step.candidate, step.keep
-        self._damping = candidate.damping / self._scale
-        if self._most is None:
-            self._most = self._damping * _MOST_DAMPING[self.first_order]
+        self._damping.carry(candidate.damping, self.fisher)
         self.gradient = self.gradient[keep[self.objective.kept]]
         self.fisher = step.fisher
         self.weights, self.loss = candidate.weights, candidate.loss
+        self._average.add(candidate.weights)
         self.objective = self._objective_at(candidate.weights, keep)
         if candidate.moved and self.first_order:
             self._weight *= self.options.momentum
@@ -486,12 +427,41 @@ class AdaptiveRun:
         return value if math.isfinite(value) else math.inf
 
     def _finished(self, stages: tuple[Stage, ...]) -> Passed:
-        """The network as it leaves: with normalisation recalibrated if the held-out samples say so."""
-        fresh = recalibrated(self.objective, self.stream, self.method)
-        if fresh is self.objective:
-            return Passed(self.objective, self.loss, stages)
-        loss = _loss_on(self._held_out, fresh)
-        return Passed(fresh, loss, stages) if loss <= self.loss else Passed(self.objective, self.loss, stages)
+        """The network as it leaves: averaged, and with normalisation recalibrated, if held-out samples say so."""
+        best = Passed(self.objective, self.loss, stages)
+        for change in (self._averaged, self._recalibrated):
+            objective = change(best.objective)
+            if objective is not best.objective:
+                loss = _loss_on(self._held_out, objective)
+                best = Passed(objective, loss, stages) if loss <= best.loss else best
+        return best
+
+    def _averaged(self, objective: Objective) -> Objective:
+        """The mean of where the kept weights stood, if the gradient moved them."""
+        mean = self._average.mean if self.first_order else None
+        return objective if mean is None else self._objective_at(mean, objective.kept)
+
+    def _recalibrated(self, objective: Objective) -> Objective:
+        return recalibrated(objective, self.stream, self.method)
+
+
+class _Average:
+    """Where weights stood since some of them were last removed, on average, and the later the more.
+
+    The k-th place takes 4/(k + 3) of the mean: polynomial-decay averaging with η = 3 (Shamir and Zhang, Stochastic
+    gradient descent for non-smooth optimization, 2013), which forgets where they began.
+    """
+
+    def __init__(self) -> None:
+        self.mean: Tensor | None = None
+        self._count = 0
+
+    def add(self, weights: Tensor) -> None:
+        """One more place; where it is of fewer weights, the first one."""
+        if self.mean is None or len(self.mean) != len(weights):
+            self.mean, self._count = torch.zeros_like(weights), 0
+        self._count += 1
+        self.mean += (weights - self.mean) * (4 / (self._count + 3))
 
 
 def _by_magnitude(

@@ -179,14 +179,14 @@ def through(now: int, targets: Sequence[int], stages: int, pace: float = 1.0) ->
     return sorted(set(path), reverse=True)
 
 
-def with_rests(path: Sequence[int], now: int, targets: Sequence[int], stages: int) -> list[int]:
-    """A path with stages that remove nothing: `stages` before it, and as many shared out after its targets.
+def with_rests(path: Sequence[int], now: int, targets: Sequence[int], before: int, after: int) -> list[int]:
+    """A path with stages that remove nothing: `before` ones ahead of it, and `after` ones shared out among its targets.
 
     What the shares leave over goes to the sparsest targets.
 
-    >>> with_rests([500, 46, 10], 1000, [500, 10], 3)
-    [1000, 1000, 1000, 500, 500, 46, 10, 10, 10]
+    >>> with_rests([500, 46, 10], 1000, [500, 10], 2, 3)
+    [1000, 1000, 500, 500, 46, 10, 10, 10]
     """
     wanted = [amount for amount in path if amount in targets]
-    rests = {amount: (stages + i) // len(wanted) for i, amount in enumerate(wanted)}
-    return [now] * stages + [amount for amount in path for _ in range(1 + rests.get(amount, 0))]
+    rests = {amount: (after + i) // len(wanted) for i, amount in enumerate(wanted)}
+    return [now] * before + [amount for amount in path for _ in range(1 + rests.get(amount, 0))]

@@ -29,8 +29,8 @@ ENOUGH = 240_000
 MOST_OPERATIONS = 130_000_000_000
 """Floating-point operations that scoring may take at each stage: about a second on two cores."""
 
-CANDIDATES = 10
-"""Float64 vectors of all weights that ways to take a stage hold at once, at most."""
+CANDIDATES = 11
+"""Float64 vectors of all weights that a run and its ways to take a stage hold at once, at most."""
 
 _BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
 
@@ -57,7 +57,7 @@ class Course:
     rows, group:
         N, which are carried from stage to stage, and the samples that a row averages.
     renewed:
-        Rows that are renewed at each stage after the first.
+        Rows that are renewed at each stage after the first; fewer where splits add stages.
     """
 
     first_order: bool
@@ -72,14 +72,34 @@ class Course:
         return MOVES if self.first_order else 0
 
     @property
+    def warming(self) -> int:
+        """Stages before anything is removed, with the gradient."""
+        return self.stages // 4 if self.first_order else 0
+
+    @property
     def resting(self) -> int:
-        """Stages that remove nothing, with the gradient: as many before anything is removed, and after targets."""
+        """Stages after targets that remove nothing, with the gradient."""
         return self.stages // 3 if self.first_order else 0
+
+    @property
+    def all_rows(self) -> int:
+        """Rows that are planned."""
+        return self.rows + self.renewed * (self.stages - 1)
+
+    def share(self, to_come: int, stages: int) -> int:
+        """Rows to renew at the next of `stages` where of those that are planned so many are still to come.
+
+        With the gradient, which needs new samples, stages that splits added have been at the cost of those that follow,
+        as far as a quarter of what these were to renew.
+        """
+        if not self.first_order:
+            return self.renewed
+        return max(min(self.renewed, to_come // stages), -(-self.renewed // 4))
 
     @property
     def samples(self) -> int:
         """Samples that it takes gradients of."""
-        return (self.rows + self.renewed * (self.stages - 1)) * self.group
+        return self.all_rows * self.group
 
     def __str__(self) -> str:
         return (
@@ -120,7 +140,8 @@ class Window(Needs):
         """The same window with the time that it takes on a machine."""
         losses = sum((LOSSES[c.first_order] + c.moves) * c.stages for c in self.courses)
         products = sum(
-            c.rows * (c.rows * (c.stages - 2 * c.resting) + c.renewed * c.stages) for c in self.courses
+            c.rows * (c.rows * (c.stages - c.warming - c.resting) + c.renewed * c.stages)
+            for c in self.courses
         )
         gradient = machine.gradients(objective, 1)
         seconds = {

@@ -41,6 +41,16 @@ class RunningFisher:
         self._filled = self._next = 0
 
     @property
+    def count(self) -> int:
+        """Rows, N."""
+        return self._filled
+
+    @property
+    def size(self) -> int:
+        """Weights, d."""
+        return self._store.shape[1]
+
+    @property
     def rows(self) -> Tensor:
         """The rows, `(N, d)`."""
         return self._store[: self._filled]
@@ -59,7 +69,7 @@ class RunningFisher:
     def scale(self) -> float:
         """Mean diagonal entry of F without damping: what a relative damping is relative to."""
         trace = self.gram.diagonal().sum()
-        return float(trace) / (self.divisor * self._store.shape[1])
+        return float(trace) / (self.divisor * self.size)
 
     def add(self, rows: Tensor) -> None:
         """Take in new rows `(r, d)` in the place of the oldest; of more than the window the last ones."""
