@@ -30,8 +30,8 @@ dimension, the samples."""
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
-FORWARD_BATCH = 250
-"""Samples of a forward pass that takes no gradients."""
+FORWARD_BATCH = 125
+"""Samples of a forward pass that takes no gradients: few enough for a convolution's outputs to stay in the cache."""
 
 _AT_ONCE = 256
 """Samples that are held at once while many are passed over."""

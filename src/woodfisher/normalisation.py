@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from woodfisher.batches import FORWARD_BATCH, rechunk, samples_in, take
+from woodfisher.batches import rechunk, samples_in, take
 from woodfisher.forward import explained
 from woodfisher.isolation import isolated
 from woodfisher.watch import phase, report_progress, warn
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from woodfisher.batches import Stream
     from woodfisher.method import Method
     from woodfisher.objective import Objective
+
+_BATCH = 250
+"""Samples that statistics are taken of at a time: with more there is less that a batch's own mean takes away."""
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -73,5 +76,5 @@ def fresh_statistics(objective: Objective, samples: int) -> dict[str, Tensor]:
 
 def even_size(samples: int) -> int:
     """Size of chunks that leave no small rest: statistics of each count the same, and need two samples."""
-    sizes = range(max(min(samples, FORWARD_BATCH), 1), samples + 1)
-    return next((size for size in sizes if not 0 < samples % size < size // 2), FORWARD_BATCH)
+    sizes = range(max(min(samples, _BATCH), 1), samples + 1)
+    return next((size for size in sizes if not 0 < samples % size < size // 2), _BATCH)
