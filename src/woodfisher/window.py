@@ -89,8 +89,8 @@ class Course:
     def share(self, to_come: int, stages: int) -> int:
         """Rows to renew at the next of `stages` where of those that are planned so many are still to come.
 
-        With the gradient, which needs new samples, stages that splits added have been at the cost of those that follow,
-        as far as a quarter of what these were to renew.
+        With the gradient, which needs new samples, those that split stages took are missing from all that follow, but no
+        stage renews less than a quarter of what it was to.
         """
         if not self.first_order:
             return self.renewed
