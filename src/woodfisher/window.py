@@ -89,8 +89,8 @@ class Course:
     def share(self, to_come: int, stages: int) -> int:
         """Rows to renew at the next of `stages` where of those that are planned so many are still to come.
 
-        With the gradient, which needs new samples, those that split stages took are missing from all that follow; none of
-        these renews less than a quarter of what it was to.
+        With the gradient, which needs new samples, those that split stages took are missing from all that follow, none
+        of which renews less than a quarter of what it was to.
         """
         if not self.first_order:
             return self.renewed
