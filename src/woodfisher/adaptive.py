@@ -307,10 +307,8 @@ class AdaptiveRun:
         if loss - self.loss > share * _RISE * self._yardstick:
             return False
         self._foreseen += predicted
-        self.weights, self.loss = weights, loss
-        self.objective = self._objective_at(weights, self.objective.kept)
+        self._go_to(weights, loss, self.objective.kept)
         self._weight *= self.options.momentum**share
-        self._average.add(weights)
         return True
 
     def _gathered(self, count: int) -> Tensor:
@@ -406,11 +404,15 @@ class AdaptiveRun:
         self._damping.carry(candidate.damping, self.fisher)
         self.gradient = self.gradient[keep[self.objective.kept]]
         self.fisher = step.fisher
-        self.weights, self.loss = candidate.weights, candidate.loss
-        self._average.add(candidate.weights)
-        self.objective = self._objective_at(candidate.weights, keep)
+        self._go_to(candidate.weights, candidate.loss, keep)
         if candidate.moved and self.first_order:
             self._weight *= self.options.momentum
+
+    def _go_to(self, weights: Tensor, loss: float, keep: Tensor) -> None:
+        """Go on from these weights of those in `keep`, at that loss."""
+        self.weights, self.loss = weights, loss
+        self.objective = self._objective_at(weights, keep)
+        self._average.add(weights)
 
     def _objective_at(self, weights: Tensor, keep: Tensor) -> Objective:
         return self.objective.at(self._full(weights, keep), keep)

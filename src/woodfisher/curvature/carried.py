@@ -85,9 +85,10 @@ class CarriedDamping:
 
     def carry(self, damping: float, fisher: RunningFisher) -> None:
         """Go on from what a stage that began with this Fisher was taken with."""
-        first, self._carried = not self.begun, damping / _scale(fisher)
-        if first:
-            self._most = self._carried * _MOST[self._first_order]
+        relative = damping / _scale(fisher)
+        if not self.begun:
+            self._most = relative * _MOST[self._first_order]
+        self._carried = relative
 
     def _absolute(self, fisher: RunningFisher) -> float | None:
         if isinstance(self._given, Relative):
