@@ -36,12 +36,16 @@ if TYPE_CHECKING:
     from woodfisher.selection import Selection
     from woodfisher.window import Course
 
-_RISE = 0.1
-"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted; and
-what is predicted counts up to that loss, since a removal that multiplies it is better made in parts."""
+_RISE = {True: 0.4, False: 0.1}
+"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted, with
+and without the gradient, which brings it down again; and what is predicted counts up to that loss, since a removal that
+multiplies it is better made in parts."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
+
+_FALL, _PATIENCE = 0.01, 6
+"""Stages before anything is removed go on while the loss falls by such a share of the first one within so many."""
 
 _EASE = 0.5
 """Share of the rise that a stage may have below which the next one may remove twice as much."""
@@ -58,9 +62,9 @@ class Adaptive:
     far more than predicted is taken back, tried with weights ranked where they stand if the gradient took part in
     that, and then split in two; those that follow are no larger until one goes easily.
 
-    With the gradient the kept weights also move while a stage's rows come. A quarter of the stages does so before
-    anything is removed, and a third after the sparsities that are asked for. At each of these the mean of where the
-    weights stood is taken if held-out samples like it better.
+    With the gradient the kept weights also move while a stage's rows come. A sixth of the stages does so before
+    anything is removed, as long as that lowers the held-out loss, and half of them after the sparsities that are asked
+    for. At each of these the mean of where the weights stood is taken if held-out samples like it better.
 
     Attributes
     ----------
@@ -217,16 +221,16 @@ class AdaptiveRun:
         self.gradient = torch.zeros_like(self.weights)
         self._weight = 0.0
         self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
-        self._began, self._foreseen = loss, 0.0
+        self._began, self._foreseen, self._turn = loss, 0.0, 0
         self._average = _Average()
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
-        before, after = self.course.warming, self.course.resting
-        path = through(self._left, targets, self.course.stages - before - after, self.options.pace)
-        path = with_rests(path, self._left, targets, before, after)
+        warming = self.course.warming
+        path = self._path(targets, self.course.stages, warming)
         done: list[Stage] = []
         planned, added, to_come = len(path), 0, self.course.all_rows
+        lowest, lowest_at = math.inf, 0
         trusted = self._left
         while path:
             passed = planned - len(path)
@@ -247,6 +251,11 @@ class AdaptiveRun:
                 added += 1
                 continue
             amount = path.pop(0)
+            if self.loss < lowest - _FALL * self._first_loss:
+                lowest, lowest_at = self.loss, passed
+            if passed - lowest_at == _PATIENCE and passed < warming - 1:
+                path = self._path(targets, len(path), 0)
+                warming, planned = 0, passed + 1 + len(path)
             if amount in targets and amount not in path:
                 yield self._finished(tuple(done))
         report_progress("stages", planned, planned)
@@ -279,6 +288,12 @@ class AdaptiveRun:
         done.append(step.stage)
         return step
 
+    def _path(self, targets: Sequence[int], stages: int, warming: int) -> list[int]:
+        """What is left after each of so many stages, the first `warming` of which remove nothing."""
+        resting = self.course.resting
+        path = through(self._left, targets, stages - warming - resting, self.options.pace)
+        return with_rests(path, self._left, targets, warming, resting)
+
     @property
     def _left(self) -> int:
         return self.selection.amount(self.objective.kept)
@@ -287,29 +302,47 @@ class AdaptiveRun:
         """Take new rows, and their mean into the averaged gradient, by which the kept weights move as they come."""
         if self.curvature.labels == "model":
             move_on()
+        self._began, self._foreseen = self.loss, 0.0
         moves = self.course.moves if self._damping.begun else 0
-        finv = self._damping.inverse(self.fisher, self._damping.now(self.fisher))[0] if moves else None
-        self._began, self._foreseen, came = self.loss, 0.0, []
-        for part in _shares(count, max(moves, 1)):
-            came.append(self._gathered(part))
-            if finv is not None and not self._move(finv, 1 / moves):
-                finv = None
+        came = self._gathered_in(moves, count) if moves else [self._gathered(count)]
         with phase("curvature"):
             for rows in came:
                 self.fisher.add(rows)
 
-    def _move(self, finv: InverseOperator, share: float) -> bool:
-        """Move the kept weights by a share of the way to the Newton point, unless that raises the loss."""
-        with phase("update"):
-            step = finv @ (self.gradient * -share)
-            weights, predicted = self.weights + step, self._predicted(step)
-        loss = self._loss_at(weights, self.objective.kept)
-        if loss - self.loss > share * _RISE * self._yardstick:
-            return False
-        self._foreseen += predicted
-        self._go_to(weights, loss, self.objective.kept)
-        self._weight *= self.options.momentum**share
-        return True
+    def _gathered_in(self, moves: int, count: int) -> list[Tensor]:
+        """New rows in parts, after each of which the kept weights move by its share of the way to the Newton point.
+
+        A move is checked on one batch of the held-out samples, another batch at each stage; the first that raises its
+        loss is not made, and no more follow. Where the moves lead is checked on all, and if need be they are taken
+        back.
+        """
+        kept, share, start = self.objective.kept, 1 / moves, self.weights
+        finv: InverseOperator | None = self._damping.inverse(self.fisher, self._damping.now(self.fisher))[0]
+        batch = [self._held_out[self._turn % len(self._held_out)]]
+        self._turn += 1
+        seen, came = self._loss_at(start, kept, batch), []
+        for part in _shares(count, moves):
+            came.append(self._gathered(part))
+            if finv is None:
+                continue
+            with phase("update"):
+                step = finv @ (self.gradient * -share)
+                predicted = self._predicted(step)
+            loss = self._loss_at(self.weights + step, kept, batch)
+            if loss - seen > share * self._rise:
+                finv = None
+                continue
+            seen = loss
+            self._foreseen += predicted
+            self._go_to(self.weights + step, kept)
+            self._weight *= self.options.momentum**share
+        loss = self._loss_at(self.weights, kept)
+        if loss - self.loss > self._rise:
+            self._foreseen, self._average = 0.0, _Average()
+            self._go_to(start, kept)
+        else:
+            self.loss = loss
+        return came
 
     def _gathered(self, count: int) -> Tensor:
         """So many new rows, whose mean is taken into the averaged gradient."""
@@ -384,7 +417,7 @@ class AdaptiveRun:
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        allowed = min(max(2 * predicted, 0), self._yardstick) + _RISE * self._yardstick
+        allowed = min(max(2 * predicted, 0), self._yardstick) + self._rise
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
         return _Step(best, removed, keep, rest, stage, strain)
@@ -399,18 +432,24 @@ class AdaptiveRun:
         """The loss that rises are held against: the present one, or the first where that is larger."""
         return max(self.loss, self._first_loss)
 
+    @property
+    def _rise(self) -> float:
+        """By how much a step may raise the loss beyond what is predicted."""
+        return _RISE[self.first_order] * self._yardstick
+
     def _accept(self, step: _Step) -> None:
         candidate, keep = step.candidate, step.keep
         self._damping.carry(candidate.damping, self.fisher)
         self.gradient = self.gradient[keep[self.objective.kept]]
         self.fisher = step.fisher
-        self._go_to(candidate.weights, candidate.loss, keep)
+        self._go_to(candidate.weights, keep)
+        self.loss = candidate.loss
         if candidate.moved and self.first_order:
             self._weight *= self.options.momentum
 
-    def _go_to(self, weights: Tensor, loss: float, keep: Tensor) -> None:
-        """Go on from these weights of those in `keep`, at that loss."""
-        self.weights, self.loss = weights, loss
+    def _go_to(self, weights: Tensor, keep: Tensor) -> None:
+        """Go on from these weights of those in `keep`."""
+        self.weights = weights
         self.objective = self._objective_at(weights, keep)
         self._average.add(weights)
 
@@ -422,10 +461,11 @@ class AdaptiveRun:
         full[keep] = weights
         return full
 
-    def _loss_at(self, weights: Tensor, keep: Tensor) -> float:
+    def _loss_at(self, weights: Tensor, keep: Tensor, batches: Sequence[Batch] | None = None) -> float:
+        """On all held-out samples, or on some batches of them."""
         if not weights.isfinite().all():
             return math.inf
-        value = _loss_on(self._held_out, self._objective_at(weights, keep))
+        value = _loss_on(batches or self._held_out, self._objective_at(weights, keep))
         return value if math.isfinite(value) else math.inf
 
     def _finished(self, stages: tuple[Stage, ...]) -> Passed:

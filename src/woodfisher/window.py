@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from woodfisher.batches import FORWARD_BATCH
 from woodfisher.curvature.damping import LEAST_ROWS
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import Budget, Needs
@@ -34,10 +35,10 @@ CANDIDATES = 11
 
 _BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
 
-LOSSES = {True: 3, False: 4}
-"""Times that a stage usually asks for the held-out loss, with and without the gradient, besides its moves."""
+LOSSES = 4
+"""Times that a stage usually asks for the held-out loss, besides that of one batch after each move."""
 
-MOVES = 4
+MOVES = 8
 """Parts in which the rows of a stage come, if the gradient has a part: after each the kept weights move."""
 
 _FEWER_STAGES, _FEWER_ROWS = 3, 2
@@ -73,13 +74,13 @@ class Course:
 
     @property
     def warming(self) -> int:
-        """Stages before anything is removed, with the gradient."""
-        return self.stages // 4 if self.first_order else 0
+        """Stages before anything is removed, with the gradient; fewer where they bring nothing."""
+        return self.stages // 6 if self.first_order else 0
 
     @property
     def resting(self) -> int:
         """Stages after targets that remove nothing, with the gradient."""
-        return self.stages // 3 if self.first_order else 0
+        return self.stages // 2 if self.first_order else 0
 
     @property
     def all_rows(self) -> int:
@@ -138,7 +139,8 @@ class Window(Needs):
 
     def timed(self, objective: Objective, machine: Machine) -> Window:
         """The same window with the time that it takes on a machine."""
-        losses = sum((LOSSES[c.first_order] + c.moves) * c.stages for c in self.courses)
+        part = min(self.held_out, FORWARD_BATCH)
+        checked = sum((LOSSES * self.held_out + c.moves * part) * c.stages for c in self.courses)
         products = sum(
             c.rows * (c.rows * (c.stages - c.warming - c.resting) + c.renewed * c.stages)
             for c in self.courses
@@ -147,7 +149,7 @@ class Window(Needs):
         seconds = {
             "gradients": gradient * self.samples,
             "factor and score": machine.products(2 * products * self.weights),
-            "checks": gradient * losses * self.held_out / 3,
+            "checks": gradient * checked / 3,
         }
         return replace(self, seconds=seconds)
 
