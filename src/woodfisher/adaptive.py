@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from woodfisher.window import Course
 
 _RISE = {True: 0.4, False: 0.1}
-"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted, with
-and without the gradient, which brings it down again; and what is predicted counts up to that loss, since a removal that
-multiplies it is better made in parts."""
+"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted:
+with the gradient, which brings it down again, and without. What is predicted counts up to that loss, since a removal
+that multiplies it is better made in parts."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -230,7 +230,7 @@ class AdaptiveRun:
         path = self._path(targets, self.course.stages, warming)
         done: list[Stage] = []
         planned, added, to_come = len(path), 0, self.course.all_rows
-        lowest, lowest_at = math.inf, 0
+        patience = _Patience(_FALL * self._first_loss)
         trusted = self._left
         while path:
             passed = planned - len(path)
@@ -251,9 +251,7 @@ class AdaptiveRun:
                 added += 1
                 continue
             amount = path.pop(0)
-            if self.loss < lowest - _FALL * self._first_loss:
-                lowest, lowest_at = self.loss, passed
-            if passed - lowest_at == _PATIENCE and passed < warming - 1:
+            if patience.ends(self.loss) and passed < warming - 1:
                 path = self._path(targets, len(path), 0)
                 warming, planned = 0, passed + 1 + len(path)
             if amount in targets and amount not in path:
@@ -485,6 +483,20 @@ class AdaptiveRun:
 
     def _recalibrated(self, objective: Objective) -> Objective:
         return recalibrated(objective, self.stream, self.method)
+
+
+class _Patience:
+    """With a loss that falls, until it hasn't by `fall` for `_PATIENCE` stages."""
+
+    def __init__(self, fall: float) -> None:
+        self._fall, self._lowest, self._since = fall, math.inf, 0
+
+    def ends(self, loss: float) -> bool:
+        """Whether it does after a stage that led to this loss."""
+        self._since += 1
+        if loss < self._lowest - self._fall:
+            self._lowest, self._since = loss, 0
+        return self._since == _PATIENCE
 
 
 class _Average:
