@@ -334,7 +334,7 @@ class AdaptiveRun:
             self._foreseen += predicted
             self._go_to(self.weights + step, kept)
             self._weight *= self.options.momentum**share
-        loss = self._loss_at(self.weights, kept)
+        loss = self.loss if self.weights is start else self._loss_at(self.weights, kept)
         if loss - self.loss > self._rise:
             self._foreseen, self._average = 0.0, _Average()
             self._go_to(start, kept)
