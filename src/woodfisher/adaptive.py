@@ -325,14 +325,14 @@ class AdaptiveRun:
                 continue
             with phase("update"):
                 step = finv @ (self.gradient * -share)
-                predicted = self._predicted(step)
-            loss = self._loss_at(self.weights + step, kept, batch)
+                there, predicted = self.weights + step, self._predicted(step)
+            loss = self._loss_at(there, kept, batch)
             if loss - seen > share * self._rise:
                 finv = None
                 continue
             seen = loss
             self._foreseen += predicted
-            self._go_to(self.weights + step, kept)
+            self._go_to(there, kept)
             self._weight *= self.options.momentum**share
         loss = self.loss if self.weights is start else self._loss_at(self.weights, kept)
         if loss - self.loss > self._rise:
