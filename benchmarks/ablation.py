@@ -35,6 +35,7 @@ VARIANTS: dict[str, Method] = {
     "the same share removed at every stage (pace 1)": replace(DEFAULT, stages=replace(PLAN, pace=1.0)),
     "no rows carried along (a window of 124)": replace(DEFAULT, stages=replace(PLAN, window=124)),
     "no averaging of gradients": replace(DEFAULT, stages=replace(PLAN, momentum=0.0)),
+    "samples as they come, not chosen": replace(DEFAULT, stages=replace(PLAN, among=1)),
     "damping fixed at 1e-3": replace(DEFAULT, curvature=replace(DEFAULT.curvature, damping=1e-3)),
     "no first-order term": replace(DEFAULT, first_order=False),
     "30 stages": replace(DEFAULT, stages=replace(PLAN, stages=30)),

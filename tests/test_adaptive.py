@@ -300,16 +300,17 @@ def test_data_that_does_not_tell_its_length_gives_the_same_run():
         def __iter__(self):
             return iter(batches())
 
-    few = replace(QUICK, held_out=3, window=12)
-    pruned = []
-    for data in (batches(), Untold(), iter(batches())):
+    def pruned(data, among):
+        few = replace(QUICK, held_out=3, window=12, among=among)
         model = trained()
         wf.prune(
             model, data, cross_entropy, 0.6, curvature=wf.WoodFisher(80, None, "auto", group=3), stages=few
         )
-        pruned.append(weights_of(model))
-    assert torch.equal(pruned[1], pruned[0])
-    assert torch.equal(pruned[2], pruned[0])
+        return weights_of(model)
+
+    for among in (1, 2):
+        assert torch.equal(pruned(Untold(), among), pruned(batches(), among))
+        assert torch.equal(pruned(iter(batches()), among), pruned(batches(), 1))
 
 
 def test_stages_measure_what_they_did_on_the_held_out_samples():
@@ -351,8 +352,10 @@ def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkey
         objective = wf.Objective(trained(), batches(), cross_entropy)
         stream, drawn = Stream(objective.data), []
         run = adaptive(objective, method, stream.hold_out(12), stream, True)
-        draw = stream.draw
-        monkeypatch.setattr(stream, "draw", lambda count: drawn.append(count) or draw(count))
+        gathered, group = run._gathered, run.course.group
+        monkeypatch.setattr(
+            run, "_gathered", lambda count, **how: drawn.append(count * group) or gathered(count, **how)
+        )
         (last,) = run.passing([20])
         assert int(last.objective.kept.sum()) == 20
         return sum(stage.accepted for stage in last.stages), sum(drawn), run.course
@@ -367,7 +370,7 @@ def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkey
 
 @pytest.mark.parametrize("first_order", [True, False])
 def test_rows_that_are_still_to_come_are_shared(first_order):
-    course = Course(first_order=first_order, stages=9, rows=20, group=2, renewed=10)
+    course = Course(first_order=first_order, stages=9, rows=20, group=2, renewed=10, among=1)
     shares = [course.share(*left) for left in ((80, 8), (70, 8), (40, 8), (20, 8), (0, 1))]
     assert shares == ([10, 8, 5, 3, 3] if first_order else [10] * 5)
 
@@ -700,8 +703,8 @@ def after_a_stage():
 def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
     monkeypatch.setattr("woodfisher.adaptive._RISE", {True: math.inf})
     run, drawn = after_a_stage(), []
-    draw = run.stream.draw
-    monkeypatch.setattr(run.stream, "draw", lambda count: drawn.append(draw(count)) or drawn[-1])
+    draw = run._important.draw
+    monkeypatch.setattr(run._important, "draw", lambda *of: drawn.append(draw(*of)) or drawn[-1])
     course, kept, before = run.course, run.objective.kept, run.loss
     finv = run.fisher.inverse(run._damping.now(run.fisher)).dense()
     curvature = run.fisher.rows.mT @ run.fisher.rows / run.fisher.divisor
@@ -710,7 +713,7 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
     parts = _shares(course.renewed, 8)
     for part, new in zip(parts, drawn, strict=True):
         at = run.objective.at(run._full(weights, kept), kept)
-        fresh = at.on(new).gradient(part * course.group)[kept]
+        fresh = at.on_weighted(new.data).gradient(part * course.group)[kept]
         seen += part
         gradient += (fresh - gradient) * part / seen
         step = -finv @ gradient / 8
@@ -754,16 +757,16 @@ def test_moves_are_checked_on_a_batch_in_turn_and_where_they_lead_on_all(monkeyp
     run._held_out = halves = list(rechunk(run._held_out, 6, 1))
     assert len(halves) == 2
 
-    def loss_at(weights, keep, batches=None):
-        seen.append(batches)
-        return 0.0 if batches else loss + (2 * run._rise if bad else -0.1)
+    def loss_at(weights, keep, batch=None):
+        seen.append(batch)
+        return 0.0 if batch else loss + (2 * run._rise if bad else -0.1)
 
     monkeypatch.setattr(run, "_loss_at", loss_at)
     for turn, bad in enumerate((True, False, True)):
         before = run.weights
         seen.clear()
         run._renew(run.course.renewed)
-        assert [batches and batches[0] for batches in seen] == [halves[turn % 2]] * 9 + [None]
+        assert seen == [halves[turn % 2]] * 9 + [None]
         assert torch.equal(run.weights, before) == bad
         assert run.loss == (loss if not turn else loss - 0.1)
         assert (run._foreseen == 0) == bad

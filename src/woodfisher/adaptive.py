@@ -15,6 +15,7 @@ from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, rem
 from woodfisher.curvature.carried import CarriedDamping
 from woodfisher.curvature.running import RunningFisher
 from woodfisher.errors import WoodfisherError
+from woodfisher.importance import Important
 from woodfisher.isolation import move_on
 from woodfisher.normalisation import recalibrated
 from woodfisher.report import Stage
@@ -44,6 +45,10 @@ that multiplies it is better made in parts."""
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
 
+_FIRST_SHARE = 0.5
+"""Share of the way that a first stage with the gradient goes, if it removes nothing. What damping is best for the whole
+way depends on noise, and is often too large for the small moves that follow."""
+
 _FALL, _PATIENCE = 0.01, 6
 """Stages before anything is removed go on while the loss falls by such a share of the first one within so many."""
 
@@ -62,9 +67,10 @@ class Adaptive:
     far more than predicted is taken back, tried with weights ranked where they stand if the gradient took part in
     that, and then split in two; those that follow are no larger until one goes easily.
 
-    With the gradient the kept weights also move while a stage's rows come. A sixth of the stages does so before
-    anything is removed, as long as that lowers the held-out loss, and half of them after the sparsities that are asked
-    for. At each of these the mean of where the weights stood is taken if held-out samples like it better.
+    With the gradient the kept weights also move while a stage's rows come, whose samples are chosen from more of them
+    (`Important`). A sixth of the stages does so before anything is removed, as long as that lowers the held-out loss,
+    and half of them after the sparsities that are asked for. At each of these the mean of where the weights stood is
+    taken if held-out samples like it better.
 
     Attributes
     ----------
@@ -76,6 +82,8 @@ class Adaptive:
         than about a second on two cores, or where the data has not as many or the memory no room for them.
     held_out:
         Samples to check on, at most a fifth of the data; never used for rows.
+    among:
+        Samples that are looked at, by a forward pass, for each by whose gradient weights move; 1: taken as they come.
     momentum:
         Weight of earlier stages' gradients in the first-order term.
     pace:
@@ -85,12 +93,13 @@ class Adaptive:
 
     stages: int = 120
     window: int = 800
-    held_out: int = 500
+    held_out: int = 512
+    among: int = 2
     momentum: float = 0.7
     pace: float = 1.5
 
     def __post_init__(self) -> None:
-        for name in ("stages", "window", "held_out"):
+        for name in ("stages", "window", "held_out", "among"):
             check_count(name, getattr(self, name))
         check_fraction("momentum", self.momentum)
         check_positive("pace", self.pace, "where 1 removes the same share at every stage")
@@ -223,6 +232,7 @@ class AdaptiveRun:
         self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
         self._began, self._foreseen, self._turn = loss, 0.0, 0
         self._average = _Average()
+        self._important = Important(stream, course.among)
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
@@ -316,11 +326,11 @@ class AdaptiveRun:
         """
         kept, share, start = self.objective.kept, 1 / moves, self.weights
         finv: InverseOperator | None = self._damping.inverse(self.fisher, self._damping.now(self.fisher))[0]
-        batch = [self._held_out[self._turn % len(self._held_out)]]
+        batch = self._held_out[self._turn % len(self._held_out)]
         self._turn += 1
         seen, came = self._loss_at(start, kept, batch), []
         for part in _shares(count, moves):
-            came.append(self._gathered(part))
+            came.append(self._gathered(part, important=True))
             if finv is None:
                 continue
             with phase("update"):
@@ -342,12 +352,15 @@ class AdaptiveRun:
             self.loss = loss
         return came
 
-    def _gathered(self, count: int) -> Tensor:
+    def _gathered(self, count: int, *, important: bool = False) -> Tensor:
         """So many new rows, whose mean is taken into the averaged gradient."""
         index = self.objective.kept.nonzero().squeeze(1)
         columns = None if len(index) == len(self.objective.kept) else index
         samples, group, labels = count * self.course.group, self.course.group, self.curvature.labels
-        fresh = self.objective.on(self.stream.draw(samples))
+        if important:
+            fresh = self._important.draw(self.objective, samples)
+        else:
+            fresh = self.objective.on(self.stream.draw(samples))
         rows = fresh.rows(samples, group=group, labels=labels, columns=columns)
         self._weight += len(rows)
         mean = rows.mean(0)
@@ -386,12 +399,14 @@ class AdaptiveRun:
             gone = torch.where(stay, 0, -self.weights)
             pull = -self.fisher.pull(gone)[stay]
             start = self.weights[stay]
+            first = self.first_order and not removed and not self._damping.begun
+            share = _FIRST_SHARE if first else 1.0
             side = pull - gradient[stay] if self.first_order else pull
 
         def candidate(damping: float) -> _Candidate:
             with phase("update"):
                 inverse, damping = self._damping.inverse(rest, damping)
-                weights = start + inverse @ side
+                weights = start + share * (inverse @ side)
             return _Candidate(weights, self._loss_at(weights, keep), damping)
 
         tried = [candidate(choice) for choice in self._damping.choices(ranking.damping, self.fisher)]
@@ -459,11 +474,12 @@ class AdaptiveRun:
         full[keep] = weights
         return full
 
-    def _loss_at(self, weights: Tensor, keep: Tensor, batches: Sequence[Batch] | None = None) -> float:
-        """On all held-out samples, or on some batches of them."""
+    def _loss_at(self, weights: Tensor, keep: Tensor, batch: Batch | None = None) -> float:
+        """On all held-out samples, or on one batch of them in the precision of gradients."""
         if not weights.isfinite().all():
             return math.inf
-        value = _loss_on(batches or self._held_out, self._objective_at(weights, keep))
+        at = self._objective_at(weights, keep)
+        value = _loss_on(self._held_out, at) if batch is None else _loss_on([batch], at, rounded=True)
         return value if math.isfinite(value) else math.inf
 
     def _finished(self, stages: tuple[Stage, ...]) -> Passed:
@@ -547,9 +563,9 @@ def _shares(count: int, parts: int) -> list[int]:
     return [stop - start for start, stop in pairwise(bounds) if stop > start]
 
 
-def _loss_on(held_out: Sequence[Batch], objective: Objective) -> float:
+def _loss_on(held_out: Sequence[Batch], objective: Objective, *, rounded: bool = False) -> float:
     with phase("check"):
-        return objective.on(held_out).mean_loss()
+        return objective.on(held_out).mean_loss(rounded=rounded)
 
 
 def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:

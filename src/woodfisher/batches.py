@@ -30,8 +30,9 @@ dimension, the samples."""
 
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
-FORWARD_BATCH = 125
-"""Samples of a forward pass that takes no gradients: few enough for a convolution's outputs to stay in the cache."""
+FORWARD_BATCH = 128
+"""Samples of a forward pass that takes no gradients: few enough for a convolution's outputs to stay in the cache, and a
+multiple of 16, without which convolutions take a third longer on the processors that this was measured on."""
 
 _AT_ONCE = 256
 """Samples that are held at once while many are passed over."""
@@ -174,6 +175,12 @@ def row_batches(batch: Batch, rows: int) -> Iterator[Batch]:
     """A batch cut into `rows` of the same number of samples."""
     group = samples_in(batch) // rows
     return (some(batch, i * group, (i + 1) * group) for i in range(rows))
+
+
+def joined(batches: list[Batch]) -> Batch | None:
+    """Batches as one; None where their samples have several forms."""
+    same = all(_sample_form(batch) == _sample_form(batches[0]) for batch in batches)
+    return _join(batches) if same else None
 
 
 def _join(pending: list[Batch]) -> Batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -73,6 +74,11 @@ class Forward:
     ----------
     model, loss, sampler, precision:
         As for `Objective`; the precision is that of gradients, and losses alone are in that of the weights.
+
+    Attributes
+    ----------
+    weighted:
+        Whether batches are `(inputs, (targets, weights))`, in whose mean loss each sample counts by its weight `(n,)`.
     """
 
     def __init__(
@@ -82,7 +88,7 @@ class Forward:
         sampler: Callable[[Any], Tensor] | None,
         precision: Precision,
     ) -> None:
-        self.model, self.loss, self.precision = model, loss, precision
+        self.model, self.loss, self.precision, self.weighted = model, loss, precision, False
         self._draw = target_sampler(loss) if sampler is None else lambda outputs, _: sampler(outputs)
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
@@ -133,10 +139,39 @@ class Forward:
             outputs = self.model(*arguments, **named)
         return full_precision(outputs) if lower else outputs
 
+    def by_weight(self) -> Forward:
+        """The same for batches that bring a weight for each sample, whose losses have to add up."""
+        other = copy.copy(self)
+        other.weighted = True
+        return other
+
+    def adds_up(self, state: State, batch: Batch) -> bool:
+        """Whether the mean loss of a batch is the mean of what each sample has alone.
+
+        It isn't where labels are ignored, class weights count, or the loss compares samples with each other; and of a
+        model's own loss it isn't known.
+        """
+        check_form(self.loss, batch)
+        if self.loss is None or _cancels_weights(self.loss) or self.counted(batch) < samples_in(batch):
+            return False
+        if self.loss in (*_OF_ENTRIES, *_OF_CLASSES):
+            return True
+        with torch.no_grad():
+            outputs = self.outputs(state.copied(), batch)
+            together, alone = mean_loss(self.loss, outputs, batch), self._losses(outputs, batch, 1).mean()
+        return torch.allclose(together, alone, rtol=1e-3)
+
     def mean_loss(self, state: State, batch: Batch, precision: Precision = "float32") -> Tensor:
         """Mean loss of the samples of a batch; `state` is left as it is."""
         check_form(self.loss, batch)
-        return self.at(state.copied(), lambda: mean_loss(self.loss, self.called(batch, precision), batch))
+
+        def loss() -> Tensor:
+            outputs = self.called(batch, precision)
+            if self.weighted:
+                return self._losses(outputs, batch, samples_in(batch)).squeeze(0)
+            return mean_loss(self.loss, outputs, batch)
+
+        return self.at(state.copied(), loss)
 
     def counted(self, batch: Batch) -> float:
         """Samples of a batch that its mean loss is of: without the share of labels that the loss ignores."""
@@ -158,24 +193,32 @@ class Forward:
 
         A model that computes its own loss must take its mean over samples, or these must be labelled evenly.
         """
-        rows = samples_in(batch) // group
         if self.loss is None:
-            return self.mean_loss(state, batch, self.precision) * rows
+            return self.mean_loss(state, batch, self.precision) * (samples_in(batch) // group)
         check_form(self.loss, batch)
-        outputs, targets = self.outputs(state.copied(), batch, self.precision), batch[1]
+        return self._losses(self.outputs(state.copied(), batch, self.precision), batch, group).sum()
+
+    def _losses(self, outputs: Any, batch: Batch, group: int) -> Tensor:
+        """Mean losses of rows of `group` samples, `(rows,)`."""
+        if self.weighted:
+            inputs, (targets, weights) = batch
+            alone = self._plain_losses(outputs, (inputs, targets), 1)
+            return (alone * weights).reshape(-1, group).mean(1)
+        return self._plain_losses(outputs, batch, group)
+
+    def _plain_losses(self, outputs: Any, batch: Batch, group: int) -> Tensor:
+        samples, targets = samples_in(batch), batch[1]
         if self._has_terms(outputs, targets):
-            return self.loss(outputs, targets, reduction="none").reshape(rows, -1).mean(1).sum()  # type: ignore[call-arg]
+            assert self.loss is not None
+            terms = self.loss(outputs, targets, reduction="none")  # type: ignore[call-arg]
+            return terms.reshape(samples // group, -1).mean(1)
         leaves, form = tree_flatten((outputs, targets))
-        by_sample = [
-            isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == rows * group for leaf in leaves
-        ]
-        grouped = [
-            leaf.unflatten(0, (rows, group)) for leaf, its in zip(leaves, by_sample, strict=True) if its
-        ]
-        if not any(tensor.requires_grad for tensor in grouped):
+        by_sample = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == samples for leaf in leaves]
+        if not any(by_sample[: len(tree_flatten(outputs)[0])]):
             raise WoodfisherError(
                 f"the model returned a {type(outputs).__name__}, in which torch finds no tensor of one entry a sample."
             )
+        grouped = [leaf.unflatten(0, (-1, group)) for leaf, its in zip(leaves, by_sample, strict=True) if its]
 
         def one(*row: Tensor) -> Tensor:
             own = iter(row)
@@ -185,10 +228,10 @@ class Forward:
 
         if self._vectorised:
             try:
-                return vmap(one)(*grouped).sum()
+                return vmap(one)(*grouped)
             except _VMAP_ERRORS as error:
                 self._give_up_vectorising(error)
-        return torch.stack([one(*row) for row in zip(*grouped, strict=True)]).sum()
+        return torch.stack([one(*row) for row in zip(*grouped, strict=True)])
 
     def _has_terms(self, outputs: Any, targets: Any) -> bool:
         """Whether torch gives the loss of each sample, or of each entry of the outputs, and rows are means of them."""
@@ -198,7 +241,9 @@ class Forward:
             return outputs.shape == targets.shape
         if self.loss not in _OF_CLASSES or outputs.ndim != 2:
             return False
-        return targets.is_floating_point() or bool((targets >= 0).all())  # the others are ignored in the mean
+        if self.weighted or targets.is_floating_point():
+            return True
+        return bool((targets >= 0).all())  # the others are ignored in the mean
 
     def with_sampled_targets(self, state: State, batch: Batch) -> Batch:
         """The batch with targets drawn from the model's own distribution."""

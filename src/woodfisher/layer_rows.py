@@ -245,6 +245,11 @@ class LayerRows:
             K[first : first + rows] = products.unflatten(2, (N, T)).unflatten(1, (-1, T)).sum((0, 2, 4))
         return K
 
+    def most_norms(self) -> Tensor:
+        """Norms of the rows at most, `(N,)`: those of what flows in times those of what flows back."""
+        inputs, outputs = (t.to(self.dtype).flatten(1).norm(dim=1) for t in (self.inputs, self.outputs))
+        return inputs * outputs
+
     def squares(self) -> Tensor:
         """Squares of the rows, summed over them: float64 `(size,)`, in the weight's own order."""
         if self.positions == 1:

@@ -87,7 +87,7 @@ class Objective:
     precision:
         Of the forward and backward passes for gradients: `float32` for that of the weights, or `bfloat16` for what
         torch's autocast makes of it, which is about twice as fast where the processor has it, and rounds rows by
-        about 1 %. Losses, which stages are checked on, are never rounded so.
+        about 1 %. Losses that stages are checked on are not rounded so.
 
     Attributes
     ----------
@@ -162,6 +162,8 @@ class Objective:
         self.forward = Forward(self.model, self.loss, self._sampler, self._precision)
         self._modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self._flow = Signals(self.forward, self._modules, self.parameters)
+        by_weight = self.forward.by_weight()
+        self._by_weight = by_weight, Signals(by_weight, self._modules, self.parameters)
 
     def at(self, weights: Tensor, kept: Tensor) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
@@ -245,6 +247,11 @@ class Objective:
         """The same objective on other data."""
         return self._with(data=data)
 
+    def on_weighted(self, data: Iterable[Batch]) -> Objective:
+        """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
+        forward, flow = self._by_weight
+        return self._with(data=data, forward=forward, _flow=flow)
+
     def begun(self) -> Objective:
         """The same objective in a run that begins now: its plans count the memory that the process has at this point.
 
@@ -280,12 +287,13 @@ class Objective:
         """The batch where the model is."""
         return map_tensors(lambda t: t.to(self.device), batch)
 
-    def mean_loss(self) -> float:
-        """Mean loss over all of the data, from forward passes alone.
+    def mean_loss(self, *, rounded: bool = False) -> float:
+        """Mean loss over all of the data, from forward passes alone; `rounded` in the precision of gradients.
 
         NaN or infinity where the model gives it, and NaN where no sample has a target that counts.
         """
         total, count, seen = 0.0, 0.0, False
+        precision = self.forward.precision if rounded else "float32"
         with isolated(self.model), torch.no_grad():
             state = self.state()
             for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
@@ -294,7 +302,7 @@ class Objective:
                 if counted and number % self.ranks.size == self.ranks.rank:
                     chunk = self.on_device(chunk)
                     with explained(chunk):
-                        total += float(self.forward.mean_loss(state, chunk)) * counted
+                        total += float(self.forward.mean_loss(state, chunk, precision)) * counted
                     self._chunks.check_mean(self, some(chunk, 0, 1))
         if not seen:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
@@ -555,6 +563,39 @@ class Objective:
                     total += flat * counted
                 count, seen = count + counted, seen + samples_in(chunk)
         return (self.ranks.sum(total) / (count or 1) * self.kept).to(self.weights)
+
+    def gradient_norms(self, batch: Batch) -> Tensor | None:
+        """How large the gradients of single samples are at most, by the last layer that has factor form: `(n,)`.
+
+        That is the norm of what flows into it times that of what flows back, for which the backward pass goes no
+        further. None where no layer has factor form, the losses of samples don't add up, or one is not finite.
+        """
+        norms = torch.zeros(samples_in(batch), dtype=torch.float64, device=self.device)
+        last, done = "", 0
+        with phase("gradients"), isolated(self.model), torch.enable_grad():
+            for number, chunk in enumerate(rechunk([batch], FORWARD_BATCH, 1)):
+                chunk, count = self.on_device(chunk), samples_in(chunk)
+                if number == 0:
+                    last = self._last_with_factors(chunk)
+                    if not last:
+                        return None
+                if number % self.ranks.size == self.ranks.rank:
+                    norms[done : done + count] = self._largest_gradients(chunk, count, last)
+                done += count
+        norms = self.ranks.sum(norms)
+        return norms if norms.isfinite().all() else None
+
+    def _last_with_factors(self, chunk: Batch) -> str:
+        """The last weight that has factor form; none where the losses of samples don't add up."""
+        with explained(chunk):
+            able = self._factors_of(chunk, 1) if self.forward.adds_up(self.state(), chunk) else {}
+        return next((name for name in reversed(list(self.layout.shapes)) if name in able), "")
+
+    def _largest_gradients(self, chunk: Batch, count: int, name: str) -> Tensor | float:
+        try:
+            return self._signals(chunk, count, [name])[name].most_norms()
+        except NoFactorsError:
+            return math.nan
 
     def hessian_columns(self, samples: int, columns: slice) -> Tensor:
         """Columns of the Hessian of the mean loss over the first `samples` samples: float64 `(d, k)`.

@@ -118,8 +118,7 @@ class Signals:
         half = count // 2
         size = torch.zeros(count - half)
         for rows in made.values():
-            inputs, outputs = (t[half:].float().flatten(1).norm(dim=1) for t in (rows.inputs, rows.outputs))
-            size += (inputs * outputs).cpu()
+            size += rows.part(slice(half, None)).most_norms().cpu()
         row = half + int(size.argmax())
         group = samples_in(chunk) // count
         sample = some(chunk, row * group, (row + 1) * group)
@@ -234,7 +233,7 @@ class Signals:
 
 def _noise(rows: LayerRows, row: int) -> float:
     """What rounding leaves of a row whose terms cancel, as of a bias in front of a normalisation."""
-    terms = float(rows.inputs[row].norm()) * float(rows.outputs[row].norm())
+    terms = float(rows.part(slice(row, row + 1)).most_norms())
     return _CANCELLED * torch.finfo(rows.outputs.dtype).eps * terms
 
 

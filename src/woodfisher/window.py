@@ -59,6 +59,8 @@ class Course:
         N, which are carried from stage to stage, and the samples that a row averages.
     renewed:
         Rows that are renewed at each stage after the first; fewer where splits add stages.
+    among:
+        Samples that are looked at, where that is possible, for each one of those rows by which weights move.
     """
 
     first_order: bool
@@ -66,6 +68,7 @@ class Course:
     rows: int
     group: int
     renewed: int
+    among: int
 
     @property
     def moves(self) -> int:
@@ -102,10 +105,16 @@ class Course:
         """Samples that it takes gradients of."""
         return self.all_rows * self.group
 
+    @property
+    def looked_at(self) -> int:
+        """Samples that are looked at to choose among them."""
+        return self.among * self.renewed * (self.stages - 1) * self.group if self.among > 1 else 0
+
     def __str__(self) -> str:
         return (
             f"{self.rows} gradient rows through {self.stages} stages {'with' if self.first_order else 'without'} the "
             f"gradient; {self.renewed} are new at each, and a row averages {self.group} of the samples"
+            + (f", each chosen among {self.among}" if self.among > 1 else "")
         )
 
 
@@ -149,6 +158,7 @@ class Window(Needs):
         seconds = {
             "gradients": gradient * self.samples,
             "factor and score": machine.products(2 * products * self.weights),
+            "choice of samples": gradient * sum(course.looked_at for course in self.courses) / 3,
             "checks": gradient * checked / 3,
         }
         return replace(self, seconds=seconds)
@@ -217,7 +227,10 @@ def window_for(
         asked = curvature.samples // len(orders) // group
         rows = max(min(most_rows, samples // group, asked), 1)
         renewed = min(max((asked - rows) // stages, 1), rows)
-        return Course(first_order=first_order, stages=stages, rows=rows, group=group, renewed=renewed)
+        among = options.among if first_order and curvature.labels == "data" and not reads_once else 1
+        return Course(
+            first_order=first_order, stages=stages, rows=rows, group=group, renewed=renewed, among=among
+        )
 
     courses = tuple(map(course, orders, cuts))
     largest = max(courses, key=lambda course: course.rows)
