@@ -114,7 +114,7 @@ class Course:
         return (
             f"{self.rows} gradient rows through {self.stages} stages {'with' if self.first_order else 'without'} the "
             f"gradient; {self.renewed} are new at each, and a row averages {self.group} of the samples"
-            + (f", each chosen among {self.among}" if self.among > 1 else "")
+            + (f", chosen among {self.among} times as many" if self.among > 1 else "")
         )
 
 
