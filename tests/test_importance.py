@@ -221,7 +221,7 @@ def test_bad_samples_are_told_of_by_the_rows():
     ],
 )
 def test_a_run_with_the_gradient_chooses_the_samples_by_which_weights_move(
-    labels, among, once, chooses, monkeypatch
+    labels, among, once, asked_for, chooses, monkeypatch
 ):
     asked, norms = [], wf.Objective.gradient_norms
 
@@ -231,10 +231,10 @@ def test_a_run_with_the_gradient_chooses_the_samples_by_which_weights_move(
 
     monkeypatch.setattr(wf.Objective, "gradient_norms", noted)
     inputs, targets = samples(120)
-    curvature = wf.WoodFisher(400, None, "auto", group=2, labels=labels)
+    curvature = wf.WoodFisher(asked_for, None, "auto", group=2, labels=labels)
     stages = wf.Adaptive(stages=6, window=20, held_out=12, among=among)
     data = list(zip(inputs.split(20), targets.split(20), strict=True))
-    parts = {"curvature": curvature, "stages": stages, "first_order": True}
+    parts = {"curvature": curvature, "stages": stages, "first_order": "auto"}
     wf.prune(mlp(), iter(5 * data) if once else data, cross_entropy, 0.5, **parts)
     assert bool(asked) == chooses
 

@@ -60,7 +60,8 @@ class Course:
     renewed:
         Rows that are renewed at each stage after the first; fewer where splits add stages.
     among:
-        Samples that are looked at, where that is possible, for each one of those rows by which weights move.
+        Samples that are looked at, where that is possible, for each one of those rows by which weights move; 1 where
+        few samples come again and again.
     """
 
     first_order: bool
@@ -227,7 +228,8 @@ def window_for(
         asked = curvature.samples // len(orders) // group
         rows = max(min(most_rows, samples // group, asked), 1)
         renewed = min(max((asked - rows) // stages, 1), rows)
-        among = options.among if first_order and curvature.labels == "data" and not reads_once else 1
+        chooses = first_order and curvature.labels == "data" and not (reads_once or repeats)
+        among = options.among if chooses else 1
         return Course(
             first_order=first_order, stages=stages, rows=rows, group=group, renewed=renewed, among=among
         )
