@@ -212,12 +212,13 @@ def test_bad_samples_are_told_of_by_the_rows():
 
 
 @pytest.mark.parametrize(
-    ("labels", "among", "once", "chooses"),
+    ("labels", "among", "once", "asked_for", "chooses"),
     [
-        ("data", 2, False, True),
-        ("data", 1, False, False),
-        ("model", 2, False, False),
-        ("data", 2, True, False),
+        ("data", 2, False, 400, True),
+        ("data", 1, False, 400, False),
+        ("model", 2, False, 400, False),
+        ("data", 2, True, 400, False),
+        ("data", 2, False, 2000, False),
     ],
 )
 def test_a_run_with_the_gradient_chooses_the_samples_by_which_weights_move(
