@@ -170,6 +170,7 @@ def adaptive_run(
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
     dense = _loss_on(held_out, objective)
+    began = _loss_on(held_out, objective, rounded=True)
     if not math.isfinite(dense):
         for _ in objective.on(held_out).iter_rows(window.held_out):
             pass
@@ -180,7 +181,7 @@ def adaptive_run(
     streams = [stream, *(stream.fork() for _ in window.courses[1:])]
     bounded = objective.within(window.chunk)
     runs = [
-        AdaptiveRun(bounded, method, selection, course, held_out, each, dense)
+        AdaptiveRun(bounded, method, selection, course, held_out, each, began)
         for each, course in zip(streams, window.courses, strict=True)
     ]
     by_size = _by_magnitude(objective, targets, method, selection, held_out, stream, dense)
@@ -314,8 +315,7 @@ class AdaptiveRun:
         moves = self.course.moves if self._damping.begun else 0
         came = self._gathered_in(moves, count) if moves else [self._gathered(count)]
         with phase("curvature"):
-            for rows in came:
-                self.fisher.add(rows)
+            self.fisher.add(*came)
 
     def _gathered_in(self, moves: int, count: int) -> list[Tensor]:
         """New rows in parts, after each of which the kept weights move by its share of the way to the Newton point.
@@ -325,7 +325,8 @@ class AdaptiveRun:
         back.
         """
         kept, share, start = self.objective.kept, 1 / moves, self.weights
-        finv: InverseOperator | None = self._damping.inverse(self.fisher, self._damping.now(self.fisher))[0]
+        inverse, damping = self._damping.inverse(self.fisher, self._damping.now(self.fisher))
+        finv: InverseOperator | None = inverse
         batch = self._held_out[self._turn % len(self._held_out)]
         self._turn += 1
         seen, came = self._loss_at(start, kept, batch), []
@@ -335,7 +336,9 @@ class AdaptiveRun:
                 continue
             with phase("update"):
                 step = finv @ (self.gradient * -share)
-                there, predicted = self.weights + step, self._predicted(step)
+                there = self.weights + step
+                # What `_predicted` says, since the step s of a share t solves (F + λI)s = −tg.
+                predicted = float(self.gradient @ step * (1 - share / 2) - damping * step.square().sum() / 2)
             loss = self._loss_at(there, kept, batch)
             if loss - seen > share * self._rise:
                 finv = None
@@ -475,16 +478,16 @@ class AdaptiveRun:
         return full
 
     def _loss_at(self, weights: Tensor, keep: Tensor, batch: Batch | None = None) -> float:
-        """On all held-out samples, or on one batch of them in the precision of gradients."""
+        """On all held-out samples or one batch of them, in the precision of gradients."""
         if not weights.isfinite().all():
             return math.inf
         at = self._objective_at(weights, keep)
-        value = _loss_on(self._held_out, at) if batch is None else _loss_on([batch], at, rounded=True)
+        value = _loss_on(self._held_out if batch is None else [batch], at, rounded=True)
         return value if math.isfinite(value) else math.inf
 
     def _finished(self, stages: tuple[Stage, ...]) -> Passed:
         """The network as it leaves: averaged, and with normalisation recalibrated, if held-out samples say so."""
-        best = Passed(self.objective, self.loss, stages)
+        best = Passed(self.objective, _loss_on(self._held_out, self.objective), stages)
         for change in (self._averaged, self._recalibrated):
             objective = change(best.objective)
             if objective is not best.objective:

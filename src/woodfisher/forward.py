@@ -93,7 +93,7 @@ class Forward:
         self._every = None if sampler else every_target(loss)
         self._vectorised = True
         self._around = _Around(model)
-        self._scaled = _scaled_in_place(model)
+        self._tied, self._scaled = other_names(model), _scaled_in_place(model)
         on_cpu = any(p.device.type == "cpu" for p in model.parameters())
         if precision == "bfloat16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             warn(
@@ -113,10 +113,7 @@ class Forward:
         """
         tensors = {**state.buffers, **state.weights}
         tied = {
-            other: tensors[name]
-            for name, others in other_names(self.model).items()
-            if name in tensors
-            for other in others
+            other: tensors[name] for name, others in self._tied.items() if name in tensors for other in others
         }
         tensors |= tied
         for names in self._scaled:

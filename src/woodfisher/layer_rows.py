@@ -334,9 +334,10 @@ class LayerRows:
         else:
             s = s[:, :, channels]
         kernel_shape = (N * s.shape[2], self.width // torch.Size(conv.kernel_size).numel(), *conv.kernel_size)
+        channels_last = s.device.type == "cpu" and s.stride(2) == 1
         gradient = torch.ops.aten.convolution_backward(
-            s.transpose(0, 1).flatten(1, 2),
-            x.transpose(0, 1).flatten(1, 2),
+            _side_by_side(s, channels_last),
+            _side_by_side(x, channels_last),
             s.new_empty(1).expand(kernel_shape),
             None,
             conv.stride,
@@ -348,3 +349,10 @@ class LayerRows:
             [False, True, False],
         )[1].unflatten(0, (N, -1))
         return gradient[:, channels] if self.groups > 1 else gradient
+
+
+def _side_by_side(tensor: Tensor, channels_last: bool) -> Tensor:
+    """The channels of all rows at once, `(N, m, c, …)` as `(m, N·c, …)`, in that order of memory or with them last."""
+    if channels_last:
+        return tensor.movedim((0, 2), (-2, -1)).flatten(-2).movedim(-1, 1)
+    return tensor.transpose(0, 1).flatten(1, 2)

@@ -470,8 +470,10 @@ class Objective:
         """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
         places = self.layout.places(columns)
         signals = self._signals_if_possible(chunk, group, len(out), list(places))
+        small = signals is not None and sum(each.factors.floats for each in signals.values()) < out.shape[1]
         if signals is not None:
-            self._check_signals(signals, chunk, group, done)
+            if small:
+                self._check_signals(signals, chunk, group, done)
             for name, (place, index) in places.items():
                 if index is None:
                     signals.pop(name).dense(out=out[:, place])
@@ -483,6 +485,7 @@ class Objective:
             for name, (place, index) in places.items():
                 rows = gradients.pop(name).detach().reshape(len(out), -1)
                 out[:, place] = rows if index is None else rows[:, index]
+        if not small:
             self._check_finite(out, done, chunk, group, columns)
         kept = self.kept if columns is None else self.kept[columns]
         if not kept.all():

@@ -71,20 +71,21 @@ class RunningFisher:
         trace = self.gram.diagonal().sum()
         return float(trace) / (self.divisor * self.size)
 
-    def add(self, rows: Tensor) -> None:
-        """Take in new rows `(r, d)` in the place of the oldest; of more than the window the last ones."""
-        window = len(self._store)
-        rows = rows[-window:]
-        place = (self._next + torch.arange(len(rows), device=rows.device)) % window
-        self._store[place] = rows
-        self._filled = max(self._filled, min(self._next + len(rows), window))
-        self._next = (self._next + len(rows)) % window
-        if len(rows) == self._filled:
-            self._gram[place[:, None], place] = full_gram(rows)
-        else:
-            cross = (self.rows @ rows.mT).double()
-            self._gram[: self._filled, place] = cross
-            self._gram[place, : self._filled] = cross.mT
+    def add(self, *parts: Tensor) -> None:
+        """Take in new rows `(r, d)`, in parts, in the place of the oldest; of more than the window the last ones."""
+        window, first, new = len(self._store), self._next, sum(map(len, parts))
+        for rows in parts:
+            place = (self._next + torch.arange(len(rows), device=rows.device)) % window
+            self._store[place[-window:]] = rows[-window:]
+            self._next = (self._next + len(rows)) % window
+        self._filled = max(self._filled, min(first + new, window))
+        if new >= self._filled:
+            self._gram[: self._filled, : self._filled] = full_gram(self.rows)
+            return
+        for places in (slice(first, min(first + new, window)), slice(0, max(first + new - window, 0))):
+            cross = (self.rows @ self._store[places].mT).double()
+            self._gram[: self._filled, places] = cross
+            self._gram[places, : self._filled] = cross.mT
 
     def restricted(self, stay: Tensor) -> RunningFisher:
         """The same rows without the weights outside `stay`, bool `(d,)`."""
