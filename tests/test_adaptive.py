@@ -70,17 +70,19 @@ def weights_of(model):
 
 @given(
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    at_once=st.integers(1, 3),
     window=st.integers(1, 8),
     seed=st.integers(0, 10),
 )
 @settings(max_examples=40, deadline=None)
-def test_the_running_fisher_is_that_of_the_last_rows(pieces, window, seed):
+def test_the_running_fisher_is_that_of_the_last_rows(pieces, at_once, window, seed):
     torch.manual_seed(seed)
     d, group, damping = 12, 3, 0.1
     fisher = RunningFisher(d, window, group, dtype=torch.float32, device=torch.device("cpu"))
     rows = torch.randn(sum(pieces), d)
-    for piece in rows.split(pieces):
-        fisher.add(piece)
+    parts = rows.split(pieces)
+    for first in range(0, len(parts), at_once):
+        fisher.add(*parts[first : first + at_once])
     stay = torch.rand(d) > 0.4
     stay[0] = True
     last = rows[-window:].double()

@@ -325,6 +325,17 @@ def test_bad_data_is_explained(make, message):
         wf.Objective(model, data, loss).rows(8)
 
 
+def test_nan_is_found_in_rows_that_are_smaller_than_what_flows():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))
+    x, y = torch.randn(16, 2, 6, 6), torch.randint(4, (16,))
+    x[11, 0, 1, 1] = float("nan")
+    objective = wf.Objective(model, [(x, y)], cross_entropy, params="0.weight")
+    assert objective.factors(4)["0.weight"].floats > objective.layout.size
+    with pytest.raises(wf.WoodfisherError, match=r"'0.weight' in row 2 is nan. The data of that row"):
+        objective.rows(16, group=4)
+
+
 def test_nan_names_the_parameter_and_the_row():
     model, (x, y) = mlp(), samples(8)
     x[5, 2] = float("nan")

@@ -1,5 +1,6 @@
 import warnings
 from collections import OrderedDict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -91,6 +92,21 @@ def test_rows_of_every_layer_equal_a_plain_loop(kind, group):
     objective, expected = case(kind, group)
     torch.testing.assert_close(objective.rows(5 * group, group=group), expected, **TIGHT)
     assert taken_together(objective, group)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [kind for kind, (build, _) in LAYERS.items() if hasattr(build(), "stride") and build().weight.ndim == 4],
+)
+def test_images_may_lie_channels_last(kind):
+    objective, expected = case(kind, group=3)
+    (rows,) = (part["layer.weight"] for part in objective.iter_layer_rows(15, group=3))
+    inputs, outputs = (
+        t.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (5, 3))
+        for t in (rows.inputs, rows.outputs)
+    )
+    lying = replace(rows, inputs=inputs, outputs=outputs)
+    torch.testing.assert_close(lying.dense(), expected[:, objective.layout.slices["layer.weight"]], **TIGHT)
 
 
 @pytest.mark.parametrize("group", [1, 2])

@@ -87,7 +87,7 @@ class Objective:
     precision:
         Of the forward and backward passes for gradients: `float32` for that of the weights, or `bfloat16` for what
         torch's autocast makes of it, which is about twice as fast where the processor has it, and rounds rows by
-        about 1 %. Losses that stages are checked on are not rounded so.
+        about 1 %. Losses that stages are checked on are rounded as well, those of targets are not.
 
     Attributes
     ----------
@@ -470,9 +470,10 @@ class Objective:
         """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
         places = self.layout.places(columns)
         signals = self._signals_if_possible(chunk, group, len(out), list(places))
-        small = signals is not None and sum(each.factors.floats for each in signals.values()) < out.shape[1]
+        signals_are_less = False
         if signals is not None:
-            if small:
+            signals_are_less = sum(each.factors.floats for each in signals.values()) < out.shape[1]
+            if signals_are_less:
                 self._check_signals(signals, chunk, group, done)
             for name, (place, index) in places.items():
                 if index is None:
@@ -485,7 +486,7 @@ class Objective:
             for name, (place, index) in places.items():
                 rows = gradients.pop(name).detach().reshape(len(out), -1)
                 out[:, place] = rows if index is None else rows[:, index]
-        if not small:
+        if not signals_are_less:
             self._check_finite(out, done, chunk, group, columns)
         kept = self.kept if columns is None else self.kept[columns]
         if not kept.all():
