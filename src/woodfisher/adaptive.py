@@ -325,14 +325,13 @@ class AdaptiveRun:
         back.
         """
         kept, share, start = self.objective.kept, 1 / moves, self.weights
-        inverse, damping = self._damping.inverse(self.fisher, self._damping.now(self.fisher))
-        finv: InverseOperator | None = inverse
+        finv, damping = self._damping.inverse(self.fisher, self._damping.now(self.fisher))
         batch = self._held_out[self._turn % len(self._held_out)]
         self._turn += 1
-        seen, came = self._loss_at(start, kept, batch), []
+        seen, came, stopped = self._loss_at(start, kept, batch), [], False
         for part in _shares(count, moves):
             came.append(self._gathered(part, important=True))
-            if finv is None:
+            if stopped:
                 continue
             with phase("update"):
                 step = finv @ (self.gradient * -share)
@@ -340,8 +339,8 @@ class AdaptiveRun:
                 # What `_predicted` says, since the step s of a share t solves (F + λI)s = −tg.
                 predicted = float(self.gradient @ step * (1 - share / 2) - damping * step.square().sum() / 2)
             loss = self._loss_at(there, kept, batch)
-            if loss - seen > share * self._rise:
-                finv = None
+            stopped = loss - seen > share * self._rise
+            if stopped:
                 continue
             seen = loss
             self._foreseen += predicted
