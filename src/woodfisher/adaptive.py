@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -13,7 +13,8 @@ from woodfisher.batches import FORWARD_BATCH, Stream, rechunk
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.carried import CarriedDamping
-from woodfisher.curvature.running import RunningFisher
+from woodfisher.curvature.prior import Prior, RestrictedPrior
+from woodfisher.curvature.running import RunningFisher, ShrunkFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.importance import Important
 from woodfisher.isolation import move_on
@@ -154,7 +155,7 @@ class Passed:
 
 
 def adaptive_run(
-    objective: Objective, targets: Sequence[int], method: Method, selection: Selection
+    objective: Objective, targets: Sequence[int], method: Method, selection: Selection, *, skip: int = 0
 ) -> Iterator[Passed]:
     """Prune through `targets` (what is kept of `selection.total`, largest first) with stages that adapt.
 
@@ -162,9 +163,10 @@ def adaptive_run(
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
     reads the data many times (`MOST_PASSES`) the run is made with and without; at each target the one with the lower
     loss on the held-out samples counts. Removing by magnitude alone competes with both, so that what comes is never
-    worse than that on these samples.
+    worse than that on these samples. The first `skip` samples of the data are passed over.
     """
     stream = Stream(objective.data)
+    stream.skip(skip)
     known = known_samples(objective, method, stream)
     window = window_for(objective, method, known, reads_once=stream.reads_once)
     drawn = stream.hold_out(window.held_out)
@@ -225,15 +227,25 @@ class AdaptiveRun:
         self.course, self.stream, self.first_order = course, stream, course.first_order
         self._held_out, self.loss, self._first_loss = held_out, loss, loss
         self.weights = objective.weights[objective.kept].double()
-        self.fisher = RunningFisher(
-            len(self.weights), course.rows, course.group, dtype=objective.dtype, device=objective.device
-        )
+        self.fisher = self._no_rows()
         self.gradient = torch.zeros_like(self.weights)
         self._weight = 0.0
         self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
         self._began, self._foreseen, self._turn = loss, 0.0, 0
         self._average = _Average()
         self._important = Important(stream, course.among)
+
+    def _no_rows(self) -> RunningFisher:
+        """The Fisher that rows are to come into; without the gradient it shrinks to the prior of the first samples."""
+        objective, rows, group = self.objective, self.course.rows, self.course.group
+        where: dict[str, Any] = {"dtype": objective.dtype, "device": objective.device}
+        if self.first_order:
+            return RunningFisher(len(self.weights), rows, group, **where)
+        samples = rows * group
+        with phase("curvature"):
+            prior = Prior.of(objective.on(self.stream.fork().draw(samples)), samples, self.curvature.labels)
+            left = RestrictedPrior(prior, objective.kept, objective.dtype)
+        return ShrunkFisher(left, rows, group, **where)
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
         """Prune through each amount in `targets`, largest first; yield there."""
@@ -403,12 +415,13 @@ class AdaptiveRun:
             start = self.weights[stay]
             first = self.first_order and not removed and not self._damping.begun
             share = _FIRST_SHARE if first else 1.0
+            damped = self.fisher.damped(gone)[stay]
             side = pull - gradient[stay] if self.first_order else pull
 
         def candidate(damping: float) -> _Candidate:
             with phase("update"):
                 inverse, damping = self._damping.inverse(rest, damping)
-                weights = start + share * (inverse @ side)
+                weights = start + share * (inverse @ (side - damping * damped))
             return _Candidate(weights, self._loss_at(weights, keep), damping)
 
         tried = [candidate(choice) for choice in self._damping.choices(ranking.damping, self.fisher)]

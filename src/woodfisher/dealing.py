@@ -205,13 +205,14 @@ class Part(Objective):
             yield rows if columns is None else rows[:, columns]
 
     def iter_layer_rows(
-        self, samples: int, *, group: int = 1, labels: str = "data"
+        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
     ) -> Iterator[dict[str, LayerRows]]:
         for tensors, forms in self._received(samples, group, labels, factored=True):
             each = (t.to(self.device) for t in tensors)
             yield {
                 name: replace(forms[name], inputs=inputs, outputs=outputs)
                 for name, inputs, outputs in zip(self.layout.shapes, each, each, strict=True)
+                if names is None or name in names
             }
 
     def _received(

@@ -141,6 +141,13 @@ class Method:
         return Adaptive() if self._carries_rows else FIXED_STAGES
 
     @property
+    def samples(self) -> int:
+        """Samples that one run takes, over all of its stages, with those that they are checked on."""
+        if isinstance(self.staging, Adaptive):
+            return self.curvature.samples + self.staging.held_out
+        return self.curvature.samples * self.staging
+
+    @property
     def _carries_rows(self) -> bool:
         one_block = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
         return one_block and self.update == "joint"

@@ -406,13 +406,13 @@ class Objective:
             report_progress("gradients", done, samples // group)
 
     def iter_layer_rows(
-        self, samples: int, *, group: int = 1, labels: str = "data"
+        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
     ) -> Iterator[dict[str, LayerRows]]:
-        """Rows in factor form, of all weights, which `factors` must have.
+        """Rows in factor form, of the weights in `names` (default: all), which `factors` must have.
 
         The gradients of removed weights are in them.
         """
-        names = list(self.layout.shapes)
+        names = list(self.layout.shapes if names is None else names)
         for name in names:
             if not self._flow.possible(name):
                 raise WoodfisherError(

@@ -8,8 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.adaptive import Adaptive, adaptive_run
-from woodfisher.batches import Stream
+from woodfisher.adaptive import Adaptive
 from woodfisher.checks import check_fraction, metric_value
 from woodfisher.dealing import align_random, alike, can_be_dealt
 from woodfisher.distributed import ALONE, together
@@ -18,7 +17,7 @@ from woodfisher.isolation import copied, isolated, unmoved
 from woodfisher.method import USUAL_SPARSITY, method_for, replaced, use_for
 from woodfisher.objective import Objective
 from woodfisher.report import report_of, warn_of_lost_layers, warnings_of
-from woodfisher.stages import run_stages
+from woodfisher.stages import pruned_through
 from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
@@ -233,7 +232,8 @@ def _sweep(
                 reached[amount] = _pruned(objective, [], method, selection, watch)
         data = objective.data
         wanted = sorted(set(amounts) - set(reached), reverse=True)
-        for amount, at, stages in _each(objective, wanted, method, selection):
+        passed = pruned_through(objective, wanted, method, selection)
+        for amount, (at, stages) in zip(wanted, passed, strict=True):
             warn_of_lost_layers(at)
             reached[amount] = _pruned(at.on(data), stages, method, selection, watch)
             if not isinstance(method.staging, Adaptive):
@@ -295,7 +295,7 @@ def _within(
 
         def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
             with suppress(TooSparseError):
-                for _, at, stages in _each(objective, amounts, method, selection):
+                for at, stages in pruned_through(objective, amounts, method, selection):
                     yield _pruned(at.on(data), stages, method, selection, watch)
 
         search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
@@ -366,20 +366,6 @@ def _started(objective: Objective, method: Method) -> tuple[Objective, Selection
     """The objective with what is there to begin with, and what may stay of it."""
     selection = method.selection(objective)
     return objective.at(objective.weights, selection.present(objective.kept)).begun(), selection
-
-
-def _each(
-    objective: Objective, amounts: Sequence[int], method: Method, selection: Selection
-) -> Iterator[tuple[int, Objective, Sequence[Stage]]]:
-    """Prune to each amount: in one run where stages adapt, else each from the start."""
-    if isinstance(method.staging, Adaptive):
-        passed = adaptive_run(objective, amounts, method, selection) if amounts else iter(())
-        for amount, at in zip(amounts, passed, strict=True):
-            yield amount, at.objective, at.stages
-    else:
-        for amount in amounts:
-            align_random(objective.data, objective.ranks)
-            yield amount, *run_stages(objective, amount, method, selection, Stream(objective.data))
 
 
 def _pruned(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from woodfisher.batches import Stream
 from woodfisher.checks import check_count
 from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
@@ -21,7 +20,7 @@ from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of, warn_of_lost_layers
 from woodfisher.schedule import Schedule
 from woodfisher.sharding import reshard
-from woodfisher.stages import run_stages
+from woodfisher.stages import pruned_through
 from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
@@ -116,7 +115,6 @@ class Pruner:
                 f"schedule must be wf.Polynomial(...), wf.Milestones(...) or wf.one_shot(...); {schedule!r} came."
             )
         self.method = replaced(method_for(criterion, use="training"), parts)
-        check_count("stages", self.method.stages)
         self.schedule, self.seed, self.progress = schedule, seed, progress
         if self.method.curvature.samples:
             _check_rereadable(objective.data)
@@ -234,9 +232,13 @@ class Pruner:
 
             def pruned() -> tuple[Changes, Report]:
                 with reseeded(objective.data, self.seed + self._times):
-                    stream = Stream(objective.data)
-                    stream.skip(self._times * self._samples)
-                    at, stages = run_stages(objective, amount, self.method, self.selection, stream)
+                    ((at, stages),) = pruned_through(
+                        objective,
+                        [amount],
+                        self.method,
+                        self.selection,
+                        skip=self._times * self.method.samples,
+                    )
                 warn_of_lost_layers(at)
                 report = report_of(at, stages, self.method, self.selection, watch)
                 return at.changes(), replace(report, masks={})
@@ -255,12 +257,6 @@ class Pruner:
         masks = self.masks
         device = next(iter(masks.values())).device
         return self.objective.layout.flatten({name: mask.to(device) for name, mask in masks.items()})
-
-    @property
-    def _samples(self) -> int:
-        """Samples that rows take each time."""
-        assert isinstance(self.method.staging, int)
-        return self.method.curvature.samples * self.method.staging
 
 
 def _described(shape: tuple[int, ...] | None) -> str:

@@ -1,11 +1,13 @@
-"""A fixed number of stages: rows → curvature → scores → mask → update, each with new rows."""
+"""Stages on the way to a sparsity: those that adapt, or a number of them, each with rows → scores → mask → update."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
-from woodfisher.dealing import check_same_samples, dealt
+from woodfisher.adaptive import Adaptive, adaptive_run
+from woodfisher.batches import Stream
+from woodfisher.dealing import align_random, check_same_samples, dealt
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import move_on
 from woodfisher.method import UPDATES
@@ -18,13 +20,35 @@ from woodfisher.update import quadratic_change
 from woodfisher.watch import phase, report_progress
 
 if TYPE_CHECKING:
-    from woodfisher.batches import Stream
+    from collections.abc import Iterator, Sequence
+
     from woodfisher.method import Method
     from woodfisher.objective import Objective
     from woodfisher.selection import Selection
 
 
-def run_stages(
+def pruned_through(
+    objective: Objective, amounts: Sequence[int], method: Method, selection: Selection, *, skip: int = 0
+) -> Iterator[tuple[Objective, Sequence[Stage]]]:
+    """Prune to each of `amounts` (of `selection.total`, largest first): in one run where stages adapt, else anew.
+
+    Yields
+    ------
+    The objective at the pruned weights and what the stages did. Samples are drawn from the data after the first
+    `skip`.
+    """
+    if isinstance(method.staging, Adaptive):
+        for passed in adaptive_run(objective, amounts, method, selection, skip=skip) if amounts else ():
+            yield passed.objective, passed.stages
+        return
+    for amount in amounts:
+        align_random(objective.data, objective.ranks)
+        stream = Stream(objective.data)
+        stream.skip(skip)
+        yield _by_number(objective, amount, method, selection, stream)
+
+
+def _by_number(
     objective: Objective, final: int, method: Method, selection: Selection, stream: Stream
 ) -> tuple[Objective, list[Stage]]:
     """Prune down to `final` of `selection.total`, in the method's number of stages.

@@ -9,8 +9,8 @@ from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
+    from woodfisher.curvature.base import InverseOperator
     from woodfisher.curvature.damping import Damping
-    from woodfisher.curvature.lowrank import LowRankInverse
     from woodfisher.curvature.running import RunningFisher
 
 _FACTOR = 3.0
@@ -73,7 +73,7 @@ class CarriedDamping:
         """The next one above `damping`, as far as it may grow."""
         return min(damping * _FACTOR, self._most * _scale(fisher))
 
-    def inverse(self, fisher: RunningFisher, damping: float) -> tuple[LowRankInverse, float]:
+    def inverse(self, fisher: RunningFisher, damping: float) -> tuple[InverseOperator, float]:
         """F⁻¹ and its λ: `damping`, raised where it drowns in the rounding of the Gram matrix and nobody chose it."""
         while True:
             try:

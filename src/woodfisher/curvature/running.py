@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.curvature.lowrank import LowRankInverse
+from woodfisher.curvature.prior import PriorInverse
 from woodfisher.memory import new_matrix
 from woodfisher.triangles import full_gram
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from woodfisher.curvature.base import InverseOperator
+    from woodfisher.curvature.prior import RestrictedPrior
 
 
 class RunningFisher:
@@ -74,11 +78,7 @@ class RunningFisher:
     def add(self, *parts: Tensor) -> None:
         """Take in new rows `(r, d)`, in parts, in the place of the oldest; of more than the window the last ones."""
         window, first, new = len(self._store), self._next, sum(map(len, parts))
-        for rows in parts:
-            place = (self._next + torch.arange(len(rows), device=rows.device)) % window
-            self._store[place[-window:]] = rows[-window:]
-            self._next = (self._next + len(rows)) % window
-        self._filled = max(self._filled, min(first + new, window))
+        self._take(*parts)
         if new >= self._filled:
             self._gram[: self._filled, : self._filled] = full_gram(self.rows)
             return
@@ -86,6 +86,15 @@ class RunningFisher:
             cross = (self.rows @ self._store[places].mT).double()
             self._gram[: self._filled, places] = cross
             self._gram[places, : self._filled] = cross.mT
+
+    def _take(self, *parts: Tensor) -> None:
+        """Put rows in their places."""
+        window, first = len(self._store), self._next
+        for rows in parts:
+            place = (self._next + torch.arange(len(rows), device=rows.device)) % window
+            self._store[place[-window:]] = rows[-window:]
+            self._next = (self._next + len(rows)) % window
+        self._filled = max(self._filled, min(first + sum(map(len, parts)), window))
 
     def restricted(self, stay: Tensor) -> RunningFisher:
         """The same rows without the weights outside `stay`, bool `(d,)`."""
@@ -102,10 +111,56 @@ class RunningFisher:
             square[:] = full_gram(left)
         return other
 
+    def damped(self, v: Tensor) -> Tensor:
+        """What λ multiplies in Fv, which here is v, float64 `(d,)`."""
+        return v
+
     def pull(self, v: Tensor) -> Tensor:
         """Fv without the damping, GᵀGv/n, for `v` float64 `(d,)`."""
         return ((self.rows @ v.to(self._store.dtype)) @ self.rows).double() / self.divisor
 
-    def inverse(self, damping: float) -> LowRankInverse:
+    def inverse(self, damping: float) -> InverseOperator:
         """F⁻¹ with λ = `damping`: a factorisation of N×N, and nothing of the size of the rows."""
         return LowRankInverse(self.rows, 1, damping, self.divisor, gram=self.gram[None], single=True)
+
+
+class ShrunkFisher(RunningFisher):
+    """F = λP + (m/N) Σ gₙgₙᵀ, as `RunningFisher` with a prior P in the place of the identity.
+
+    The Gram matrix is GP⁻¹Gᵀ. What a removed weight leaves of P⁻¹ is another inverse, so that both are made anew: a
+    stage costs 2N²d operations, and 2NB for each weight of a block of B.
+
+    Parameters
+    ----------
+    prior:
+        Of the weights that there are.
+    """
+
+    def __init__(
+        self, prior: RestrictedPrior, window: int, group: int, *, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(prior.size, window, group, dtype=dtype, device=device)
+        self._prior = prior
+
+    def add(self, *parts: Tensor) -> None:
+        self._take(*parts)
+        self._multiply()
+
+    def restricted(self, stay: Tensor) -> ShrunkFisher:
+        if bool(stay.all()):
+            return self
+        other = copy.copy(self)
+        other._store, other._prior = self._store[:, stay], self._prior.restricted(stay)
+        other._gram = torch.empty_like(self._gram)
+        other._multiply()
+        return other
+
+    def damped(self, v: Tensor) -> Tensor:
+        return self._prior.product(v[:, None])[:, 0]
+
+    def inverse(self, damping: float) -> PriorInverse:
+        return PriorInverse(self._prior, self.rows, self._through, self.gram, damping, self.divisor)
+
+    def _multiply(self) -> None:
+        self._through = self._prior.rows(self.rows)
+        self.gram[:] = (self._through @ self.rows.mT).double()

@@ -1,0 +1,276 @@
+"""What the Fisher of few rows is shrunk to: each output's weights as the inputs that they share have them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.curvature.base import InverseOperator, spans
+from woodfisher.curvature.dense import cholesky, triangular_inverse
+from woodfisher.curvature.kfac import moments
+from woodfisher.memory import Scratch
+from woodfisher.triangles import column_energies
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from torch import Tensor
+
+    from woodfisher.curvature.base import Labels
+    from woodfisher.objective import Objective
+
+_LEAST = 1e-3
+"""Added to the diagonal of P, which is 1 on average: what an input brings that is never there would cost nothing."""
+
+MOST_OPERATIONS = 30_000_000_000
+"""Floating-point operations that factoring P may take: where inputs are many its blocks are of fewer than all."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """P of some outputs' weights for the same inputs, diag(s) ⊗ A.
+
+    Attributes
+    ----------
+    index:
+        Where these weights are among all, int64 `(outputs, inputs)`.
+    A, s:
+        Float64 `(inputs, inputs)` and `(outputs,)`.
+    """
+
+    index: Tensor
+    A: Tensor
+    s: Tensor
+
+
+class Prior:
+    """P = diag(s) ⊗ A for each layer, scaled to a mean diagonal of 1, and a little more on the diagonal.
+
+    A is the second moment of what flows into the layer and s that of the gradient of each of its outputs: K-FAC's
+    factors (Martens and Grosse 2015) without what couples outputs, so that a block has the weights of one output.
+    Weights that are not those of a Linear or convolution layer have 1 on the diagonal alone.
+
+    Every sample says as much about A as about any other, but only one thing about the gradient of all weights. So of
+    few samples λP + GᵀG/n is nearer to the Fisher of many than λI + GᵀG/n is.
+
+    Parameters
+    ----------
+    size:
+        d, all weights.
+    parts:
+        No weight is in two of them.
+    """
+
+    def __init__(self, size: int, parts: Sequence[Factors], device: torch.device) -> None:
+        self.size, self.parts, self.device = size, list(parts), device
+
+    @classmethod
+    def of(cls, objective: Objective, samples: int, labels: Labels) -> Prior:
+        """From `samples` samples at the objective's weights."""
+        layout = objective.layout
+        names = [name for name in objective.factors() if len(layout.shapes[name]) > 1]
+        most = max(int((MOST_OPERATIONS / layout.size) ** 0.5), 1)
+        parts: list[Factors] = []
+        for name, (A, S) in moments(objective, samples, names, labels).items():
+            where = layout.slices[name]
+            index = torch.arange(where.start, where.stop, device=A.device)
+            index = index.view(len(A), S.shape[1], A.shape[1])
+            if name in layout.transposed:
+                A, S, index = S, A, index.mT
+            parts += (
+                Factors(i[:, part], a[part, part], s.diagonal())
+                for i, a, s in zip(index, A, S, strict=True)
+                for part in (slice(first, first + most) for first in range(0, len(a), most))
+            )
+        total = sum(float(part.A.trace() * part.s.sum()) for part in parts)
+        if not total > 0:
+            return cls(layout.size, [], objective.device)
+        scale = sum(part.index.numel() for part in parts) / total
+        scaled = [Factors(part.index, part.A, part.s * scale) for part in parts]
+        return cls(layout.size, scaled, objective.device)
+
+    def product(self, v: Tensor) -> Tensor:
+        """Pv for float64 `v` `(d, k)`."""
+        out = v.clone()
+        for part in self.parts:
+            here = v[part.index]
+            out[part.index] = part.s[:, None, None] * (part.A @ here) + _LEAST * here
+        return out
+
+    def diagonal(self) -> Tensor:
+        """That of P, float64 `(d,)`."""
+        out = torch.ones(self.size, dtype=torch.float64, device=self.device)
+        for part in self.parts:
+            out[part.index] = part.s[:, None] * part.A.diagonal() + _LEAST
+        return out
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Inverses of some blocks of P, each filled up to the size of the largest.
+
+    Attributes
+    ----------
+    places:
+        Which of the weights that are left these are, int64 `(count, k)`; any where it is filled up.
+    filled:
+        Bool `(count, k)`, False there.
+    inverse:
+        `(count, k, k)`, zero there.
+    """
+
+    places: Tensor
+    filled: Tensor
+    inverse: Tensor
+
+
+class RestrictedPrior:
+    """P of the weights in `kept` `(d,)` alone, and its inverse: vectors and rows have as many entries as are kept.
+
+    Blocks are factored in float64, and their inverses held in `dtype`.
+    """
+
+    def __init__(self, prior: Prior, kept: Tensor, dtype: torch.dtype) -> None:
+        self._prior, self.kept, self.dtype = prior, kept, dtype
+        self.size = int(kept.sum())
+        self._blocks = list(self._factored())
+
+    def restricted(self, stay: Tensor) -> RestrictedPrior:
+        """The same of those weights that `stay`, bool `(size,)`."""
+        kept = self.kept.clone()
+        kept[self.kept] = stay
+        return RestrictedPrior(self._prior, kept, self.dtype)
+
+    def _factored(self) -> Iterator[_Blocks]:
+        place = self.kept.cumsum(0) - 1
+        for part in self._prior.parts:
+            left = self.kept[part.index]
+            for some in spans(len(left), 4 * 8 * left.shape[1] ** 2):
+                here = left[some]
+                most = int(here.sum(1).max())
+                if not most:
+                    continue
+                filled, order = (t[:, :most] for t in here.sort(dim=1, descending=True, stable=True))
+                both = filled[:, :, None] & filled[:, None, :]
+                P = part.A[order[:, :, None], order[:, None, :]] * part.s[some, None, None] * both
+                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, _LEAST, 1.0))
+                root = triangular_inverse(cholesky(P, "the prior of an output's weights"))
+                inverse = (root.mT @ root) * both
+                yield _Blocks(place[part.index[some].gather(1, order)], filled, inverse.to(self.dtype))
+
+    def curvature(self) -> Tensor:
+        """Diagonal of P, float64 `(size,)`."""
+        return self._prior.diagonal()[self.kept]
+
+    def product(self, V: Tensor) -> Tensor:
+        """PV for float64 `V` `(size, k)`."""
+        full = V.new_zeros(self._prior.size, V.shape[1])
+        full[self.kept] = V
+        return self._prior.product(full)[self.kept]
+
+    def solve(self, V: Tensor) -> Tensor:
+        """P⁻¹V for `V` `(size, k)`."""
+        out = V.clone()
+        for blocks in self._blocks:
+            solved = blocks.inverse.to(V) @ (V[blocks.places] * blocks.filled[..., None])
+            out[blocks.places[blocks.filled]] = solved[blocks.filled]
+        return out
+
+    def rows(self, G: Tensor) -> Tensor:
+        """GP⁻¹ for `G` `(N, size)`, in its dtype."""
+        out = G.clone()
+        for blocks in self._blocks:
+            here = G[:, blocks.places.flatten()].unflatten(1, blocks.places.shape) * blocks.filled
+            solved = here.transpose(0, 1) @ blocks.inverse.to(G)
+            out[:, blocks.places[blocks.filled]] = solved.transpose(0, 1)[:, blocks.filled]
+        return out
+
+    def diagonal(self) -> Tensor:
+        """Diagonal of P⁻¹, float64 `(size,)`."""
+        out = torch.ones(self.size, dtype=torch.float64, device=self.kept.device)
+        for blocks in self._blocks:
+            entries = blocks.inverse.diagonal(dim1=1, dim2=2)
+            out[blocks.places[blocks.filled]] = entries[blocks.filled].double()
+        return out
+
+    def submatrices(self, index: Tensor) -> Tensor:
+        """[P⁻¹]_QQ for each row Q of `index` `(m, k)`: float64 `(m, k, k)`."""
+        out = (index[:, :, None] == index[:, None, :]).double()
+        for blocks in self._blocks:
+            owner = torch.full((self.size,), -1, device=index.device)
+            position = torch.zeros_like(owner)
+            block, at = blocks.filled.nonzero(as_tuple=True)
+            owner[blocks.places[block, at]], position[blocks.places[block, at]] = block, at
+            own, where = owner[index], position[index]
+            inside = (own >= 0)[:, :, None] & (own >= 0)[:, None, :]
+            entries = blocks.inverse[own.clamp(min=0)[:, :, None], where[:, :, None], where[:, None, :]]
+            together = own[:, :, None] == own[:, None, :]
+            out = torch.where(inside, entries.double() * together, out)
+        return out
+
+
+class PriorInverse(InverseOperator):
+    """Inverse of F = λP + GᵀG/n in one block: with H = GP⁻¹ and K = nλI + HGᵀ = LLᵀ it is (P⁻¹ − HᵀK⁻¹H)/λ.
+
+    Parameters
+    ----------
+    prior:
+        P.
+    rows, through:
+        G and H, `(N, size)`, in whose dtype products are.
+    gram:
+        HGᵀ, float64 `(N, N)`.
+    damping:
+        λ > 0.
+    divisor:
+        n: the number of rows, divided by the samples that each row averages.
+    """
+
+    damping: float
+
+    def __init__(
+        self,
+        prior: RestrictedPrior,
+        rows: Tensor,
+        through: Tensor,
+        gram: Tensor,
+        damping: float,
+        divisor: float,
+    ) -> None:
+        self._prior, self._rows, self._through = prior, rows, through
+        self.size, self.device = prior.size, rows.device
+        self.damping, self._divisor = damping, divisor
+        K = gram.clone()[None]
+        K.diagonal(dim1=1, dim2=2).add_(divisor * damping)
+        self._factor = triangular_inverse(cholesky(K, "the Gram matrix of gradient rows"))
+
+    def _inverse_product(self, V: Tensor) -> Tensor:
+        L = self._factor[0]
+        Y = L.mT @ (L @ (self._through @ V.to(self._through)).double())
+        return (self._prior.solve(V) - (self._through.mT @ Y.to(self._through)).double()) / self.damping
+
+    def _forward_product(self, V: Tensor) -> Tensor:
+        through = self._rows.mT @ (self._rows @ V.to(self._rows)) / self._divisor
+        return self.damping * self._prior.product(V) + through.double()
+
+    def _diagonal(self) -> Tensor:
+        used = column_energies(self._through[None], Scratch(self.device), self._factor.to(self._through))[0]
+        left = self._prior.diagonal() - used.double()
+        scaled = self._rows.square().sum(0).double() / (self._divisor * self.damping)
+        return torch.maximum(left, 1 / (self._prior.curvature() + scaled)) / self.damping
+
+    def _submatrices(self, index: Tensor) -> Tensor:
+        V = self._factor[0] @ self._through[:, index.flatten()].double()
+        V = V.unflatten(1, index.shape).movedim(0, 1)
+        return (self._prior.submatrices(index) - V.mT @ V) / self.damping
+
+    def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
+        prior, rows = self._prior.restricted(keep), self._rows[:, keep]
+        through = prior.rows(rows)
+        gram = (through @ rows.mT).double()
+        inverse = PriorInverse(prior, rows, through, gram, self.damping, self._divisor)
+        out = torch.zeros_like(b)
+        out[keep] = inverse @ b[keep]
+        return out

@@ -1,0 +1,165 @@
+"""What the Fisher of few rows is shrunk to, against its definition in float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import woodfisher as wf
+from models import ConvNet, Recurrent, Tied, mlp, samples
+from woodfisher.curvature import base, prior
+from woodfisher.curvature.prior import Factors, Prior, RestrictedPrior
+from woodfisher.curvature.running import ShrunkFisher
+
+LEAST = 1e-3
+
+
+def some_prior(seed=0):
+    """Twelve weights: three outputs of three inputs, in places of their own, and three without factors; dense too."""
+    generator = torch.Generator().manual_seed(seed)
+    A = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    A, s = A.mT @ A, torch.rand(3, generator=generator, dtype=torch.float64)
+    index = torch.randperm(12, generator=generator)[:9].view(3, 3)
+    P = torch.eye(12, dtype=torch.float64)
+    P[index.flatten()[:, None], index.flatten()] = torch.kron(torch.diag(s), A) + LEAST * torch.eye(9)
+    return Prior(12, [Factors(index, A, s)], A.device), P
+
+
+@pytest.mark.parametrize("workspace", [None, 1])
+@given(seed=st.integers(0, 1000), share=st.floats(0.2, 1))
+@settings(max_examples=25, deadline=None)
+def test_a_prior_of_the_weights_that_are_left(workspace, seed, share):
+    whole, P = some_prior(seed)
+    torch.manual_seed(seed)
+    kept = torch.rand(12) < share
+    kept[0] = True
+    P = P[kept][:, kept]
+    size, exact = len(P), torch.linalg.inv(P)
+    with pytest.MonkeyPatch.context() as patch:
+        if workspace:
+            patch.setattr(base, "WORKSPACE", workspace)
+        left = RestrictedPrior(whole, torch.ones(12, dtype=torch.bool), torch.float64).restricted(kept)
+    V, G = torch.randn(size, 2, dtype=torch.float64), torch.randn(4, size, dtype=torch.float64)
+    torch.testing.assert_close(left.product(V), P @ V)
+    torch.testing.assert_close(left.curvature(), P.diagonal())
+    torch.testing.assert_close(left.solve(V), exact @ V)
+    torch.testing.assert_close(left.rows(G), G @ exact)
+    torch.testing.assert_close(left.diagonal(), exact.diagonal())
+    index = torch.randint(size, (3, 2))
+    expected = torch.stack([exact[q[:, None], q] for q in index])
+    torch.testing.assert_close(left.submatrices(index), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(
+    pieces=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    window=st.integers(1, 8),
+    seed=st.integers(0, 10),
+)
+@settings(max_examples=20, deadline=None)
+def test_the_shrunk_fisher_is_that_of_the_last_rows(dtype, pieces, window, seed):
+    whole, P = some_prior(seed)
+    torch.manual_seed(seed)
+    group, damping = 3, 0.1
+    everything = RestrictedPrior(whole, torch.ones(12, dtype=torch.bool), dtype)
+    fisher = ShrunkFisher(everything, window, group, dtype=dtype, device=torch.device("cpu"))
+    rows = torch.randn(sum(pieces), 12, dtype=dtype)
+    for part in rows.split(pieces):
+        fisher.add(part)
+    stay = torch.rand(12) > 0.4
+    stay[0] = True
+    last = rows[-window:].double()
+    close = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-2}
+    for now, kept in ((fisher, torch.ones_like(stay)), (fisher.restricted(stay), stay)):
+        G, own = last[:, kept], P[kept][:, kept]
+        F = damping * own + G.mT @ G * group / len(G)
+        finv, exact = now.inverse(damping), F.inverse()
+        torch.testing.assert_close(finv.dense(), exact, **close)
+        torch.testing.assert_close(finv.diag(), exact.diagonal(), **close)
+        v = torch.randn(len(F), dtype=torch.float64)
+        torch.testing.assert_close(now.pull(v) + damping * now.damped(v), F @ v, **close)
+        scale = float((torch.linalg.solve(own, G.mT @ G).trace() * group / len(G)) / len(F))
+        assert now.scale == pytest.approx(scale, rel=1e-3)
+    torch.testing.assert_close(fisher.rows.double().sort(0).values, last.sort(0).values)
+
+
+def linear_factors(model, inputs, targets):
+    """A and s of `mlp`'s two layers, one sample after the other."""
+    hidden = torch.tanh(model[0](inputs))
+    found = []
+    for layer, came in ((model[0], inputs), (model[2], hidden)):
+        s = torch.zeros(layer.out_features, dtype=torch.float64)
+        for x, y in zip(inputs, targets, strict=True):
+            (gradient,) = torch.autograd.grad(cross_entropy(model(x[None]), y[None]), layer.bias)
+            s += gradient.square() / len(inputs)
+        found.append((came.mT @ came / len(inputs), s))
+    return found
+
+
+def test_the_prior_of_a_network_follows_its_definition(monkeypatch):
+    model, (inputs, targets) = mlp(torch.float64), samples(30, dtype=torch.float64)
+    objective = wf.Objective(model, [(inputs, targets)], cross_entropy)
+    factors = linear_factors(model, inputs, targets)
+    blocks = [torch.kron(torch.diag(s), A).detach() for A, s in factors]
+    K = torch.block_diag(*blocks)
+    expected = K / K.diagonal().mean() + LEAST * torch.eye(36)
+    eye = torch.eye(36, dtype=torch.float64)
+    found = Prior.of(objective, 30, "data")
+    torch.testing.assert_close(found.product(eye), expected)
+    torch.testing.assert_close(found.diagonal(), expected.diagonal())
+    monkeypatch.setattr(prior, "MOST_OPERATIONS", 36 * 4**2)
+    inputs_of = torch.cat([torch.arange(6).repeat(4), torch.arange(4).repeat(3) + 100])
+    near = (inputs_of[:, None] // 4 == inputs_of // 4).double()
+    torch.testing.assert_close(Prior.of(objective, 30, "data").product(eye), expected * near)
+
+
+def test_the_prior_of_a_transposed_layer_has_blocks_over_its_inputs():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.ConvTranspose1d(3, 2, 1, bias=False), nn.Flatten(), nn.Linear(8, 3, bias=False)
+    ).double()
+    same = nn.Sequential(nn.Conv1d(3, 2, 1, bias=False), nn.Flatten(), nn.Linear(8, 3, bias=False)).double()
+    with torch.no_grad():
+        same[0].weight.copy_(model[0].weight.transpose(0, 1))
+        same[2].weight.copy_(model[2].weight)
+    data = [(torch.randn(20, 3, 4, dtype=torch.float64), torch.randint(3, (20,)))]
+    one, other = (wf.Objective(each, data, cross_entropy) for each in (model, same))
+    products = []
+    for objective in (one, other):
+        P = Prior.of(objective, 20, "data").product(torch.eye(30, dtype=torch.float64))
+        order = objective.layout.index("0.weight").flatten()
+        products.append(P[order[:, None], order])
+    torch.testing.assert_close(*products)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "params", "covered"),
+    [
+        (ConvNet(), torch.randn(12, 2, 5, 5), None, {"conv.weight", "grouped.weight", "fc.weight"}),
+        (Recurrent(), torch.randn(12, 5, 3), ["*weight*"], {"fc.weight"}),
+        (Tied(), torch.randn(12, 5), None, {"head.weight"}),
+        (mlp(), torch.randn(12, 6), ["*"], {"0.weight", "2.weight"}),
+    ],
+)
+def test_what_has_no_factors_is_on_the_diagonal_alone(model, inputs, params, covered):
+    objective = wf.Objective(model, [(inputs, torch.randint(3, (12,)))], cross_entropy, params=params)
+    found = Prior.of(objective, 12, "data")
+    diagonal = objective.layout.split(found.diagonal())
+    assert {
+        name for name, part in diagonal.items() if not torch.equal(part, torch.ones_like(part))
+    } == covered
+    mean = torch.cat([diagonal[name].flatten() for name in covered]).mean()
+    assert float(mean) == pytest.approx(1 + LEAST, rel=1e-4)
+
+
+def test_gradients_that_are_all_zero_make_no_prior():
+    model = mlp()
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[2].bias.copy_(torch.tensor([200.0, 0, 0]))
+    inputs = torch.randn(9, 6)
+    objective = wf.Objective(model, [(inputs, torch.zeros(9, dtype=torch.long))], cross_entropy)
+    found = Prior.of(objective, 9, "data")
+    assert torch.equal(found.diagonal(), torch.ones(36, dtype=torch.float64))
