@@ -136,6 +136,48 @@ def test_a_step_does_what_prune_does(criterion, stages):
     assert all(stage.first_order == (criterion == "woodtaylor") for stage in report.stages)
 
 
+@pytest.mark.parametrize("first_order", [True, False])
+def test_stages_that_adapt_do_what_they_do_in_prune_and_go_on_to_the_same_bits(first_order):
+    options = {
+        "stages": wf.Adaptive(stages=6, window=20, held_out=10),
+        "curvature": wf.WoodFisher(200, None, "auto", group=2),
+        "first_order": first_order,
+    }
+    schedule = wf.Milestones({0: 0.25, 1: 0.5})
+
+    def step(model, pruner):
+        plain(model, optim.SGD(model.parameters(), lr=0.1), data()[0])
+        return pruner.step()
+
+    model = mlp()
+    alone, pruner = copy.deepcopy(model), pruner_of(model, schedule, **options)
+    plain(alone, optim.SGD(alone.parameters(), lr=0.1), data()[0])
+    report = step(model, pruner)
+    assert report.stages == wf.prune(alone, data(), cross_entropy, 0.25, **options).stages
+    assert same(model.state_dict(), alone.state_dict())
+    saved = copy.deepcopy((model.state_dict(), pruner.state_dict()))
+    assert step(model, pruner).kept == kept_by(pruner) == 18
+    resumed = mlp(seed=3)
+    other = pruner_of(resumed, schedule, **options)
+    resumed.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    step(resumed, other)
+    assert same(resumed.state_dict(), model.state_dict())
+
+
+def test_stages_that_adapt_have_fewer_samples_in_training():
+    model = mlp()
+    objective = wf.Objective(model, data(), cross_entropy)
+    methods = []
+    for stages in ("auto", wf.Adaptive(stages=3)):
+        pruner = wf.Pruner(model, objective, LINEAR, criterion="woodtaylor", stages=stages)
+        methods.append(pruner.method)
+        pruner.release()
+    assert [method.staging.stages for method in methods] == [20, 3]
+    assert {method.curvature.samples for method in methods} == {20_000}
+    assert {method.first_order for method in methods} == {True}
+
+
 class Endless:
     """Reads the same batches each time, and tells nothing of their number."""
 

@@ -328,7 +328,7 @@ def test_what_dies_at_a_bad_moment_resumes_exactly(moment, digits_weights, tmp_p
     expected = resumable.run(digits_weights, tmp_path / "whole")
     owner, name, last = {
         "checkpoint": (torch, "save", 3),
-        "pruning": (woodfisher.pruner, "run_stages", 7),
+        "pruning": (woodfisher.pruner, "pruned_through", 7),
         "replacing": (WholeFiles, "save_checkpoint", 2),
     }[moment]
     original = getattr(owner, name)
@@ -487,7 +487,7 @@ def test_train_prints_one_object_and_writes_its_results(folder, capsys):
         (["--sparsity", "0.5", "--initial", "0.6"], "can't fall from 0.6 to 0.5"),
         (["--task", "cifar100"], "there is no task"),
         (["--criterion", "fisher"], "criterion must be one of"),
-        (["--stages", "auto"], "stages must be a whole number"),
+        (["--stages", "0"], "stages must be a whole number"),
         (["--out", "file"], "is not a folder"),
         (["--out", "damaged", "--resume"], "can't be read as a checkpoint"),
     ],
@@ -506,10 +506,10 @@ def test_bad_input_is_one_message_and_code_2(arguments, message, folder, capsys)
 def test_an_interruption_says_how_to_go_on(folder, capsys, monkeypatch):
     handler = signal.getsignal(signal.SIGINT)
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("woodfisher.pruner.run_stages", interrupt)
+    monkeypatch.setattr("woodfisher.pruner.pruned_through", interrupt)
     assert main(["train", *QUICK]) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler

@@ -162,6 +162,11 @@ class LayerRows:
         s = self.outputs.unflatten(2, (self.groups, -1))[:, :, groups]
         return s.flatten(4).movedim(1, 3).flatten(3), self._patches(groups)
 
+    def all_terms(self) -> tuple[Tensor, Tensor]:
+        """The s and a of all rows in one: float64 `(groups, NT, channels)` and `(groups, NT, width)`."""
+        s, a = (t.double().movedim(1, 0).mT.flatten(1, 2) for t in self.terms())
+        return s, a
+
     def unfolded(self) -> LayerRows:
         """The same rows with patches for inputs, where dense ones are made of these: for several parts of them."""
         if not self._has_patches:

@@ -34,7 +34,7 @@ Update = Literal["independent", "joint", "none"]
 Scope = Literal["global", "layer", "flops"]
 FirstOrder = bool | Literal["auto"]
 Stages = int | Adaptive | Literal["auto"]
-Use = Literal["adaptive", "fixed", "training"]
+Use = Literal["adaptive", "fixed", "training", "adaptive training"]
 
 UPDATES = {"independent": independent_update, "joint": joint_update, "none": no_update}
 
@@ -211,6 +211,16 @@ _TRAINING = {
 }
 """What they are inside a training loop, which mends what small blocks miss and has no time for large ones."""
 
+_ADAPTIVE_TRAINING = {
+    name: replace(
+        METHODS[name],
+        curvature=replace(_CARRIED, samples=20_000, group=4),
+        stages=Adaptive(stages=20, window=500),
+    )
+    for name in _TRAINING
+}
+"""The same where stages are to adapt, at a few of the times that weights are removed: what a minute allows for."""
+
 USUAL_SPARSITY = 0.95
 """What is pruned to where neither a sparsity is asked for nor the pattern has one."""
 
@@ -224,10 +234,16 @@ def method_for(criterion: str, preset: str | None = None, *, use: Use = "adaptiv
     The preset `paper` is that of Singh and Alistarh (2020), one shot: 100 gradients of single samples, damping
     1e-5, blocks of 2000 within a layer, global ranking, independent update. Methods that move no weights keep
     to that. `use` says what for, which takes other samples, blocks and damping: stages that adapt where the method
-    has them, `fixed` ones, or a single one each time that weights are removed in `training`.
+    has them, `fixed` ones, or a single one each time that weights are removed in `training`, unless they are to adapt
+    there too.
     """
     check_choice("criterion", criterion, METHODS)
-    others = {"adaptive": _FIXED if preset else {}, "fixed": _FIXED, "training": _TRAINING}
+    others = {
+        "adaptive": _FIXED if preset else {},
+        "fixed": _FIXED,
+        "training": _TRAINING,
+        "adaptive training": _ADAPTIVE_TRAINING,
+    }
     method = others[use].get(criterion, METHODS[criterion])
     if use == "training":
         method = replace(method, stages=1, recalibrate=0)
@@ -269,8 +285,11 @@ class MethodParts(TypedDict, total=False):
     recalibrate: int | None
 
 
-def use_for(parts: MethodParts) -> Use:
+def use_for(parts: MethodParts, *, training: bool = False) -> Use:
     """What for a method is taken with these parts: they may need a fixed number of stages."""
+    if training:
+        stages = parts.get("stages")
+        return "adaptive training" if stages == "auto" or isinstance(stages, Adaptive) else "training"
     fixed = isinstance(parts.get("stages"), numbers.Integral) or bool(parts.get("refine"))
     return "fixed" if fixed or parts.get("update") not in (None, "joint") else "adaptive"
 
@@ -288,4 +307,7 @@ def replaced(method: Method, parts: MethodParts) -> Method:
         raise WoodfisherError(
             f"there is no argument {sorted(unknown)[0]!r}; the parts of a method are {known}."
         )
-    return replace(method, **given(**parts))
+    others = given(**parts)
+    if others.get("stages") == "auto" and isinstance(method.stages, Adaptive):
+        del others["stages"]
+    return replace(method, **others)

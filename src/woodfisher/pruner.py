@@ -14,7 +14,7 @@ from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
 from woodfisher.isolation import isolated, reseeded
 from woodfisher.masks import Masks
-from woodfisher.method import method_for, replaced
+from woodfisher.method import method_for, replaced, use_for
 from woodfisher.objective import Objective
 from woodfisher.parameters import unwrapped
 from woodfisher.report import report_of, warn_of_lost_layers
@@ -56,7 +56,8 @@ class Pruner:
         `Polynomial`, `Milestones` or `one_shot`; times count calls of `step`, from 0.
     criterion:
         Name of the method: see `woodfisher.METHODS`. In training it has one stage each time, and `woodfisher` small
-        blocks; `woodtaylor` counts the gradient, away from an optimum.
+        blocks; `woodtaylor` counts the gradient, away from an optimum. With `stages="auto"`, for few and large
+        removals, `woodfisher` has 20 stages that adapt, of 20,000 sample gradients together.
     seed:
         Which samples rows are taken from. They depend on it and on the number of times that weights were removed
         before, and on nothing else; no random generator of the training run is touched.
@@ -114,7 +115,7 @@ class Pruner:
             raise WoodfisherError(
                 f"schedule must be wf.Polynomial(...), wf.Milestones(...) or wf.one_shot(...); {schedule!r} came."
             )
-        self.method = replaced(method_for(criterion, use="training"), parts)
+        self.method = replaced(method_for(criterion, use=use_for(parts, training=True)), parts)
         self.schedule, self.seed, self.progress = schedule, seed, progress
         if self.method.curvature.samples:
             _check_rereadable(objective.data)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from woodfisher.batches import FORWARD_BATCH
 from woodfisher.curvature.damping import LEAST_ROWS
+from woodfisher.curvature.prior import widest
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import Budget, Needs
 from woodfisher.planning import VECTORS
@@ -153,6 +154,7 @@ class Window(Needs):
         checked = sum((LOSSES * self.held_out + c.moves * part) * c.stages for c in self.courses)
         products = sum(
             c.rows * (c.rows * (c.stages - c.warming - c.resting) + c.renewed * c.stages)
+            + (_copies(c.first_order) - 1) * 2 * c.stages * c.rows * (c.rows + widest(objective.layout))
             for c in self.courses
         )
         gradient = machine.gradients(objective, 1)
@@ -205,12 +207,15 @@ def window_for(
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
     planned = max(min(options.window, affordable), 1)
     cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
+    shares = [_copies(first_order) / cut for first_order, cut in zip(orders, cuts, strict=True)]
+    held = 0 if all(orders) else 2 * objective.dtype.itemsize * weights * widest(objective.layout)
     room = _Room.of(
         objective,
         curvature,
         weights,
         planned,
-        copies=sum(1 / cut for cut in cuts) + 1 / min(cuts),
+        copies=sum(shares) + max(shares),
+        held=held,
         least=min(planned, LEAST_ROWS * max(cuts)),
     )
     most = min(planned, room.rows)
@@ -241,12 +246,15 @@ def window_for(
     if look and not objective.reads_once:
         chunk = min(chunk, largest.rows * (2 * objective.row_bytes(largest.group) + 2 * row))
     rows = [course.rows for course in courses]
-    bill = [
-        (f"{sum(rows)} gradient rows of {weights} weights", sum(rows) * row),
-        ("a copy of theirs while a stage is tried", largest.rows * row),
+    copies = [_copies(course.first_order) * course.rows for course in courses]
+    bill: list[tuple[str, int]] = [
+        (f"{sum(rows)} gradient rows of {weights} weights", sum(copies) * row),
+        ("a copy of theirs while a stage is tried", max(copies) * row),
         ("Gram matrices", 2 * 8 * sum(count**2 for count in [*rows, largest.rows])),
         (_BESIDES, max(chunk, room.vectors)),
     ]
+    if held:
+        bill.insert(2, ("the prior that F shrinks to, before a stage and after it", held))
     return Window(
         weights=weights,
         held_out=held_out,
@@ -255,6 +263,11 @@ def window_for(
         budget=room.budget,
         bill=tuple(bill),
     )
+
+
+def _copies(first_order: bool) -> int:
+    """Of a run's rows: without the gradient there are also their products with the inverse of the prior."""
+    return 1 if first_order else 2
 
 
 @dataclass(frozen=True)
@@ -285,18 +298,19 @@ class _Room:
         planned: int,
         *,
         copies: float,
+        held: int,
         least: int,
     ) -> _Room:
-        """For `copies` of `planned` rows of `weights` weights; raises where not even `least` of them fit."""
+        """For `copies` of `planned` rows of `weights` weights, and `held` bytes; raises where not `least` rows fit."""
         each = math.ceil(copies * (objective.dtype.itemsize * weights + 2 * 8 * planned))
         vectors = (VECTORS + CANDIDATES) * 8 * objective.layout.size
         budget = Budget.of(objective.device, curvature.memory, base=objective.base)
         if budget.room is None:
             return cls(budget, planned, objective.workspace, vectors)
         chunk = max(min(objective.workspace, budget.room // 6), 0)
-        rows = max(budget.room - max(chunk, vectors), 0) // each
+        rows = max(budget.room - max(chunk, vectors) - held, 0) // each
         if rows < least:
-            needed = least * each
+            needed = least * each + held
             besides = max(vectors, min(objective.workspace, needed // 5 + 1))
             rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
             raise budget.refusal(

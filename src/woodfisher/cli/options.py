@@ -166,7 +166,8 @@ class MethodOptions:
             "recalibrate": self.recalibrate,
         }
         # Stages that adapt have one block.
-        use: Use = "training" if training else "fixed" if isinstance(self.block_size, int) else use_for(parts)
+        fixed = isinstance(self.block_size, int) and not training
+        use: Use = "fixed" if fixed else use_for(parts, training=training)
         method = method_for(criterion, self.preset, use=use)
         asked = given(
             samples=self.samples,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Table
 from tyro.conf import arg
 
-from woodfisher.checks import check_choice, check_count, check_sparsity
+from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.outcome import Outcome
@@ -66,7 +66,8 @@ class Train:
     """3 removes most early, 1 the same each time."""
 
     criterion: str = "woodfisher"
-    """What decides, as in `woodfisher prune`; methods whose stages adapt are taken with one stage each time."""
+    """What decides, as in `woodfisher prune`; methods whose stages adapt are taken with one stage each time, unless
+    --stages auto asks for them."""
 
     out: Folder = None
     """Folder for the results (default: runs/TASK-train-CRITERION-SPARSITY-seedSEED); files there are replaced."""
@@ -86,7 +87,6 @@ class Train:
         self.training.check()
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True, training=True)
-        check_count("stages", method.stages)
         usual = method.pattern.sparsity or USUAL_SPARSITY
         sparsity = usual if self.sparsity is None else self.sparsity
         check_sparsity(sparsity)

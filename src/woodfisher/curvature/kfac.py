@@ -14,7 +14,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from woodfisher.objective import Objective
 
@@ -144,37 +144,23 @@ class KFAC(Estimator):
                 "K-FAC's factors take removed weights for free to make up for others, so that scores come out too "
                 "low on a network that is sparse already: prune in one stage from the dense one, or use WoodFisher."
             )
-        names = list(objective.layout.shapes)
-        found = moments(objective, self.samples, names, self.labels)
-        for name, (A, _) in found.items():
-            if len(A) > 1:
-                raise WoodfisherError(
-                    f"K-FAC covers Linear and ungrouped convolution layers, and that of {name!r} has {len(A)} groups. "
-                    "Exclude it, or use WoodFisher."
-                )
+        A: dict[str, Tensor] = {}
+        S: dict[str, Tensor] = {}
+        samples = 0
+        for layers in objective.iter_layer_rows(self.samples, labels=self.labels):
+            for name, rows in layers.items():
+                if rows.groups > 1:
+                    raise WoodfisherError(
+                        f"K-FAC covers Linear and ungrouped convolution layers, and that of {name!r} has "
+                        f"{rows.groups} groups. Exclude it, or use WoodFisher."
+                    )
+                (s,), (a,) = rows.all_terms()
+                A[name] = A.get(name, 0) + a.mT @ a
+                S[name] = S.get(name, 0) + s.mT @ s / rows.positions
+            samples += rows.count
         return BlockDiagonalInverse(
             [
-                (where, KroneckerInverse(A[0], S[0], self.damping))
-                for where, (A, S) in zip(objective.layout.slices.values(), found.values(), strict=True)
+                (where, KroneckerInverse(A[name] / samples, S[name] / samples, self.damping))
+                for name, where in objective.layout.slices.items()
             ]
         )
-
-
-def moments(
-    objective: Objective, samples: int, names: Sequence[str], labels: Labels
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name → second moments A of a layer's inputs, summed over positions, and S of its output gradients, averaged.
-
-    For weights that have factors, one moment for each group of a layer: float64 `(groups, in, in)` and
-    `(groups, out, out)`, where `out` is the weight's first dimension, whatever that is.
-    """
-    A: dict[str, Tensor] = {}
-    S: dict[str, Tensor] = {}
-    count = 0
-    for layers in objective.iter_layer_rows(samples, labels=labels, names=names):
-        for name, rows in layers.items():
-            s, a = (t.double().movedim(1, 0).mT.flatten(1, 2) for t in rows.terms())
-            A[name] = A.get(name, 0) + a.mT @ a
-            S[name] = S.get(name, 0) + s.mT @ s / rows.positions
-        count += next(iter(layers.values())).count
-    return {name: (A[name] / count, S[name] / count) for name in A}

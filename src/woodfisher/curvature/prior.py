@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,6 @@ import torch
 
 from woodfisher.curvature.base import InverseOperator, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
-from woodfisher.curvature.kfac import moments
 from woodfisher.memory import Scratch
 from woodfisher.triangles import column_energies
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from woodfisher.curvature.base import Labels
+    from woodfisher.layout import Layout
     from woodfisher.objective import Objective
 
 _LEAST = 1e-3
@@ -69,21 +70,27 @@ class Prior:
     @classmethod
     def of(cls, objective: Objective, samples: int, labels: Labels) -> Prior:
         """From `samples` samples at the objective's weights."""
-        layout = objective.layout
+        layout, most = objective.layout, widest(objective.layout)
         names = [name for name in objective.factors() if len(layout.shapes[name]) > 1]
-        most = max(int((MOST_OPERATIONS / layout.size) ** 0.5), 1)
+        sums: dict[str, list[Tensor]] = {}
+        for layers in objective.iter_layer_rows(samples, labels=labels, names=names):
+            for name, rows in layers.items():
+                s, a = rows.all_terms()
+                if name in layout.transposed:
+                    s, a = a, s
+                own = [part.mT @ part for part in a.split(most, 2)] + [s.square().sum(1) / rows.positions]
+                sums[name] = (
+                    [t + more for t, more in zip(sums[name], own, strict=True)] if name in sums else own
+                )
         parts: list[Factors] = []
-        for name, (A, S) in moments(objective, samples, names, labels).items():
+        for name, (*blocks, s) in sums.items():
             where = layout.slices[name]
-            index = torch.arange(where.start, where.stop, device=A.device)
-            index = index.view(len(A), S.shape[1], A.shape[1])
+            index = torch.arange(where.start, where.stop, device=s.device)
+            index = index.view(len(s), layout.shapes[name][0] // len(s), -1)
             if name in layout.transposed:
-                A, S, index = S, A, index.mT
-            parts += (
-                Factors(i[:, part], a[part, part], s.diagonal())
-                for i, a, s in zip(index, A, S, strict=True)
-                for part in (slice(first, first + most) for first in range(0, len(a), most))
-            )
+                index = index.mT
+            for i, A in zip(index.split(most, 2), blocks, strict=True):
+                parts += map(Factors, i, A, s)
         total = sum(float(part.A.trace() * part.s.sum()) for part in parts)
         if not total > 0:
             return cls(layout.size, [], objective.device)
@@ -105,6 +112,12 @@ class Prior:
         for part in self.parts:
             out[part.index] = part.s[:, None] * part.A.diagonal() + _LEAST
         return out
+
+
+def widest(layout: Layout) -> int:
+    """Most inputs that a block of P has."""
+    inputs = (size // shape[0] for shape, size in zip(layout.shapes.values(), layout.sizes, strict=True))
+    return min(max(inputs, default=1), max(math.isqrt(MOST_OPERATIONS // max(layout.size, 1)), 1))
 
 
 @dataclass(frozen=True)
