@@ -20,7 +20,7 @@ from models import ConvNet, mlp, samples
 from woodfisher.adaptive import AdaptiveRun, _Average, _shares, adaptive_run
 from woodfisher.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.curvature.damping import _GRID, held_out_damping
-from woodfisher.curvature.running import RunningFisher
+from woodfisher.curvature.running import RunningFisher, ShrunkFisher
 from woodfisher.memory import parse_bytes
 from woodfisher.method import METHODS
 from woodfisher.schedule import through, with_rests
@@ -874,6 +874,26 @@ def test_few_samples_that_come_once_are_pruned_as_those_in_a_list():
     wf.prune(whole, batches(), cross_entropy, 0.6, stages=QUICK)
     wf.prune(once, iter(batches()), cross_entropy, 0.6, stages=QUICK)
     assert torch.equal(weights_of(once), weights_of(whole))
+
+
+def test_samples_that_come_once_make_no_prior_and_none_is_lost():
+    inputs, targets = learnable(60)
+    read = []
+
+    def once():
+        for batch in zip(inputs.split(10), targets.split(10), strict=True):
+            read.append(len(batch[0]))
+            yield batch
+
+    model = trained()
+    report = wf.prune(model, once(), cross_entropy, 0.5, first_order=False, stages=QUICK)
+    assert report.kept == 18
+    assert sum(read) == 60
+    stream = Stream(iter(batches()))
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    for source, kind in ((stream, RunningFisher), (Stream(batches()), ShrunkFisher)):
+        run = adaptive(objective, METHOD, source.hold_out(12), source, False)
+        assert type(run.fisher) is kind
 
 
 def test_sparsities_and_stages_may_be_numpys():

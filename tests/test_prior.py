@@ -12,6 +12,7 @@ from models import ConvNet, Recurrent, Tied, mlp, samples
 from woodfisher.curvature import base, prior
 from woodfisher.curvature.prior import Factors, Prior, RestrictedPrior
 from woodfisher.curvature.running import ShrunkFisher
+from woodfisher.errors import NoFactorsError
 
 LEAST = 1e-3
 
@@ -141,6 +142,7 @@ def test_the_prior_of_a_transposed_layer_has_blocks_over_its_inputs():
         (Recurrent(), torch.randn(12, 5, 3), ["*weight*"], {"fc.weight"}),
         (Tied(), torch.randn(12, 5), None, {"head.weight"}),
         (mlp(), torch.randn(12, 6), ["*"], {"0.weight", "2.weight"}),
+        (Recurrent(), torch.randn(12, 5, 3), ["gru.weight_*"], set()),
     ],
 )
 def test_what_has_no_factors_is_on_the_diagonal_alone(model, inputs, params, covered):
@@ -150,8 +152,21 @@ def test_what_has_no_factors_is_on_the_diagonal_alone(model, inputs, params, cov
     assert {
         name for name, part in diagonal.items() if not torch.equal(part, torch.ones_like(part))
     } == covered
-    mean = torch.cat([diagonal[name].flatten() for name in covered]).mean()
-    assert float(mean) == pytest.approx(1 + LEAST, rel=1e-4)
+    if covered:
+        mean = torch.cat([diagonal[name].flatten() for name in covered]).mean()
+        assert float(mean) == pytest.approx(1 + LEAST, rel=1e-4)
+
+
+def test_layers_that_turn_out_to_have_no_factors_are_told(monkeypatch):
+    objective = wf.Objective(mlp(), [samples(12)], cross_entropy)
+
+    def uneven(*_, **__):
+        raise NoFactorsError("the layer of '0.weight' does not see as much of each sample as of others")
+
+    monkeypatch.setattr(objective, "iter_layer_rows", uneven)
+    with pytest.warns(wf.WoodfisherWarning, match=r"a multiple of the identity.* the layer of '0.weight'"):
+        found = Prior.of(objective, 12, "data")
+    assert torch.equal(found.diagonal(), torch.ones(36, dtype=torch.float64))
 
 
 def test_gradients_that_are_all_zero_make_no_prior():

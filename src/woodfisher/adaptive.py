@@ -236,10 +236,13 @@ class AdaptiveRun:
         self._important = Important(stream, course.among)
 
     def _no_rows(self) -> RunningFisher:
-        """The Fisher that rows are to come into; without the gradient it shrinks to the prior of the first samples."""
+        """The Fisher that rows are to come into.
+
+        Without the gradient it shrinks to the prior of the first samples, if they can be read again.
+        """
         objective, rows, group = self.objective, self.course.rows, self.course.group
         where: dict[str, Any] = {"dtype": objective.dtype, "device": objective.device}
-        if self.first_order:
+        if self.first_order or self.stream.reads_once:
             return RunningFisher(len(self.weights), rows, group, **where)
         samples = rows * group
         with phase("curvature"):

@@ -10,8 +10,10 @@ import torch
 
 from woodfisher.curvature.base import InverseOperator, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
+from woodfisher.errors import NoFactorsError
 from woodfisher.memory import Scratch
 from woodfisher.triangles import column_energies
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,19 +71,15 @@ class Prior:
 
     @classmethod
     def of(cls, objective: Objective, samples: int, labels: Labels) -> Prior:
-        """From `samples` samples at the objective's weights."""
+        """From `samples` samples at the objective's weights; I where no layer's gradients follow from what flows."""
         layout, most = objective.layout, widest(objective.layout)
-        names = [name for name in objective.factors() if len(layout.shapes[name]) > 1]
-        sums: dict[str, list[Tensor]] = {}
-        for layers in objective.iter_layer_rows(samples, labels=labels, names=names):
-            for name, rows in layers.items():
-                s, a = rows.all_terms()
-                if name in layout.transposed:
-                    s, a = a, s
-                own = [part.mT @ part for part in a.split(most, 2)] + [s.square().sum(1) / rows.positions]
-                sums[name] = (
-                    [t + more for t, more in zip(sums[name], own, strict=True)] if name in sums else own
-                )
+        try:
+            sums = _moments(objective, samples, labels, most)
+        except NoFactorsError as error:
+            warn(
+                f"few rows are shrunk to a multiple of the identity, not to what layers' inputs say: {error}"
+            )
+            sums = {}
         parts: list[Factors] = []
         for name, (*blocks, s) in sums.items():
             where = layout.slices[name]
@@ -112,6 +110,22 @@ class Prior:
         for part in self.parts:
             out[part.index] = part.s[:, None] * part.A.diagonal() + _LEAST
         return out
+
+
+def _moments(objective: Objective, samples: int, labels: Labels, most: int) -> dict[str, list[Tensor]]:
+    """Name → sums of the diagonal blocks of A, of at most so many inputs, and of s, of each group of a layer."""
+    layout = objective.layout
+    names = [name for name in objective.factors() if len(layout.shapes[name]) > 1]
+    sums: dict[str, list[Tensor]] = {}
+    for layers in objective.iter_layer_rows(samples, labels=labels, names=names) if names else ():
+        for name, rows in layers.items():
+            s, a = rows.all_terms()
+            if name in layout.transposed:
+                s, a = a, s
+            own = [part.mT @ part for part in a.split(most, 2)] + [s.square().sum(1) / rows.positions]
+            before = sums.get(name, [torch.zeros_like(t) for t in own])
+            sums[name] = [t + more for t, more in zip(before, own, strict=True)]
+    return sums
 
 
 def widest(layout: Layout) -> int:
