@@ -14,7 +14,10 @@ from woodfisher.curvature.prior import Factors, Prior, RestrictedPrior
 from woodfisher.curvature.running import ShrunkFisher
 from woodfisher.errors import NoFactorsError
 
-LEAST = 1e-3
+
+def more(size, kept):
+    """What P has on the diagonal besides the prior, where so many weights of `size` are left."""
+    return (1e-3 + 2e-3 * (size - kept) / kept) * torch.eye(kept, dtype=torch.float64)
 
 
 def some_prior(seed=0):
@@ -24,7 +27,7 @@ def some_prior(seed=0):
     A, s = A.mT @ A, torch.rand(3, generator=generator, dtype=torch.float64)
     index = torch.randperm(12, generator=generator)[:9].view(3, 3)
     P = torch.eye(12, dtype=torch.float64)
-    P[index.flatten()[:, None], index.flatten()] = torch.kron(torch.diag(s), A) + LEAST * torch.eye(9)
+    P[index.flatten()[:, None], index.flatten()] = torch.kron(torch.diag(s), A)
     return Prior(12, [Factors(index, A, s)], A.device), P
 
 
@@ -36,8 +39,9 @@ def test_a_prior_of_the_weights_that_are_left(workspace, seed, share):
     torch.manual_seed(seed)
     kept = torch.rand(12) < share
     kept[0] = True
-    P = P[kept][:, kept]
-    size, exact = len(P), torch.linalg.inv(P)
+    size = int(kept.sum())
+    P = P[kept][:, kept] + more(12, size)
+    exact = torch.linalg.inv(P)
     with pytest.MonkeyPatch.context() as patch:
         if workspace:
             patch.setattr(base, "WORKSPACE", workspace)
@@ -74,7 +78,7 @@ def test_the_shrunk_fisher_is_that_of_the_last_rows(dtype, pieces, window, seed)
     last = rows[-window:].double()
     close = {"rtol": 1e-7, "atol": 1e-7} if dtype == torch.float64 else {"rtol": 2e-3, "atol": 2e-2}
     for now, kept in ((fisher, torch.ones_like(stay)), (fisher.restricted(stay), stay)):
-        G, own = last[:, kept], P[kept][:, kept]
+        G, own = last[:, kept], P[kept][:, kept] + more(12, int(kept.sum()))
         F = damping * own + G.mT @ G * group / len(G)
         finv, exact = now.inverse(damping), F.inverse()
         torch.testing.assert_close(finv.dense(), exact, **close)
@@ -105,7 +109,7 @@ def test_the_prior_of_a_network_follows_its_definition(monkeypatch):
     factors = linear_factors(model, inputs, targets)
     blocks = [torch.kron(torch.diag(s), A).detach() for A, s in factors]
     K = torch.block_diag(*blocks)
-    expected = K / K.diagonal().mean() + LEAST * torch.eye(36)
+    expected = K / K.diagonal().mean()
     eye = torch.eye(36, dtype=torch.float64)
     found = Prior.of(objective, 30, "data")
     torch.testing.assert_close(found.product(eye), expected)
@@ -154,7 +158,7 @@ def test_what_has_no_factors_is_on_the_diagonal_alone(model, inputs, params, cov
     } == covered
     if covered:
         mean = torch.cat([diagonal[name].flatten() for name in covered]).mean()
-        assert float(mean) == pytest.approx(1 + LEAST, rel=1e-4)
+        assert float(mean) == pytest.approx(1, rel=1e-4)
 
 
 def test_layers_that_turn_out_to_have_no_factors_are_told(monkeypatch):

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from woodfisher.layout import Layout
     from woodfisher.objective import Objective
 
-_LEAST = 1e-3
-"""Added to the diagonal of P, which is 1 on average: what an input brings that is never there would cost nothing."""
+_LEAST, _DRIFT = 1e-3, 2e-3
+"""Added to the diagonal of P, which is 1 on average, since what an input brings that is never there would cost nothing:
+so much, and for each weight that is left as much more as others are gone, since the network is less and less the one
+that the moments are of."""
 
 MOST_OPERATIONS = 30_000_000_000
 """Floating-point operations that factoring P may take: where inputs are many its blocks are of fewer than all."""
@@ -49,14 +51,15 @@ class Factors:
 
 
 class Prior:
-    """P = diag(s) ⊗ A for each layer, scaled to a mean diagonal of 1, and a little more on the diagonal.
+    """diag(s) ⊗ A for each layer, scaled to a mean diagonal of 1.
 
     A is the second moment of what flows into the layer and s that of the gradient of each of its outputs: K-FAC's
     factors (Martens and Grosse 2015) without what couples outputs, so that a block has the weights of one output.
     Weights that are not those of a Linear or convolution layer have 1 on the diagonal alone.
 
     Every sample says as much about A as about any other, but only one thing about the gradient of all weights. So of
-    few samples λP + GᵀG/n is nearer to the Fisher of many than λI + GᵀG/n is.
+    few samples λP + GᵀG/n, with P this and a little more on the diagonal, is nearer to the Fisher of many than
+    λI + GᵀG/n is.
 
     Parameters
     ----------
@@ -97,18 +100,17 @@ class Prior:
         return cls(layout.size, scaled, objective.device)
 
     def product(self, v: Tensor) -> Tensor:
-        """Pv for float64 `v` `(d, k)`."""
+        """Its product with float64 `v` `(d, k)`."""
         out = v.clone()
         for part in self.parts:
-            here = v[part.index]
-            out[part.index] = part.s[:, None, None] * (part.A @ here) + _LEAST * here
+            out[part.index] = part.s[:, None, None] * (part.A @ v[part.index])
         return out
 
     def diagonal(self) -> Tensor:
-        """That of P, float64 `(d,)`."""
+        """Its diagonal, float64 `(d,)`."""
         out = torch.ones(self.size, dtype=torch.float64, device=self.device)
         for part in self.parts:
-            out[part.index] = part.s[:, None] * part.A.diagonal() + _LEAST
+            out[part.index] = part.s[:, None] * part.A.diagonal()
         return out
 
 
@@ -156,12 +158,15 @@ class _Blocks:
 class RestrictedPrior:
     """P of the weights in `kept` `(d,)` alone, and its inverse: vectors and rows have as many entries as are kept.
 
+    P is the prior with a little more on the diagonal, and that the more the fewer weights are left.
+
     Blocks are factored in float64, and their inverses held in `dtype`.
     """
 
     def __init__(self, prior: Prior, kept: Tensor, dtype: torch.dtype) -> None:
         self._prior, self.kept, self.dtype = prior, kept, dtype
         self.size = int(kept.sum())
+        self._more = _LEAST + _DRIFT * (prior.size - self.size) / max(self.size, 1)
         self._blocks = list(self._factored())
 
     def restricted(self, stay: Tensor) -> RestrictedPrior:
@@ -182,24 +187,24 @@ class RestrictedPrior:
                 filled, order = (t[:, :most] for t in here.sort(dim=1, descending=True, stable=True))
                 both = filled[:, :, None] & filled[:, None, :]
                 P = part.A[order[:, :, None], order[:, None, :]] * part.s[some, None, None] * both
-                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, _LEAST, 1.0))
+                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, 1.0))
                 root = triangular_inverse(cholesky(P, "the prior of an output's weights"))
                 inverse = (root.mT @ root) * both
                 yield _Blocks(place[part.index[some].gather(1, order)], filled, inverse.to(self.dtype))
 
     def curvature(self) -> Tensor:
         """Diagonal of P, float64 `(size,)`."""
-        return self._prior.diagonal()[self.kept]
+        return self._prior.diagonal()[self.kept] + self._more
 
     def product(self, V: Tensor) -> Tensor:
         """PV for float64 `V` `(size, k)`."""
         full = V.new_zeros(self._prior.size, V.shape[1])
         full[self.kept] = V
-        return self._prior.product(full)[self.kept]
+        return self._prior.product(full)[self.kept] + self._more * V
 
     def solve(self, V: Tensor) -> Tensor:
         """P⁻¹V for `V` `(size, k)`."""
-        out = V.clone()
+        out = V / (1 + self._more)
         for blocks in self._blocks:
             solved = blocks.inverse.to(V) @ (V[blocks.places] * blocks.filled[..., None])
             out[blocks.places[blocks.filled]] = solved[blocks.filled]
@@ -207,7 +212,7 @@ class RestrictedPrior:
 
     def rows(self, G: Tensor) -> Tensor:
         """GP⁻¹ for `G` `(N, size)`, in its dtype."""
-        out = G.clone()
+        out = G / (1 + self._more)
         for blocks in self._blocks:
             here = G[:, blocks.places.flatten()].unflatten(1, blocks.places.shape) * blocks.filled
             solved = here.transpose(0, 1) @ blocks.inverse.to(G)
@@ -216,7 +221,7 @@ class RestrictedPrior:
 
     def diagonal(self) -> Tensor:
         """Diagonal of P⁻¹, float64 `(size,)`."""
-        out = torch.ones(self.size, dtype=torch.float64, device=self.kept.device)
+        out = torch.full((self.size,), 1 / (1 + self._more), dtype=torch.float64, device=self.kept.device)
         for blocks in self._blocks:
             entries = blocks.inverse.diagonal(dim1=1, dim2=2)
             out[blocks.places[blocks.filled]] = entries[blocks.filled].double()
@@ -224,7 +229,7 @@ class RestrictedPrior:
 
     def submatrices(self, index: Tensor) -> Tensor:
         """[P⁻¹]_QQ for each row Q of `index` `(m, k)`: float64 `(m, k, k)`."""
-        out = (index[:, :, None] == index[:, None, :]).double()
+        out = (index[:, :, None] == index[:, None, :]).double() / (1 + self._more)
         for blocks in self._blocks:
             owner = torch.full((self.size,), -1, device=index.device)
             position = torch.zeros_like(owner)
