@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 import woodfisher as wf
 from models import ConvNet, Recurrent, Tied, mlp, samples
 from woodfisher.curvature import base, prior
-from woodfisher.curvature.prior import Factors, Prior, RestrictedPrior
+from woodfisher.curvature.prior import KroneckerFactors, Prior, RestrictedPrior
 from woodfisher.curvature.running import ShrunkFisher
 from woodfisher.errors import NoFactorsError
 
@@ -28,7 +28,7 @@ def some_prior(seed=0):
     index = torch.randperm(12, generator=generator)[:9].view(3, 3)
     P = torch.eye(12, dtype=torch.float64)
     P[index.flatten()[:, None], index.flatten()] = torch.kron(torch.diag(s), A)
-    return Prior(12, [Factors(index, A, s)], A.device), P
+    return Prior(12, [KroneckerFactors(index, A, s)], A.device), P
 
 
 @pytest.mark.parametrize("workspace", [None, 1])

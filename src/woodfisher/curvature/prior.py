@@ -34,7 +34,7 @@ MOST_OPERATIONS = 30_000_000_000
 
 
 @dataclass(frozen=True)
-class Factors:
+class KroneckerFactors:
     """P of some outputs' weights for the same inputs, diag(s) ⊗ A.
 
     Attributes
@@ -69,7 +69,7 @@ class Prior:
         No weight is in two of them.
     """
 
-    def __init__(self, size: int, parts: Sequence[Factors], device: torch.device) -> None:
+    def __init__(self, size: int, parts: Sequence[KroneckerFactors], device: torch.device) -> None:
         self.size, self.parts, self.device = size, list(parts), device
 
     @classmethod
@@ -83,7 +83,7 @@ class Prior:
                 f"few rows are shrunk to a multiple of the identity, not to what layers' inputs say: {error}"
             )
             sums = {}
-        parts: list[Factors] = []
+        parts: list[KroneckerFactors] = []
         for name, (*blocks, s) in sums.items():
             where = layout.slices[name]
             index = torch.arange(where.start, where.stop, device=s.device)
@@ -91,12 +91,12 @@ class Prior:
             if name in layout.transposed:
                 index = index.mT
             for i, A in zip(index.split(most, 2), blocks, strict=True):
-                parts += map(Factors, i, A, s)
+                parts += map(KroneckerFactors, i, A, s)
         total = sum(float(part.A.trace() * part.s.sum()) for part in parts)
         if not total > 0:
             return cls(layout.size, [], objective.device)
         scale = sum(part.index.numel() for part in parts) / total
-        scaled = [Factors(part.index, part.A, part.s * scale) for part in parts]
+        scaled = [KroneckerFactors(part.index, part.A, part.s * scale) for part in parts]
         return cls(layout.size, scaled, objective.device)
 
     def product(self, v: Tensor) -> Tensor:
@@ -142,17 +142,20 @@ class _Blocks:
 
     Attributes
     ----------
+    inverse:
+        `(count, k, k)`, zero where it is filled up.
     places:
         Which of the weights that are left these are, int64 `(count, k)`; any where it is filled up.
-    filled:
-        Bool `(count, k)`, False there.
-    inverse:
-        `(count, k, k)`, zero there.
+    inside:
+        Block and place in it of those that are none of that, two int64 `(m,)`.
+    own:
+        `places` of these.
     """
 
-    places: Tensor
-    filled: Tensor
     inverse: Tensor
+    places: Tensor
+    inside: tuple[Tensor, Tensor]
+    own: Tensor
 
 
 class RestrictedPrior:
@@ -179,18 +182,20 @@ class RestrictedPrior:
         place = self.kept.cumsum(0) - 1
         for part in self._prior.parts:
             left = self.kept[part.index]
+            counts = left.sum(1).tolist()
             for some in spans(len(left), 4 * 8 * left.shape[1] ** 2):
-                here = left[some]
-                most = int(here.sum(1).max())
+                most = max(counts[some])
                 if not most:
                     continue
-                filled, order = (t[:, :most] for t in here.sort(dim=1, descending=True, stable=True))
+                filled, order = (t[:, :most] for t in left[some].sort(dim=1, descending=True, stable=True))
                 both = filled[:, :, None] & filled[:, None, :]
                 P = part.A[order[:, :, None], order[:, None, :]] * part.s[some, None, None] * both
                 P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, 1.0))
                 root = triangular_inverse(cholesky(P, "the prior of an output's weights"))
                 inverse = (root.mT @ root) * both
-                yield _Blocks(place[part.index[some].gather(1, order)], filled, inverse.to(self.dtype))
+                places = place[part.index[some].gather(1, order)]
+                block, at = filled.nonzero(as_tuple=True)
+                yield _Blocks(inverse.to(self.dtype), places, (block, at), places[block, at])
 
     def curvature(self) -> Tensor:
         """Diagonal of P, float64 `(size,)`."""
@@ -206,25 +211,24 @@ class RestrictedPrior:
         """P⁻¹V for `V` `(size, k)`."""
         out = V / (1 + self._more)
         for blocks in self._blocks:
-            solved = blocks.inverse.to(V) @ (V[blocks.places] * blocks.filled[..., None])
-            out[blocks.places[blocks.filled]] = solved[blocks.filled]
+            out[blocks.own] = (blocks.inverse.to(V) @ V[blocks.places])[blocks.inside]
         return out
 
     def rows(self, G: Tensor) -> Tensor:
         """GP⁻¹ for `G` `(N, size)`, in its dtype."""
         out = G / (1 + self._more)
         for blocks in self._blocks:
-            here = G[:, blocks.places.flatten()].unflatten(1, blocks.places.shape) * blocks.filled
+            here = G[:, blocks.places.flatten()].unflatten(1, blocks.places.shape)
             solved = here.transpose(0, 1) @ blocks.inverse.to(G)
-            out[:, blocks.places[blocks.filled]] = solved.transpose(0, 1)[:, blocks.filled]
+            block, at = blocks.inside
+            out[:, blocks.own] = solved.transpose(0, 1)[:, block, at]
         return out
 
     def diagonal(self) -> Tensor:
         """Diagonal of P⁻¹, float64 `(size,)`."""
         out = torch.full((self.size,), 1 / (1 + self._more), dtype=torch.float64, device=self.kept.device)
         for blocks in self._blocks:
-            entries = blocks.inverse.diagonal(dim1=1, dim2=2)
-            out[blocks.places[blocks.filled]] = entries[blocks.filled].double()
+            out[blocks.own] = blocks.inverse.diagonal(dim1=1, dim2=2)[blocks.inside].double()
         return out
 
     def submatrices(self, index: Tensor) -> Tensor:
@@ -233,8 +237,7 @@ class RestrictedPrior:
         for blocks in self._blocks:
             owner = torch.full((self.size,), -1, device=index.device)
             position = torch.zeros_like(owner)
-            block, at = blocks.filled.nonzero(as_tuple=True)
-            owner[blocks.places[block, at]], position[blocks.places[block, at]] = block, at
+            owner[blocks.own], position[blocks.own] = blocks.inside
             own, where = owner[index], position[index]
             inside = (own >= 0)[:, :, None] & (own >= 0)[:, None, :]
             entries = blocks.inverse[own.clamp(min=0)[:, :, None], where[:, :, None], where[:, None, :]]
