@@ -358,7 +358,7 @@ def test_help_reads_like_a_manual(command, capsys):
         (["compare", "--seeds", "0"], "seeds must be"),
         (["prune", "--block-size", "0"], "block_size must be"),
         (["prune", "--samples", "0"], "samples must be"),
-        (["train", "--stages", "auto", "--task", "no:task"], "stages must be a whole number of at least 1"),
+        (["train", "--stages", "0", "--task", "no:task"], "stages must be a whole number of at least 1"),
         (["prune", "--params", "decoder.*"], "matches no parameter"),
         (["prune", "--exclude", "decoder"], "matches no parameter"),
         (["prune", "--task", "cifar100"], "there is no task"),

@@ -247,7 +247,7 @@ class AdaptiveRun:
         samples = rows * group
         with phase("curvature"):
             prior = Prior.of(objective.on(self.stream.fork().draw(samples)), samples, self.curvature.labels)
-            left = RestrictedPrior(prior, objective.kept, objective.dtype)
+            left = RestrictedPrior(prior, objective.kept, objective.dtype, rows)
         return ShrunkFisher(left, rows, group, **where)
 
     def passing(self, targets: Sequence[int]) -> Iterator[Passed]:

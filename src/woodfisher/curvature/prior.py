@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from woodfisher.layout import Layout
     from woodfisher.objective import Objective
 
-_LEAST, _DRIFT = 1e-3, 2e-3
-"""Added to the diagonal of P, which is 1 on average, since what an input brings that is never there would cost nothing:
-so much, and for each weight that is left as much more as others are gone, since the network is less and less the one
-that the moments are of."""
+_LEAST, _TOLD = 1e-3, 0.1
+"""Added to the diagonal of P, which is 1 on average: so much, since what an input brings that is never there would cost
+nothing, and so much times the square of rows by weights, since what the moments say is the less needed the more the
+rows do, and is of another network than that of the few weights left."""
 
 MOST_OPERATIONS = 30_000_000_000
 """Floating-point operations that factoring P may take: where inputs are many its blocks are of fewer than all."""
@@ -161,22 +161,21 @@ class _Blocks:
 class RestrictedPrior:
     """P of the weights in `kept` `(d,)` alone, and its inverse: vectors and rows have as many entries as are kept.
 
-    P is the prior with a little more on the diagonal, and that the more the fewer weights are left.
-
+    P is the prior with a little more on the diagonal, and that the more `rows` there are for each of these weights.
     Blocks are factored in float64, and their inverses held in `dtype`.
     """
 
-    def __init__(self, prior: Prior, kept: Tensor, dtype: torch.dtype) -> None:
-        self._prior, self.kept, self.dtype = prior, kept, dtype
+    def __init__(self, prior: Prior, kept: Tensor, dtype: torch.dtype, rows: int) -> None:
+        self._prior, self.kept, self.dtype, self._count = prior, kept, dtype, rows
         self.size = int(kept.sum())
-        self._more = _LEAST + _DRIFT * (prior.size - self.size) / max(self.size, 1)
+        self._more = _LEAST + _TOLD * (rows / max(self.size, 1)) ** 2
         self._blocks = list(self._factored())
 
     def restricted(self, stay: Tensor) -> RestrictedPrior:
         """The same of those weights that `stay`, bool `(size,)`."""
         kept = self.kept.clone()
         kept[self.kept] = stay
-        return RestrictedPrior(self._prior, kept, self.dtype)
+        return RestrictedPrior(self._prior, kept, self.dtype, self._count)
 
     def _factored(self) -> Iterator[_Blocks]:
         place = self.kept.cumsum(0) - 1
