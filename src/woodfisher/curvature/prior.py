@@ -213,15 +213,15 @@ class RestrictedPrior:
             out[blocks.own] = (blocks.inverse.to(V) @ V[blocks.places])[blocks.inside]
         return out
 
-    def rows(self, G: Tensor) -> Tensor:
-        """GP⁻¹ for `G` `(N, size)`, in its dtype."""
+    def through(self, G: Tensor) -> tuple[Tensor, Tensor]:
+        """H = GP⁻¹ for `G` `(N, size)`, in its dtype, and HGᵀ, float64 `(N, N)`."""
         out = G / (1 + self._more)
         for blocks in self._blocks:
             here = G[:, blocks.places.flatten()].unflatten(1, blocks.places.shape)
             solved = here.transpose(0, 1) @ blocks.inverse.to(G)
             block, at = blocks.inside
             out[:, blocks.own] = solved.transpose(0, 1)[:, block, at]
-        return out
+        return out, (out @ G.mT).double()
 
     def diagonal(self) -> Tensor:
         """Diagonal of P⁻¹, float64 `(size,)`."""
@@ -302,9 +302,7 @@ class PriorInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         prior, rows = self._prior.restricted(keep), self._rows[:, keep]
-        through = prior.rows(rows)
-        gram = (through @ rows.mT).double()
-        inverse = PriorInverse(prior, rows, through, gram, self.damping, self._divisor)
+        inverse = PriorInverse(prior, rows, *prior.through(rows), self.damping, self._divisor)
         out = torch.zeros_like(b)
         out[keep] = inverse @ b[keep]
         return out

@@ -162,5 +162,4 @@ class ShrunkFisher(RunningFisher):
         return PriorInverse(self._prior, self.rows, self._through, self.gram, damping, self.divisor)
 
     def _multiply(self) -> None:
-        self._through = self._prior.rows(self.rows)
-        self.gram[:] = (self._through @ self.rows.mT).double()
+        self._through, self.gram[:] = self._prior.through(self.rows)
