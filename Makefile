@@ -17,10 +17,11 @@ setup: .venv/ready ## make .venv with the package and everything its development
 demo: setup ## prune the embedded task, end to end
 	$(BIN)/woodfisher prune
 
-test: setup docs ## format, lint, types, docs, tests
+test: setup docs ## format, lint, types, layers, docs, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/pytest -n 2
 
 docs: setup ## build the site into site/; open site/index.html

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 
 import woodfisher as wf
-from woodfisher.batches import Replay
-from woodfisher.method import METHODS, Method
-from woodfisher.oneshot import sweep_objective
-from woodfisher.refine import joint_objective, refine
-from woodfisher.saliency import saliency
-from woodfisher.selection import survivors
+from woodfisher.gradients.batches import Replay
+from woodfisher.pruning.method import METHODS, Method
+from woodfisher.pruning.oneshot import sweep_objective
+from woodfisher.surgeon.refine import joint_objective, refine
+from woodfisher.surgeon.saliency import saliency
+from woodfisher.surgeon.selection import survivors
+from woodfisher.surgeon.update import joint_update
 from woodfisher.tasks import Task, load_task
-from woodfisher.update import joint_update
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 DEFAULT = METHODS["woodfisher"]

@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 
 import woodfisher as wf
-from woodfisher.batches import take
+from woodfisher.gradients.batches import take
 from woodfisher.tasks import load_task
 
 BLOCKS = (1, 50, 500, 2000, None)

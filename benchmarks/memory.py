@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
+from woodfisher.curvature.planning import KEEPS
 from woodfisher.memory import format_bytes, peak_memory
-from woodfisher.planning import KEEPS
 
 
 def measured(keep: str, update: str) -> dict[str, object]:

@@ -4,11 +4,11 @@ import lightning.pytorch  # noqa: F401  what a forked child should not have to i
 import sklearn.datasets  # noqa: F401
 import torch
 
-import woodfisher.finetuning
-import woodfisher.integrations.lightning  # noqa: F401
+import woodfisher.integrations.lightning
+import woodfisher.training.finetuning  # noqa: F401
 from woodfisher import Polynomial, WoodFisher
 from woodfisher.tasks import load_task
-from woodfisher.train import Training, train
+from woodfisher.training import Training, train
 
 
 def run(weights, out, resume=False, ready=None):

@@ -17,15 +17,15 @@ from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, Tens
 
 import woodfisher as wf
 from models import ConvNet, mlp, samples
-from woodfisher.adaptive import AdaptiveRun, _Average, _shares, adaptive_run
-from woodfisher.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.curvature.damping import _GRID, held_out_damping
 from woodfisher.curvature.running import RunningFisher, ShrunkFisher
+from woodfisher.gradients.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.memory import parse_bytes
-from woodfisher.method import METHODS
-from woodfisher.schedule import through, with_rests
-from woodfisher.selection import survivors
-from woodfisher.window import Course, window_for
+from woodfisher.pruning.adaptive import AdaptiveRun, _Average, _shares, adaptive_run
+from woodfisher.pruning.method import METHODS
+from woodfisher.pruning.schedule import through, with_rests
+from woodfisher.pruning.window import Course, window_for
+from woodfisher.surgeon.selection import survivors
 
 QUICK = wf.Adaptive(stages=6, window=20, held_out=12)
 METHOD = replace(METHODS["woodfisher"], stages=QUICK, curvature=wf.WoodFisher(400, None, "auto", group=2))
@@ -350,7 +350,7 @@ def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkey
     method = replace(METHOD, stages=replace(QUICK, stages=16))
 
     def run_through(rise):
-        monkeypatch.setattr("woodfisher.adaptive._RISE", {True: rise})
+        monkeypatch.setattr("woodfisher.pruning.adaptive._RISE", {True: rise})
         objective = wf.Objective(trained(), batches(), cross_entropy)
         stream, drawn = Stream(objective.data), []
         run = adaptive(objective, method, stream.hold_out(12), stream, True)
@@ -703,7 +703,7 @@ def after_a_stage():
 
 
 def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
-    monkeypatch.setattr("woodfisher.adaptive._RISE", {True: math.inf})
+    monkeypatch.setattr("woodfisher.pruning.adaptive._RISE", {True: math.inf})
     run, drawn = after_a_stage(), []
     draw = run._important.draw
     monkeypatch.setattr(run._important, "draw", lambda *of: drawn.append(draw(*of)) or drawn[-1])
@@ -779,8 +779,8 @@ def test_moves_are_checked_on_a_batch_in_turn_and_where_they_lead_on_all(monkeyp
 
 @pytest.mark.parametrize(("fall", "before"), [(math.inf, 6), (-math.inf, 8)])
 def test_stages_before_removals_end_where_they_bring_nothing(fall, before, monkeypatch):
-    monkeypatch.setattr("woodfisher.adaptive._RISE", {True: math.inf})
-    monkeypatch.setattr("woodfisher.adaptive._FALL", fall)
+    monkeypatch.setattr("woodfisher.pruning.adaptive._RISE", {True: math.inf})
+    monkeypatch.setattr("woodfisher.pruning.adaptive._FALL", fall)
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
     method = replace(METHOD, stages=replace(QUICK, stages=48))

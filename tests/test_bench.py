@@ -10,7 +10,7 @@ from woodfisher import WoodfisherError, WoodfisherWarning
 from woodfisher.bench import Bench, Case, Error, Grid, Measurement, Spread, machine, peers, run_bench
 from woodfisher.bench.measure import factor_and_score
 from woodfisher.cli import main
-from woodfisher.plots import plot_roofline
+from woodfisher.results.plots import plot_roofline
 
 DAMPING = 1e-3
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
 from models import ConvNet, Tied, mlp, samples
-from woodfisher.layout import Layout
-from woodfisher.selection import Selection
+from woodfisher.gradients.layout import Layout
+from woodfisher.surgeon.selection import Selection
 from woodfisher.tasks.cifar import ResNet20
 
 CURVATURE = wf.WoodFisher(samples=20, block_size=None, damping=1e-2)

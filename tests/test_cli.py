@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 from woodfisher.cli import main
 from woodfisher.cli.prune import _stages
-from woodfisher.method import METHODS
-from woodfisher.report import Stage
-from woodfisher.saved import read
+from woodfisher.pruning.method import METHODS
+from woodfisher.pruning.report import Stage
+from woodfisher.saving.saved import read
 from woodfisher.tasks import load_task
 
 QUICK = ["--stages", "2", "--samples", "50"]

@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import woodfisher as wf
 from models import mlp, samples
 from processes import run
-from woodfisher.dealing import can_be_dealt, dealt_names
 from woodfisher.distributed import Ranks, on_first_rank, together
-from woodfisher.layout import Layout
-from woodfisher.method import METHODS
-from woodfisher.ranking import survivors
-from woodfisher.sharding import local, own_part, reshard, whole
+from woodfisher.gradients.layout import Layout
+from woodfisher.gradients.sharding import local, own_part, reshard, whole
+from woodfisher.pruning.dealing import can_be_dealt, dealt_names
+from woodfisher.pruning.method import METHODS
+from woodfisher.surgeon.ranking import survivors
 
 SOURCE = Path(wf.__file__).parents[1]
 

@@ -5,8 +5,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
-from woodfisher import examine as module
-from woodfisher.examine import examine, spectrum_by_layer
+from woodfisher.results import examine as module
+from woodfisher.results.examine import examine, spectrum_by_layer
 
 
 def made(samples=30):

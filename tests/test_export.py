@@ -35,8 +35,8 @@ from woodfisher.export import (
     to_sparse,
 )
 from woodfisher.export.stored import EXPORT
-from woodfisher.forward import outputs_of
-from woodfisher.saved import read
+from woodfisher.gradients.forward import outputs_of
+from woodfisher.saving.saved import read
 
 
 def prune_(model, sparsity=0.8, **options):

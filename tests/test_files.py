@@ -4,8 +4,8 @@ import torch
 import woodfisher as wf
 from woodfisher.files import check_folder, save_json, write_folder, write_whole
 from woodfisher.memory import Budget, available_memory, format_bytes, parse_bytes
-from woodfisher.plots import plot_accuracy, plot_layers
-from woodfisher.report import Layer
+from woodfisher.pruning.report import Layer
+from woodfisher.results.plots import plot_accuracy, plot_layers
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

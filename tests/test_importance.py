@@ -11,8 +11,8 @@ from torch.nn.functional import cross_entropy, log_softmax, mse_loss, nll_loss
 
 import woodfisher as wf
 from models import ConvNet, Recurrent, mlp, samples
-from woodfisher.batches import Stream, samples_in, take
-from woodfisher.importance import Important, chosen
+from woodfisher.gradients.batches import Stream, samples_in, take
+from woodfisher.gradients.importance import Important, chosen
 
 NORMS = st.lists(st.floats(0, 1e6), min_size=2, max_size=40)
 

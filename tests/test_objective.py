@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import woodfisher as wf
 from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
 from reference import loop_rows
-from woodfisher.batches import map_tensors
-from woodfisher.isolation import isolated
-from woodfisher.normalisation import even_size
+from woodfisher.gradients.batches import map_tensors
+from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.normalisation import even_size
 
 
 @pytest.mark.parametrize("group", [1, 4])

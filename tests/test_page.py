@@ -10,9 +10,9 @@ import pytest
 
 from woodfisher import WoodfisherError
 from woodfisher.cli import main
-from woodfisher.page import render
-from woodfisher.page.charts import counting, linear, logarithmic, signed_logarithmic
-from woodfisher.page.record import parse
+from woodfisher.results.page import render
+from woodfisher.results.page.charts import counting, linear, logarithmic, signed_logarithmic
+from woodfisher.results.page.record import parse
 
 CURVATURE = {"kind": "WoodFisher", "samples": 400, "block_size": 2000, "damping": "auto"}
 OLD = {

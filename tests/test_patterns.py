@@ -11,13 +11,13 @@ import woodfisher as wf
 from models import ConvNet, samples
 from reference import kkt
 from test_curvature import random, spd
-from woodfisher.adaptive import Adaptive
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
 from woodfisher.curvature.dense import DenseInverse
-from woodfisher.layout import Layout
-from woodfisher.patterns import parse_pattern
-from woodfisher.saliency import group_saliency
-from woodfisher.selection import Selection
+from woodfisher.gradients.layout import Layout
+from woodfisher.pruning.adaptive import Adaptive
+from woodfisher.surgeon.patterns import parse_pattern
+from woodfisher.surgeon.saliency import group_saliency
+from woodfisher.surgeon.selection import Selection
 
 QUICK = Adaptive(stages=5, window=30, held_out=20)
 CURVATURE = wf.WoodFisher(samples=40, block_size=None, damping=1e-2)

@@ -11,14 +11,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
 from models import mlp, samples
-from woodfisher import memory, planning
-from woodfisher import objective as objective_module
-from woodfisher.machine import Machine
+from woodfisher import memory
+from woodfisher.curvature import planning
+from woodfisher.curvature.machine import Machine
+from woodfisher.curvature.planning import planned
+from woodfisher.curvature.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
+from woodfisher.gradients import objective as objective_module
 from woodfisher.memory import parse_bytes
-from woodfisher.method import METHODS
-from woodfisher.planning import planned
-from woodfisher.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
-from woodfisher.window import window_for
+from woodfisher.pruning.method import METHODS
+from woodfisher.pruning.window import window_for
 
 MIB = 2**20
 

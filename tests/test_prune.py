@@ -12,9 +12,9 @@ from torch.nn.utils import prune
 
 import woodfisher as wf
 from models import ConvNet, DictModel, Recurrent, Transformer, mlp, samples
-from woodfisher.batches import Stream
 from woodfisher.curvature.base import DiagonalInverse, Estimator
-from woodfisher.method import METHODS, method_for
+from woodfisher.gradients.batches import Stream
+from woodfisher.pruning.method import METHODS, method_for
 from woodfisher.tasks import load_task
 
 SMALL = {"samples": 12, "damping": 1e-2}

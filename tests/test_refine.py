@@ -11,9 +11,9 @@ from torch.nn.functional import cross_entropy
 import woodfisher as wf
 from models import mlp, samples
 from woodfisher.curvature.dense import DenseInverse
-from woodfisher.refine import joint_objective, refine
-from woodfisher.saliency import saliency
-from woodfisher.selection import survivors
+from woodfisher.surgeon.refine import joint_objective, refine
+from woodfisher.surgeon.saliency import saliency
+from woodfisher.surgeon.selection import survivors
 
 
 def problem(seed, d=10):

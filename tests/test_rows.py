@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
 from models import mlp, samples
-from woodfisher import rows as module
 from woodfisher.curvature import base
-from woodfisher.layer_rows import LayerRows
-from woodfisher.planning import planned
-from woodfisher.rows import FactorRows, FileRows, HeldRows, HostRows, WindowRows, gathered
+from woodfisher.curvature import rows as module
+from woodfisher.curvature.planning import planned
+from woodfisher.curvature.rows import FactorRows, FileRows, HeldRows, HostRows, WindowRows, gathered
+from woodfisher.gradients.layer_rows import LayerRows
 
 
 def test_rows_for_some_weights_are_made_a_few_channels_at_a_time(monkeypatch):
@@ -32,7 +32,7 @@ def test_rows_for_some_weights_are_made_a_few_channels_at_a_time(monkeypatch):
         sizes.append(made.numel() * made.element_size())
         return made
 
-    monkeypatch.setattr("woodfisher.layer_rows._WORKSPACE", 6400)
+    monkeypatch.setattr("woodfisher.gradients.layer_rows._WORKSPACE", 6400)
     monkeypatch.setattr(LayerRows, "dense", noted)
     objective.rows(8, columns=some)  # the first time, a few rows are tried whole
     sizes.clear()
@@ -69,7 +69,7 @@ def objective(kind="mlp", removed=False):
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch):
-    monkeypatch.setattr("woodfisher.planning.WINDOW", 400)
+    monkeypatch.setattr("woodfisher.curvature.planning.WINDOW", 400)
     monkeypatch.setattr(base, "WORKSPACE", 400)
     monkeypatch.setattr(module, "SPAN", 300)
 

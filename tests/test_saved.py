@@ -16,10 +16,10 @@ from torch import nn
 
 import woodfisher as wf
 from models import Tied, mlp
-from woodfisher.bitmask import PARTS, pack, unpack
-from woodfisher.contents import contents_of
 from woodfisher.export import save_dense, save_export
-from woodfisher.saved import COMPRESSED, INPUTS_FIRST, MASKED, pack_state, packed_model, read
+from woodfisher.saving.bitmask import PARTS, pack, unpack
+from woodfisher.saving.contents import contents_of
+from woodfisher.saving.saved import COMPRESSED, INPUTS_FIRST, MASKED, pack_state, packed_model, read
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "shipping.md"

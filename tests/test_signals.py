@@ -13,7 +13,7 @@ from torch.utils._pytree import register_pytree_node
 import woodfisher as wf
 from models import ConvNet, DictModel, Output, Tied, mlp, samples
 from reference import loop_rows
-from woodfisher.layer_rows import LayerRows
+from woodfisher.gradients.layer_rows import LayerRows
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-14}
 
@@ -131,7 +131,7 @@ def test_factor_form_gives_what_dense_rows_do(kind, group, monkeypatch):
     assert S.shape == (5, rows.groups, rows.channels // rows.groups, rows.positions)
     torch.testing.assert_close((S @ A.mT).flatten(1), expected, **TIGHT)
     for workspace in (1, 10**9):
-        monkeypatch.setattr("woodfisher.layer_rows._WORKSPACE", workspace)
+        monkeypatch.setattr("woodfisher.gradients.layer_rows._WORKSPACE", workspace)
         torch.testing.assert_close(rows.gram(), expected @ expected.T, **TIGHT)
         torch.testing.assert_close(rows.squares(), expected.square().sum(0), **TIGHT)
 
@@ -548,7 +548,7 @@ def test_falling_back_to_slow_rows_is_told_of(monkeypatch):
 
     model, data = mlp(), [samples(6)]
     expected = wf.Objective(model, data, cross_entropy).rows(6)
-    monkeypatch.setattr("woodfisher.signals.Signals._same_as_alone", refuse)
+    monkeypatch.setattr("woodfisher.gradients.signals.Signals._same_as_alone", refuse)
     with pytest.warns(wf.WoodfisherWarning, match=r"taken in a slower way. \(RuntimeError: no hooks here\)"):
         rows = wf.Objective(model, data, cross_entropy).rows(6)
     torch.testing.assert_close(rows, expected)

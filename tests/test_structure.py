@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from woodfisher.structure import fits, structure_of
+from woodfisher.saving.structure import fits, structure_of
 
 
 def of(rows):

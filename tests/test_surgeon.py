@@ -12,11 +12,11 @@ from reference import kkt, pair_saliency
 from test_curvature import OPERATORS, random, spd
 from woodfisher.curvature.base import DiagonalInverse
 from woodfisher.curvature.dense import DenseInverse
-from woodfisher.layout import Layout
-from woodfisher.saliency import group_saliency, newton_point, saliency
-from woodfisher.schedule import through
-from woodfisher.selection import Selection, survivors
-from woodfisher.update import independent_update, joint_update, no_update, quadratic_change
+from woodfisher.gradients.layout import Layout
+from woodfisher.pruning.schedule import through
+from woodfisher.surgeon.saliency import group_saliency, newton_point, saliency
+from woodfisher.surgeon.selection import Selection, survivors
+from woodfisher.surgeon.update import independent_update, joint_update, no_update, quadratic_change
 
 
 def mask(d, kept, seed=0):

@@ -21,7 +21,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.saved import save_weights
+from woodfisher.saving.saved import save_weights
 from woodfisher.tasks import Task, accuracy, load_task, task_names
 from woodfisher.tasks.cifar import ResNet20, read_cifar10
 from woodfisher.tasks.digits import EPOCHS, PEAK_RATE, DigitsNet, _states, read_digits

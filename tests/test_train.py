@@ -21,17 +21,17 @@ from torch.nn.functional import cross_entropy
 
 import resumable
 import woodfisher as wf
-import woodfisher.pruner
+import woodfisher.pruning.pruner
 from test_hf import bert, sentences
 from woodfisher import WoodfisherError
 from woodfisher.cli import main
-from woodfisher.finetuning import WholeFiles, distance
+from woodfisher.gradients.parameters import unwrapped
 from woodfisher.integrations.lightning import PruningCallback
-from woodfisher.parameters import unwrapped
-from woodfisher.saved import read
+from woodfisher.saving.saved import read
 from woodfisher.tasks import Task, accuracy, load_task
 from woodfisher.tasks.images import flipped_and_shifted
-from woodfisher.train import Training, train
+from woodfisher.training import Training, train
+from woodfisher.training.finetuning import WholeFiles, distance
 
 CURVATURE = wf.WoodFisher(samples=20, block_size=None, damping=1e-2)
 QUICK = ["--epochs", "2", "--samples", "20"]
@@ -328,7 +328,7 @@ def test_what_dies_at_a_bad_moment_resumes_exactly(moment, digits_weights, tmp_p
     expected = resumable.run(digits_weights, tmp_path / "whole")
     owner, name, last = {
         "checkpoint": (torch, "save", 3),
-        "pruning": (woodfisher.pruner, "pruned_through", 7),
+        "pruning": (woodfisher.pruning.pruner, "pruned_through", 7),
         "replacing": (WholeFiles, "save_checkpoint", 2),
     }[moment]
     original = getattr(owner, name)
@@ -509,7 +509,7 @@ def test_an_interruption_says_how_to_go_on(folder, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("woodfisher.pruner.pruned_through", interrupt)
+    monkeypatch.setattr("woodfisher.pruning.pruner.pruned_through", interrupt)
     assert main(["train", *QUICK]) == 130
     assert "--resume goes on" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGINT) is handler

@@ -2,8 +2,6 @@
 
 from woodfisher import export
 from woodfisher._version import __version__
-from woodfisher.adaptive import Adaptive
-from woodfisher.channels import Cost, cost_of, shrink
 from woodfisher.curvature import (
     KFAC,
     DiagonalFisher,
@@ -13,20 +11,22 @@ from woodfisher.curvature import (
     Relative,
     WoodFisher,
 )
+from woodfisher.curvature.planning import Plan
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
-from woodfisher.method import METHODS, Method
-from woodfisher.objective import Objective
-from woodfisher.oneshot import Pruned, prune, sweep
-from woodfisher.patterns import NM, Block, Channels, Heads, Unstructured
-from woodfisher.planning import Plan
-from woodfisher.preview import plan
-from woodfisher.pruner import Pruner
-from woodfisher.report import Report
-from woodfisher.saved import load_weights, save_weights
-from woodfisher.schedule import Milestones, Polynomial, one_shot
+from woodfisher.gradients.objective import Objective
+from woodfisher.pruning.adaptive import Adaptive
+from woodfisher.pruning.method import METHODS, Method
+from woodfisher.pruning.oneshot import Pruned, prune, sweep
+from woodfisher.pruning.preview import plan
+from woodfisher.pruning.pruner import Pruner
+from woodfisher.pruning.report import Report
+from woodfisher.pruning.schedule import Milestones, Polynomial, one_shot
+from woodfisher.pruning.window import Window
+from woodfisher.saving.saved import load_weights, save_weights
+from woodfisher.surgeon.channels import Cost, cost_of, shrink
+from woodfisher.surgeon.patterns import NM, Block, Channels, Heads, Unstructured
 from woodfisher.tour import Tour, tour
 from woodfisher.tour_plots import plot_tour
-from woodfisher.window import Window
 
 __all__ = [
     "KFAC",

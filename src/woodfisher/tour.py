@@ -11,19 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from woodfisher._version import __version__
-from woodfisher.batches import check_data, samples_in, take
 from woodfisher.checks import check_count
 from woodfisher.curvature.hessian import exact_hessian
 from woodfisher.errors import UnknownDistributionError, WoodfisherError
-from woodfisher.layout import Layout
+from woodfisher.gradients.batches import check_data, samples_in, take
+from woodfisher.gradients.layout import Layout
+from woodfisher.gradients.objective import Objective
 from woodfisher.memory import Budget
-from woodfisher.objective import Objective
 from woodfisher.watch import phase, report_progress, warn, watching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from woodfisher.batches import Batch
+    from woodfisher.gradients.batches import Batch
     from woodfisher.watch import Progress
 
 HESSIAN, FISHER, EMPIRICAL = "Hessian", "Fisher", "empirical Fisher"

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from woodfisher.files import write_folder
-from woodfisher.plots import new_figure
+from woodfisher.results.plots import new_figure
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, NEGLIGIBLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from woodfisher.layout import Layout
+    from woodfisher.gradients.layout import Layout
     from woodfisher.tour import Region, Stop, Tour
 
 PIXELS = 170

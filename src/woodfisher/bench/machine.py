@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.machine import seconds_of
+from woodfisher.curvature.machine import seconds_of
 from woodfisher.memory import peak_memory, resident_memory
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from woodfisher.bench.spread import Spread
 from woodfisher.checks import check_count, check_positive
 from woodfisher.curvature import WoodFisher
 from woodfisher.curvature.base import WORKSPACE
+from woodfisher.curvature.machine import seconds_of
 from woodfisher.errors import WoodfisherError
-from woodfisher.machine import seconds_of
 from woodfisher.memory import Budget
 from woodfisher.watch import report_progress, warn, watching
 

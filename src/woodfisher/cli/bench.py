@@ -14,7 +14,7 @@ from woodfisher.cli.console import out, print_json, progress
 from woodfisher.cli.options import Count, Folder, usable_device
 from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.memory import format_bytes
-from woodfisher.plots import plot_roofline, require_plots
+from woodfisher.results.plots import plot_roofline, require_plots
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,29 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from woodfisher.adaptive import Adaptive
-from woodfisher.batches import Replay, fingerprints, take
 from woodfisher.checks import check_count, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.cli.origin import origin
 from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
-from woodfisher.examine import examine
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
-from woodfisher.isolation import copied
-from woodfisher.metrics import score
-from woodfisher.oneshot import SPARSITIES, sweep_objective
-from woodfisher.page import require_page, save_page
-from woodfisher.plots import plot_accuracy, require_plots
+from woodfisher.gradients.batches import Replay, fingerprints, take
+from woodfisher.gradients.isolation import copied
+from woodfisher.pruning.adaptive import Adaptive
+from woodfisher.pruning.oneshot import SPARSITIES, sweep_objective
+from woodfisher.results.examine import examine
+from woodfisher.results.metrics import score
+from woodfisher.results.page import require_page, save_page
+from woodfisher.results.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from woodfisher.method import Method
-    from woodfisher.objective import Objective
-    from woodfisher.oneshot import Pruned
+    from woodfisher.gradients.objective import Objective
+    from woodfisher.pruning.method import Method
+    from woodfisher.pruning.oneshot import Pruned
     from woodfisher.tasks import Task
 
 _COLUMNS = ("criterion", "requested_sparsity", "sparsity", "seed", "metric", "dense", "seconds", "error")

@@ -15,8 +15,6 @@ import torch
 from rich.table import Table
 from tyro.conf import arg
 
-from woodfisher.batches import map_tensors, samples_in, take, tensors_of
-from woodfisher.channels import cost_of, shrink
 from woodfisher.checks import check_count, check_positive
 from woodfisher.cli.console import note, out, print_json
 from woodfisher.cli.options import File, Folder, load_on
@@ -36,7 +34,9 @@ from woodfisher.export import (
     to_sparse,
 )
 from woodfisher.files import check_folder, save_json, write_folder
-from woodfisher.forward import outputs_of
+from woodfisher.gradients.batches import map_tensors, samples_in, take, tensors_of
+from woodfisher.gradients.forward import outputs_of
+from woodfisher.surgeon.channels import cost_of, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,10 +11,10 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from woodfisher.cli.console import out, print_json, size_on_disk
-from woodfisher.contents import contents_of
+from woodfisher.saving.contents import contents_of
 
 if TYPE_CHECKING:
-    from woodfisher.contents import Contents
+    from woodfisher.saving.contents import Contents
 
 
 _FILE_WIDTH = 120

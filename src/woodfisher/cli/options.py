@@ -9,14 +9,16 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from woodfisher.batches import Few
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
 from woodfisher.curvature.base import Labels  # noqa: TC001  tyro reads the annotations
+from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
-from woodfisher.forward import Precision  # noqa: TC001  tyro reads the annotations
-from woodfisher.isolation import reseed
-from woodfisher.method import (
+from woodfisher.gradients.batches import Few
+from woodfisher.gradients.forward import Precision  # noqa: TC001  tyro reads the annotations
+from woodfisher.gradients.isolation import reseed
+from woodfisher.gradients.objective import Objective
+from woodfisher.pruning.method import (
     METHODS,
     Method,
     MethodParts,
@@ -30,9 +32,7 @@ from woodfisher.method import (
     use_for,
     with_options,
 )
-from woodfisher.objective import Objective
-from woodfisher.patterns import parse_pattern
-from woodfisher.planning import Keep  # noqa: TC001  tyro reads the annotations
+from woodfisher.surgeon.patterns import parse_pattern
 from woodfisher.tasks import Task, load_task
 
 Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.cli.origin import origin
-from woodfisher.examine import examine
 from woodfisher.files import save_json, write_folder
-from woodfisher.page import save_page
-from woodfisher.saved import packed_model
+from woodfisher.results.examine import examine
+from woodfisher.results.page import save_page
+from woodfisher.saving.saved import packed_model
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from woodfisher.cli.options import TaskOptions
-    from woodfisher.method import Method
-    from woodfisher.objective import Objective
-    from woodfisher.report import Report
+    from woodfisher.gradients.objective import Objective
+    from woodfisher.pruning.method import Method
+    from woodfisher.pruning.report import Report
     from woodfisher.tasks import Task
-    from woodfisher.train import Trained
+    from woodfisher.training.gradual import Trained
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from woodfisher.cli.console import note, out, print_json
 from woodfisher.cli.options import MethodOptions, TaskOptions
 from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
-from woodfisher.method import METHODS
-from woodfisher.preview import plan
+from woodfisher.pruning.method import METHODS
+from woodfisher.pruning.preview import plan
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,19 @@ from woodfisher.cli.outcome import Outcome
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.files import check_folder
-from woodfisher.isolation import copied
-from woodfisher.method import METHODS, USUAL_SPARSITY
-from woodfisher.metrics import score
-from woodfisher.oneshot import prune_objective, prune_within
-from woodfisher.page import require_page
-from woodfisher.plots import plot_layers, require_plots
+from woodfisher.gradients.isolation import copied
+from woodfisher.pruning.method import METHODS, USUAL_SPARSITY
+from woodfisher.pruning.oneshot import prune_objective, prune_within
+from woodfisher.results.metrics import score
+from woodfisher.results.page import require_page
+from woodfisher.results.plots import plot_layers, require_plots
 
 SHOWN_STAGES = 12
 
 if TYPE_CHECKING:
-    from woodfisher.method import Method
-    from woodfisher.objective import Objective
-    from woodfisher.report import Report
+    from woodfisher.gradients.objective import Objective
+    from woodfisher.pruning.method import Method
+    from woodfisher.pruning.report import Report
     from woodfisher.tasks import Task
 
 

@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 from woodfisher.cli.console import out
 from woodfisher.cli.options import File  # noqa: TC001  likewise
 from woodfisher.files import write_whole
-from woodfisher.page import PAGE, REPORT, require_page, write_page
+from woodfisher.results.page import PAGE, REPORT, require_page, write_page
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MakePage:
     def run(self) -> None:
         """Read, check, write."""
         require_page()
-        from woodfisher.page.record import read
+        from woodfisher.results.page.record import read
 
         source = self.source / REPORT if self.source.is_dir() else self.source
         report = read(source)

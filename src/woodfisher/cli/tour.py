@@ -14,8 +14,8 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, TaskOptions
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder, save_csv, save_json, write_folder
-from woodfisher.metrics import score
-from woodfisher.plots import require_plots
+from woodfisher.results.metrics import score
+from woodfisher.results.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
 from woodfisher.tour_plots import ends, fixed, percent, pictures, short
 

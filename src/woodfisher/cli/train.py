@@ -14,16 +14,16 @@ from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.outcome import Outcome
 from woodfisher.files import check_folder
-from woodfisher.method import METHODS, USUAL_SPARSITY, Method
-from woodfisher.metrics import score
-from woodfisher.page import require_page
-from woodfisher.plots import plot_training, require_plots
-from woodfisher.schedule import Polynomial
-from woodfisher.train import Training, gradually, require_lightning, train
+from woodfisher.pruning.method import METHODS, USUAL_SPARSITY, Method
+from woodfisher.pruning.schedule import Polynomial
+from woodfisher.results.metrics import score
+from woodfisher.results.page import require_page
+from woodfisher.results.plots import plot_training, require_plots
+from woodfisher.training.gradual import Training, gradually, require_lightning, train
 
 if TYPE_CHECKING:
     from woodfisher.tasks import Task
-    from woodfisher.train import Epoch, Trained
+    from woodfisher.training.gradual import Epoch, Trained
 
 Times = Annotated[float | None, arg(metavar="EPOCHS", help_behavior_hint="")]
 

@@ -15,7 +15,7 @@ from woodfisher.errors import WoodfisherError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from woodfisher.objective import Objective
+    from woodfisher.gradients.objective import Objective
 
 Labels = Literal["data", "model"]
 

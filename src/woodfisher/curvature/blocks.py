@@ -16,14 +16,14 @@ from woodfisher.curvature.lowrank import (
     uncertainty,
     unexplained,
 )
+from woodfisher.curvature.rows import block_rows
 from woodfisher.memory import Scratch
-from woodfisher.rows import block_rows
 from woodfisher.triangles import column_energies, gram_triangles
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from woodfisher.rows import Rows
+    from woodfisher.curvature.rows import Rows
 
 
 class FisherBlocks(InverseOperator):

@@ -16,8 +16,8 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.curvature.rows import Rows
     from woodfisher.distributed import Ranks
-    from woodfisher.rows import Rows
 
 
 @dataclass(frozen=True)

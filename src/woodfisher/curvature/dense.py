@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from woodfisher.curvature.base import InverseOperator, spans
+from woodfisher.curvature.rows import Rows, as_rows, block_rows
 from woodfisher.errors import WoodfisherError
-from woodfisher.rows import Rows, as_rows, block_rows
 
 _LEAF = 64
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from woodfisher.objective import Objective
+    from woodfisher.gradients.objective import Objective
 
 _COLUMNS = 32
 

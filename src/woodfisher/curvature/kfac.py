@@ -16,7 +16,7 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from woodfisher.objective import Objective
+    from woodfisher.gradients.objective import Objective
 
 _CG_TOLERANCE = 1e-10
 _CG_STEPS = 2000

@@ -9,8 +9,8 @@ import torch
 
 from woodfisher.curvature.base import InverseOperator, energies, pieces, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
+from woodfisher.curvature.rows import Rows, as_rows, block_rows
 from woodfisher.memory import Scratch
-from woodfisher.rows import Rows, as_rows, block_rows
 from woodfisher.triangles import column_energies, gram_triangles
 
 if TYPE_CHECKING:

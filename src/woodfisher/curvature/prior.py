@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from woodfisher.curvature.base import Labels
-    from woodfisher.layout import Layout
-    from woodfisher.objective import Objective
+    from woodfisher.gradients.layout import Layout
+    from woodfisher.gradients.objective import Objective
 
 _LEAST, _TOLD = 1e-3, 0.1
 """Added to the diagonal of P, which is 1 on average: so much, since what an input brings that is never there would cost

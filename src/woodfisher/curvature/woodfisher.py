@@ -18,20 +18,20 @@ from woodfisher.curvature.base import (
 )
 from woodfisher.curvature.blocks import FisherBlocks
 from woodfisher.curvature.damping import Damping, check_damping, resolve
+from woodfisher.curvature.planning import KEEPS, Keep, Plan, planned
+from woodfisher.curvature.rows import HeldRows, gathered
 from woodfisher.distributed import ALONE
 from woodfisher.errors import WoodfisherError
-from woodfisher.layout import Layout
+from woodfisher.gradients.layout import Layout
 from woodfisher.memory import parse_bytes
-from woodfisher.planning import KEEPS, Keep, Plan, planned
-from woodfisher.rows import HeldRows, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from woodfisher.curvature.rows import Rows
     from woodfisher.distributed import Ranks
-    from woodfisher.layout import Run
-    from woodfisher.objective import Objective
-    from woodfisher.rows import Rows
+    from woodfisher.gradients.layout import Run
+    from woodfisher.gradients.objective import Objective
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from woodfisher.batches import map_tensors, tensors_of
 from woodfisher.errors import WoodfisherError
 from woodfisher.export.timing import difference
 from woodfisher.files import write_whole
-from woodfisher.forward import arguments_of, outputs_of
-from woodfisher.isolation import same_flags
-from woodfisher.parameters import unwrapped
+from woodfisher.gradients.batches import map_tensors, tensors_of
+from woodfisher.gradients.forward import arguments_of, outputs_of
+from woodfisher.gradients.isolation import same_flags
+from woodfisher.gradients.parameters import unwrapped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

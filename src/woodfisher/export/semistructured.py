@@ -9,9 +9,9 @@ from torch import nn
 from torch.sparse import to_sparse_semi_structured
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.isolation import copied
-from woodfisher.parameters import unwrapped
-from woodfisher.structure import fits
+from woodfisher.gradients.isolation import copied
+from woodfisher.gradients.parameters import unwrapped
+from woodfisher.saving.structure import fits
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,10 +15,10 @@ from torch.nn.functional import unfold
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.export.timing import Race, race
-from woodfisher.forward import outputs_of
-from woodfisher.isolation import copied
-from woodfisher.parameters import unwrapped
-from woodfisher.structure import is_blocked
+from woodfisher.gradients.forward import outputs_of
+from woodfisher.gradients.isolation import copied
+from woodfisher.gradients.parameters import unwrapped
+from woodfisher.saving.structure import is_blocked
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -17,9 +17,9 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.export.semistructured import to_semi_structured
 from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
-from woodfisher.isolation import copied
-from woodfisher.parameters import unwrapped
-from woodfisher.saved import EXPECTED, check_suffix, pack_state, read
+from woodfisher.gradients.isolation import copied
+from woodfisher.gradients.parameters import unwrapped
+from woodfisher.saving.saved import EXPECTED, check_suffix, pack_state, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import unreadable, write_whole
-from woodfisher.pruner import Pruner
+from woodfisher.pruning.pruner import Pruner
 
 try:
     from transformers import TrainerCallback

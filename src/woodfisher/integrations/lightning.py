@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.pruner import Pruner
+from woodfisher.pruning.pruner import Pruner
 
 try:
     from lightning.pytorch import Callback

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.saved import load_weights
+from woodfisher.saving.saved import load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -1,0 +1,674 @@
+"""Model + data + loss → gradient rows, mean gradient and Hessian products for the chosen weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from woodfisher.checks import check_choice, check_count
+from woodfisher.distributed import ALONE
+from woodfisher.errors import NoFactorsError, WoodfisherError
+from woodfisher.gradients.batches import (
+    FORWARD_BATCH,
+    check_data,
+    length,
+    map_tensors,
+    reads_once,
+    rechunk,
+    samples_in,
+    some,
+    take,
+    tensors_of,
+)
+from woodfisher.gradients.chunks import Chunks
+from woodfisher.gradients.flops import flops_of_modules, flops_of_weights
+from woodfisher.gradients.forward import PRECISIONS, Forward, State, explained
+from woodfisher.gradients.isolation import isolated, unmoved
+from woodfisher.gradients.layout import Layout
+from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
+from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, unwrapped
+from woodfisher.gradients.sharding import is_sharded, plain_copy
+from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
+from woodfisher.gradients.writing import write
+from woodfisher.memory import new_matrix, resident_memory
+from woodfisher.watch import phase, report_progress, warn, watching
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from woodfisher.distributed import Ranks
+    from woodfisher.gradients.batches import Batch
+    from woodfisher.gradients.forward import Precision
+    from woodfisher.gradients.layer_rows import Factors, LayerRows
+
+Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
+"""Weights `(d,)`, which of them remain `(d,)`, and buffers that differ from the model's own."""
+
+GRADIENT_WORKSPACE = 512 * 2**20
+"""Bytes that a chunk of per-sample gradients with its activations may take."""
+
+
+class Objective:
+    """The loss of a model on data, as a function of the weights chosen for pruning.
+
+    Nothing that an objective computes leaves a trace: it runs in evaluation mode on copies of the buffers,
+    and training flags, gradients and random generators are as before when it returns (but for one that is a
+    loader's own, which goes on as samples are drawn). It sees the weights
+    in `weights`, which start as the model's own; `at` gives the same objective elsewhere, and only `write`
+    changes the model.
+
+    Parameters
+    ----------
+    model:
+        Any module, also compiled, wrapped for several processes, or spread over them by `fully_shard` (each then
+        makes the objective, at the same time); its chosen parameters may have any floating dtype (rows are float32,
+        or float64 where one of them is).
+    data:
+        Iterable of batches: `(inputs, targets)`, or dicts for a model that returns `.loss`. Where `inputs`
+        is itself a tuple or a dict, the model is called with its parts. None for methods that use no data.
+    loss:
+        `loss(outputs, targets)`, the mean over the samples of a batch (or one value a sample, which is then
+        averaged). None for models that compute their own.
+    params:
+        Patterns (as in a shell: `encoder.*`, `*.weight`) of parameter names, or of names of modules that
+        hold them. Default: the weights of Linear layers (transformers' Conv1D among them) and of convolutions; no
+        biases, no norms, and not the packed weights of attention and recurrent layers (`in_proj_weight`,
+        `weight_ih_l0`, ...), which patterns choose; a warning names what is left out.
+    exclude:
+        Patterns of what to leave out.
+    sampler:
+        `sampler(outputs) -> targets`, draws targets from the model's own distribution for
+        `labels="model"`; known for the usual losses of torch.
+    precision:
+        Of the forward and backward passes for gradients: `float32` for that of the weights, or `bfloat16` for what
+        torch's autocast makes of it, which is about twice as fast where the processor has it, and rounds rows by
+        about 1 %. Losses that stages are checked on are rounded as well, those of targets are not.
+
+    Attributes
+    ----------
+    layout:
+        Names, shapes and order of the chosen weights; `d = layout.size`.
+    model, source:
+        The model that is run, and the one that was given, without its wrappers. They are the same, unless
+        `fully_shard` has spread the latter over processes: then the former is a copy of whole weights.
+    parameters, source_parameters:
+        Name → the parameter of `model`, and that of `source`, of which this process may have a shard.
+    weights:
+        Their values, `(d,)`.
+    buffers:
+        Name → the model's buffers, as the objective sees them.
+    kept:
+        Bool `(d,)`: False where a weight is exactly zero or masked out by `torch.nn.utils.prune`. Such a
+        weight counts as removed and takes part in no gradient row.
+    ranks:
+        The processes among which samples and weights are dealt out; this one alone unless pruning set others.
+    base:
+        Bytes that the process had when the run began that this belongs to; None outside of one.
+    warnings:
+        What making it warned of.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Iterable[Batch] | None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        *,
+        params: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] = (),
+        sampler: Callable[[Any], Tensor] | None = None,
+        precision: Precision = "float32",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        check_choice("precision", precision, PRECISIONS)
+        self.loss, self._sampler, self._precision = loss, sampler, precision
+        self.data: Iterable[Batch] = [] if data is None else data
+        check_data(self.data)
+        self.source = unwrapped(model)
+        self._sharded = is_sharded(self.source)
+        with watching() as watch:
+            self._bind(params, exclude)
+        self.warnings = tuple(watch.warnings)
+        self.layout = Layout(
+            {name: tuple(p.shape) for name, p in self.parameters.items()},
+            {
+                name: getattr(module, "groups", 1)
+                for name, module in self._modules.items()
+                if self.parameters[name].ndim > 1 and inputs_first(module)
+            },
+        )
+        self._read(None)
+        if precision == "bfloat16" and self.dtype == torch.float64:
+            raise WoodfisherError(
+                "autocast leaves a float64 model as it is: convert it, or leave out precision=."
+            )
+        self.workspace = GRADIENT_WORKSPACE
+        self._chunks = Chunks()
+        self.ranks: Ranks = ALONE
+        self.base: int | None = None
+
+    def _bind(self, params: str | Sequence[str] | None, exclude: str | Sequence[str]) -> None:
+        """Take the model as it is, or a plain copy of its shards, and choose weights of it."""
+        self.model = plain_copy(self.source) if self._sharded else self.source
+        self.parameters = choose(self.model, params, exclude)
+        named = dict(self.source.named_parameters())
+        self.source_parameters = {name: named[name] for name in self.parameters}
+        self.forward = Forward(self.model, self.loss, self._sampler, self._precision)
+        self._modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        self._flow = Signals(self.forward, self._modules, self.parameters)
+        by_weight = self.forward.by_weight()
+        self._by_weight = by_weight, Signals(by_weight, self._modules, self.parameters)
+
+    def at(self, weights: Tensor, kept: Tensor) -> Objective:
+        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
+        self.layout.check(weights, "weights")
+        self.layout.check(kept, "kept")
+        return self._with(weights=torch.where(kept, weights, 0).to(self.weights), kept=kept)
+
+    def changes(self) -> Changes:
+        """What became of the model, for `changed` in another process."""
+        return self.weights.cpu(), self.kept.cpu(), self.fresh_buffers()
+
+    def fresh_buffers(self) -> dict[str, Tensor]:
+        """Name → the buffers that are not the model's own, on the CPU."""
+        own = dict(self.model.named_buffers())
+        return {name: buffer.cpu() for name, buffer in self.buffers.items() if buffer is not own[name]}
+
+    def changed(self, changes: Changes) -> Objective:
+        """The same objective after the changes of another process."""
+        weights, kept, buffers = changes
+        return self.at(weights.to(self.device), kept.to(self.device)).with_buffers(buffers)
+
+    def with_buffers(self, buffers: Mapping[str, Tensor]) -> Objective:
+        """The same objective with some buffers, by name, in the place of others."""
+        fresh = {name: buffer.to(self.buffers[name].device) for name, buffer in buffers.items()}
+        return self._with(buffers={**self.buffers, **fresh})
+
+    def among(self, ranks: Ranks) -> Objective:
+        """The same objective, whose samples and weights are dealt out among several processes."""
+        return self._with(ranks=ranks)
+
+    def joined(self) -> Objective:
+        """The objective for the weights of all processes: this one, unless it is for a part of them."""
+        return self
+
+    def current(self, kept: Tensor | None = None, *, steps: int | None = None) -> Objective:
+        """The same objective where the model is now, of whose weights those in `kept` `(d,)` remain.
+
+        Without `kept` these are the ones that are not zero, as for a new objective. The model may have moved to
+        another device or dtype. `steps` of training have led there, if any: an error says so.
+        """
+        if self._sharded:
+            self._bind(list(self.layout.shapes), ())  # of this one, or there would be two copies of the model
+        other = self._with()
+        other._read(kept, steps)
+        return other
+
+    def _read(self, kept: Tensor | None, steps: int | None = None) -> None:
+        """Take everything that training changes from the model."""
+        own = self.parameters.values()
+        self.device = next(iter(own)).device
+        if self.device.type == "meta":
+            raise WoodfisherError(
+                "the model's weights are on the device meta, without values: load them first."
+            )
+        self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in own) else torch.float32
+        self.buffers = dict(self.model.named_buffers())
+        weights = self._flat(self.parameters)
+        if not torch.isfinite(weights).all():
+            bad = self.layout.name_at(int((~torch.isfinite(weights)).nonzero()[0]))
+            after = f" after {steps} steps of training: lower the learning rate, or go on from an earlier checkpoint."
+            advice = ": load a sound one." if steps is None else after
+            raise WoodfisherError(f"the model's own weight {bad!r} holds NaN or infinity{advice}")
+        if kept is None:
+            kept = (weights != 0) & self._flat(existing_masks(self.model, self.parameters)).bool()
+        self.layout.check(kept, "kept")
+        kept = kept.to(self.device)
+        self.weights, self.kept = torch.where(kept, weights, 0), kept
+
+    @property
+    def flow_itemsize(self) -> int:
+        """Bytes of each number that flows through the model."""
+        if self.forward.precision == "bfloat16":
+            return 2
+        return max((p.dtype.itemsize for p in self.parameters.values()), default=self.dtype.itemsize)
+
+    def within(self, workspace: int) -> Objective:
+        """The same objective, chunks of whose samples take at most `workspace` bytes with their gradients."""
+        return self._with(workspace=workspace)
+
+    def on(self, data: Iterable[Batch]) -> Objective:
+        """The same objective on other data."""
+        return self._with(data=data)
+
+    def on_weighted(self, data: Iterable[Batch]) -> Objective:
+        """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
+        forward, flow = self._by_weight
+        return self._with(data=data, forward=forward, _flow=flow)
+
+    def begun(self) -> Objective:
+        """The same objective in a run that begins now: its plans count the memory that the process has at this point.
+
+        What one stage has given back to the process is there for the next.
+        """
+        return self if self.base is not None else self._with(base=resident_memory(self.device))
+
+    def _with(self, **changes: Any) -> Objective:
+        """A copy with other attributes."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the model keeps statistics that `recalibrated` would take anew."""
+        return bool(batch_norms(self.model))
+
+    def recalibrated(self, samples: int) -> Objective:
+        """The same objective with the statistics of batch normalisation taken anew at its weights.
+
+        Running means and variances become their plain averages over batches of the first `samples` samples,
+        from forward passes alone. Models without such layers stay as they are.
+        """
+        return self.with_buffers(fresh_statistics(self, samples))
+
+    def state(self, weights: Tensor | None = None) -> State:
+        """What the model is run on: `weights` `(d,)`, its own by default, in the model's dtypes, and the buffers."""
+        parts = self.layout.split(self.weights if weights is None else weights)
+        return State({name: part.to(self.parameters[name]) for name, part in parts.items()}, self.buffers)
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The batch where the model is."""
+        return map_tensors(lambda t: t.to(self.device), batch)
+
+    def mean_loss(self, *, rounded: bool = False) -> float:
+        """Mean loss over all of the data, from forward passes alone; `rounded` in the precision of gradients.
+
+        NaN or infinity where the model gives it, and NaN where no sample has a target that counts.
+        """
+        total, count, seen = 0.0, 0.0, False
+        precision = self.forward.precision if rounded else "float32"
+        with isolated(self.model), torch.no_grad():
+            state = self.state()
+            for number, chunk in enumerate(rechunk(self.data, FORWARD_BATCH, 1)):
+                counted, seen = self.forward.counted(chunk), True
+                count += counted
+                if counted and number % self.ranks.size == self.ranks.rank:
+                    chunk = self.on_device(chunk)
+                    with explained(chunk):
+                        total += float(self.forward.mean_loss(state, chunk, precision)) * counted
+                    self._chunks.check_mean(self, some(chunk, 0, 1))
+        if not seen:
+            raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
+        return sum(self.ranks.gather(total)) / count if count else math.nan
+
+    def flops(self) -> Tensor:
+        """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used.
+
+        Those of matrix products and convolutions are counted; biases and norms take part in none. Data that can be
+        read only once is refused, since counting would take its first samples.
+        """
+        return flops_of_weights(self)
+
+    @property
+    def reads_once(self) -> bool:
+        """Whether the data can be read only once, so that nothing may be tried on it beforehand."""
+        return reads_once(self.data)
+
+    def first_samples(self, most: int) -> Batch | None:
+        """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
+        with isolated(self.model), unmoved(self.data):
+            first = next(iter(take(self.data, most)), None)
+        return None if first is None else self.on_device(first)
+
+    def row_bytes(self, group: int = 1) -> int:
+        """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
+        first = self.first_samples(group)
+        return 0 if first is None else self._chunks.bytes_saved(self, first)
+
+    def forward_flops(self) -> int:
+        """Operations of a forward pass of one sample, as far as torch counts them."""
+        return (flops_of_modules(self) or {}).get("", 0)
+
+    def known_samples(self) -> int | None:
+        """How many samples the data has, where it tells without being read."""
+        return length(self.data)
+
+    def most_rows(self, samples: int, group: int) -> int:
+        """Rows that `samples` samples can make at most, given what the data tells of its length unread."""
+        return min(samples, self.known_samples() or samples) // group
+
+    def rows(
+        self,
+        samples: int,
+        *,
+        group: int = 1,
+        labels: str = "data",
+        columns: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """Gradient rows: row n is the gradient of the mean loss of `group` samples.
+
+        Parameters
+        ----------
+        samples:
+            Samples to use, from the beginning of the data.
+        group:
+            Samples a row.
+        labels:
+            `data`, or `model` to draw targets from the model's own distribution.
+        columns:
+            Flat indexes of the weights wanted, int64 `(k,)`, ascending; default all.
+        out:
+            Where to write them to, `(n, k)` with n ≥ N: memory that is in use already is written to much faster.
+
+        Returns
+        -------
+        `(N, k)` with N = samples // group, or fewer (with a warning) where the data ends early.
+        """
+        self.layout.check_columns(columns)
+        width = self.layout.size if columns is None else len(columns)
+        most = self.most_rows(samples, group)
+        if out is not None and (len(out) < most or out.shape[1:] != (width,)):
+            raise WoodfisherError(
+                f"out must have room for {most} rows of {width} weights; it is {tuple(out.shape)}."
+            )
+        filled = 0
+        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
+            with phase("gradients"):
+                if out is None:
+                    out = new_matrix(most, width, self.dtype, self.device)
+                self._fill(out[filled : filled + count], chunk, group, columns, filled)
+            filled += count
+            report_progress("gradients", filled, samples // group)
+        assert out is not None
+        return out[:filled]
+
+    def iter_rows(
+        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The rows of `rows`, in chunks `(c, k)` of bounded memory."""
+        self.layout.check_columns(columns)
+        width = self.layout.size if columns is None else len(columns)
+        done = 0
+        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
+            with phase("gradients"):
+                out = new_matrix(count, width, self.dtype, self.device)
+                self._fill(out, chunk, group, columns, done)
+            yield out
+            done += count
+            report_progress("gradients", done, samples // group)
+
+    def iter_layer_rows(
+        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
+    ) -> Iterator[dict[str, LayerRows]]:
+        """Rows in factor form, of the weights in `names` (default: all), which `factors` must have.
+
+        The gradients of removed weights are in them.
+        """
+        names = list(self.layout.shapes if names is None else names)
+        for name in names:
+            if not self._flow.possible(name):
+                raise WoodfisherError(
+                    f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
+                    "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
+                )
+        able = {} if self.reads_once else self.factors(group)
+        floats = 2 * sum(able[name].floats for name in names if name in able)
+        done = 0
+        for chunk, count in self._row_chunks(samples, group, labels, floats):
+            with phase("gradients"):
+                rows = self._layer_rows(chunk, count, names, group, done)
+            yield rows
+            done += count
+            report_progress("gradients", done, samples // group)
+
+    def factors(self, group: int = 1) -> dict[str, Factors]:
+        """The weights whose rows can be had in factor form, and what that takes; tried on the first samples.
+
+        These are the weights of Linear and convolution layers that the model calls once for all samples of a batch,
+        where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
+        has none.
+        """
+        if self.reads_once:
+            return {}
+        with isolated(self.model), torch.enable_grad():
+            batch = self.first_samples(TRIED_ROWS_OF_OWN_LOSS * group)
+            if batch is None or samples_in(batch) < group:
+                return {}
+            return self._factors_of(batch, group)
+
+    def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
+        """`factors` tried on the first rows of a batch, for the first one of its form."""
+        return self._flow.factors(self.state(), batch, group, self.workspace)
+
+    def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
+        """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
+
+        A row takes `floats` numbers beside what its backward pass needs.
+        """
+        check_count("samples", samples)
+        check_count("group", group)
+        check_choice("labels", labels, ("data", "model"))
+        if samples < group:
+            raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
+        with isolated(self.model), torch.enable_grad():
+            state = self.state()
+            for chunk in self._chunks.of(self, samples, group, floats):
+                if labels == "model":
+                    with phase("gradients"):
+                        chunk = self.forward.with_sampled_targets(state, chunk)
+                yield chunk, samples_in(chunk) // group
+
+    def _fill(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
+        """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
+        places = self.layout.places(columns)
+        signals = self._signals_if_possible(chunk, group, len(out), list(places))
+        signals_are_less = False
+        if signals is not None:
+            signals_are_less = sum(each.factors.floats for each in signals.values()) < out.shape[1]
+            if signals_are_less:
+                self._check_signals(signals, chunk, group, done)
+            for name, (place, index) in places.items():
+                if index is None:
+                    signals.pop(name).dense(out=out[:, place])
+                else:
+                    signals.pop(name).select(index, out[:, place])
+        else:
+            grouped = map_tensors(lambda t: t.reshape(len(out), group, *t.shape[1:]), chunk)
+            gradients = self.forward.row_gradients(self.state(), grouped, len(out))
+            for name, (place, index) in places.items():
+                rows = gradients.pop(name).detach().reshape(len(out), -1)
+                out[:, place] = rows if index is None else rows[:, index]
+        if not signals_are_less:
+            self._check_finite(out, done, chunk, group, columns)
+        kept = self.kept if columns is None else self.kept[columns]
+        if not kept.all():
+            out *= kept
+
+    def _signals_if_possible(
+        self, chunk: Batch, group: int, count: int, names: Sequence[str]
+    ) -> dict[str, LayerRows] | None:
+        """What flows through the layers of these weights as `count` rows; None where one has no factor form."""
+        if not names:
+            return {}
+        able = self._factors_of(chunk, group)
+        if any(name not in able for name in names):
+            return None
+        try:
+            return self._signals(chunk, count, names)
+        except NoFactorsError as error:
+            warn(f"{error} Rows are taken in a slower way from here on.")
+            return None
+
+    def _check_signals(self, signals: Mapping[str, LayerRows], chunk: Batch, group: int, done: int) -> None:
+        """Raise where a row is not finite, looking into the rows only if what flows through a layer is not."""
+        for name, each in signals.items():
+            if not (each.outputs.sum() + each.inputs.sum()).isfinite():
+                where = self.layout.slices[name]
+                index = torch.arange(where.start, where.stop, device=self.device)
+                self._check_finite(each.dense(), done, chunk, group, index)
+
+    def _layer_rows(
+        self, chunk: Batch, count: int, names: Sequence[str], group: int, done: int
+    ) -> dict[str, LayerRows]:
+        """What flows through the layers of these weights, which nothing else stands for, as `count` finite rows."""
+        try:
+            rows = self._signals(chunk, count, names)
+        except NoFactorsError as error:
+            raise NoFactorsError(
+                f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
+            ) from error
+        self._check_signals(rows, chunk, group, done)
+        return rows
+
+    def _signals(self, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
+        """What flows through the layers of these weights as `count` rows."""
+        return self._flow.rows(self.state(), chunk, count, names)
+
+    def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
+        """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
+
+        The expectation over the model's distribution is exact for the usual losses of torch and up to 100 classes
+        or outputs: as many rows a sample, √p(y | x) ∇ℓ(y, x). Otherwise each sample gives one row, of a drawn target.
+        """
+        done = 0
+        with isolated(self.model), torch.enable_grad():
+            state = self.state()
+            for chunk in self._chunks.of(self, samples, 1, 2 * self.layout.size):
+                for share, batch in self.forward.with_every_target(state, chunk):
+                    rows = torch.empty(
+                        samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
+                    )
+                    with phase("gradients"):
+                        self._fill(rows, batch, 1, None, done)
+                    yield rows * share[:, None].to(rows).sqrt()
+                done += samples_in(chunk)
+                report_progress("Fisher", done, samples)
+
+    def gradient(self, samples: int) -> Tensor:
+        """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
+        total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+        count, seen = 0.0, 0
+        with phase("gradients"), isolated(self.model), torch.enable_grad():
+            state = self.state()
+            for number, chunk in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
+                counted = self.forward.counted(chunk)
+                if counted and number % self.ranks.size == self.ranks.rank:
+                    gradients = self.forward.gradient(state, chunk)
+                    flat = self._flat(gradients)
+                    self._check_finite(flat[None], seen, chunk, samples_in(chunk))
+                    total += flat * counted
+                count, seen = count + counted, seen + samples_in(chunk)
+        return (self.ranks.sum(total) / (count or 1) * self.kept).to(self.weights)
+
+    def gradient_norms(self, batch: Batch) -> Tensor | None:
+        """How large the gradients of single samples are at most, by the last layer that has factor form: `(n,)`.
+
+        That is the norm of what flows into it times that of what flows back, for which the backward pass goes no
+        further. None where no layer has factor form, the losses of samples don't add up, or one is not finite.
+        """
+        norms = torch.zeros(samples_in(batch), dtype=torch.float64, device=self.device)
+        last, done = "", 0
+        with phase("gradients"), isolated(self.model), torch.enable_grad():
+            for number, chunk in enumerate(rechunk([batch], FORWARD_BATCH, 1)):
+                chunk, count = self.on_device(chunk), samples_in(chunk)
+                if number == 0:
+                    last = self._last_with_factors(chunk)
+                    if not last:
+                        return None
+                if number % self.ranks.size == self.ranks.rank:
+                    norms[done : done + count] = self._largest_gradients(chunk, count, last)
+                done += count
+        norms = self.ranks.sum(norms)
+        return norms if norms.isfinite().all() else None
+
+    def _last_with_factors(self, chunk: Batch) -> str:
+        """The last weight that has factor form; none where the losses of samples don't add up."""
+        with explained(chunk):
+            able = self._factors_of(chunk, 1) if self.forward.adds_up(self.state(), chunk) else {}
+        return next((name for name in reversed(list(self.layout.shapes)) if name in able), "")
+
+    def _largest_gradients(self, chunk: Batch, count: int, name: str) -> Tensor | float:
+        try:
+            return self._signals(chunk, count, [name])[name].most_norms()
+        except NoFactorsError:
+            return math.nan
+
+    def hessian_columns(self, samples: int, columns: slice) -> Tensor:
+        """Columns of the Hessian of the mean loss over the first `samples` samples: float64 `(d, k)`.
+
+        Rows and columns of removed weights are zero. The loss must be twice differentiable in torch.
+        """
+        index = torch.arange(columns.start, columns.stop, device=self.device)
+        total = torch.zeros(self.layout.size, len(index), dtype=torch.float64, device=self.device)
+        count = 0.0
+        eye = torch.nn.functional.one_hot(index, self.layout.size).to(self.weights)
+        with (
+            phase("gradients"),
+            isolated(self.model),
+            torch.enable_grad(),
+            sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
+        ):
+            for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
+                counted = self.forward.counted(chunk)
+                product = self._hessian_product(chunk, eye) if counted else None
+                if product is not None:
+                    total += product.mT.double() * counted
+                count += counted
+        return total / (count or 1) * self.kept[:, None] * self.kept[index]
+
+    def _hessian_product(self, chunk: Batch, vectors: Tensor) -> Tensor | None:
+        """`vectors` `(k, d)` times the Hessian of the mean loss of a chunk; None where its gradient is constant."""
+        flat = self.weights.clone().requires_grad_()
+        state = self.state(flat)
+
+        def product() -> Tensor | None:
+            loss = self.forward.mean_loss(state, chunk)
+            (gradient,) = torch.autograd.grad(loss, flat, create_graph=True)
+            if not gradient.requires_grad:
+                return None
+            return torch.autograd.grad(gradient, flat, vectors, is_grads_batched=True)[0]
+
+        with explained(chunk):
+            return self.forward.at(state.copied(), product)
+
+    def write(self, model: nn.Module | None = None) -> None:
+        """Put `weights` (removed ones exactly zero) and `buffers` into the model, or into another one like it.
+
+        Raises before the first change.
+        """
+        write(self, self.source if model is None else unwrapped(model))
+
+    def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors → `(d,)` in the dtype and on the device of the flat weights."""
+        out = torch.empty(self.layout.size, dtype=self.dtype, device=self.device)
+        for name, where in self.layout.slices.items():
+            out[where] = tensors[name].detach().reshape(-1)
+        return out
+
+    def _check_finite(
+        self, rows: Tensor, done: int, batch: Batch, group: int, columns: Tensor | None = None
+    ) -> None:
+        """Raise where a row `(c, k)` is not finite, `done` rows after the first; `batch` has `group` samples a row."""
+        if torch.isfinite(rows.sum()) or torch.isfinite(rows).all():
+            return
+        row, position = (~torch.isfinite(rows)).nonzero()[0].tolist()
+        name = self.layout.name_at(position if columns is None else int(columns[position]))
+        samples = some(batch, row * group, (row + 1) * group)
+        bad = [t for t in tensors_of(samples) if t.is_floating_point() and not torch.isfinite(t).all()]
+        cause = (
+            "The data of that row itself holds NaN or infinity: clean it."
+            if bad
+            else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
+            f"{str(self.parameters[name].dtype).removeprefix('torch.')}."
+        )
+        raise WoodfisherError(
+            f"the gradient of {name!r} in row {done + row} is {float(rows[row, position])}. {cause}"
+        )

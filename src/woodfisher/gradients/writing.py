@@ -1,0 +1,64 @@
+"""The one place where weights and buffers of a model are changed, after everything that can fail."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.sharding import local, own_part, reshard
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from woodfisher.gradients.objective import Objective
+
+
+def write(objective: Objective, model: nn.Module) -> None:
+    """Put the weights (removed ones exactly zero) and buffers of an objective into a model."""
+    reshard(model)
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    _check_architecture(objective, parameters, buffers)
+    values = {
+        name: torch.where(kept, value, 0).to(parameters[name].dtype)
+        for (name, value), kept in zip(
+            objective.layout.split(objective.weights).items(),
+            objective.layout.split(objective.kept).values(),
+            strict=True,
+        )
+    }
+    for name, value in values.items():
+        if not torch.isfinite(value).all():
+            raise WoodfisherError(
+                f"the new weights of {name!r} are not finite in {value.dtype}; the model is unchanged. "
+                "Raise the damping, or prune in more stages."
+            )
+    with torch.no_grad():
+        for name, value in values.items():
+            local(parameters[name]).copy_(own_part(value, parameters[name]))
+        for name, buffer in buffers.items():
+            if objective.buffers[name] is not buffer:
+                buffer.copy_(objective.buffers[name])
+
+
+def _check_architecture(
+    objective: Objective, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]
+) -> None:
+    shapes = objective.layout.shapes
+    for name, shape in shapes.items():
+        if name not in parameters or tuple(parameters[name].shape) != tuple(shape):
+            raise WoodfisherError(
+                f"this model has no parameter {name!r} of shape {shape}: write to one of the architecture that was "
+                "pruned."
+            )
+    for name, buffer in buffers.items():
+        if name not in objective.buffers or objective.buffers[name].shape != buffer.shape:
+            raise WoodfisherError(
+                f"the model that was pruned has no buffer {name!r} of shape {tuple(buffer.shape)}: write to one of "
+                "the same architecture."
+            )
+    if any(parameters[name].is_inference() for name in shapes):
+        raise WoodfisherError(
+            "the model was made in torch.inference_mode, so its weights can't be changed: make or load it outside."
+        )

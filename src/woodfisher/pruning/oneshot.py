@@ -1,0 +1,377 @@
+"""`prune` and `sweep`: pruning a trained model once, in stages, or through many sparsities."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from woodfisher.checks import check_fraction, metric_value
+from woodfisher.distributed import ALONE, together
+from woodfisher.errors import TooSparseError, WoodfisherError
+from woodfisher.gradients.isolation import copied, isolated, unmoved
+from woodfisher.gradients.objective import Objective
+from woodfisher.pruning.adaptive import Adaptive
+from woodfisher.pruning.dealing import align_random, alike, can_be_dealt
+from woodfisher.pruning.method import USUAL_SPARSITY, method_for, replaced, use_for
+from woodfisher.pruning.report import report_of, warn_of_lost_layers, warnings_of
+from woodfisher.pruning.stages import pruned_through
+from woodfisher.watch import phase, warn, watching
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from torch import Tensor, nn
+    from typing_extensions import Unpack
+
+    from woodfisher.gradients.batches import Batch
+    from woodfisher.gradients.forward import Precision
+    from woodfisher.gradients.objective import Changes
+    from woodfisher.pruning.method import Method, MethodParts
+    from woodfisher.pruning.report import Report, Stage
+    from woodfisher.surgeon.selection import Selection
+    from woodfisher.watch import Progress, Watch
+
+SPARSITIES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+"""The family that methods are compared on."""
+
+FINEST_RATIO = 0.95
+"""Ratio of what is kept to what is kept next, where the sparsest network within a drop is looked for."""
+
+_UNLIKELY_GAIN = 0.5
+"""Share by which pruning hardly makes a metric better."""
+
+LEAST_KEPT = 0.005
+"""Fraction of the weights below which that search ends."""
+
+
+def prune(
+    model: nn.Module,
+    data: Iterable[Batch] | None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    sparsity: float | None = None,
+    *,
+    max_drop: float | None = None,
+    metric: Callable[[nn.Module], float] | None = None,
+    criterion: str = "woodfisher",
+    preset: str | None = None,
+    params: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    sampler: Callable[[Any], Tensor] | None = None,
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+    **parts: Unpack[MethodParts],
+) -> Report:
+    """Remove a fraction of a trained model's weights, in place, and make up for it with the rest.
+
+    The model changes at the very end, after everything that can fail has succeeded. Weights that are zero
+    already, or masked by `torch.nn.utils.prune`, stay removed and count.
+
+    Parameters
+    ----------
+    model, data, loss, params, exclude, sampler, precision:
+        As for `Objective`. Training samples are drawn from the beginning of `data`, so shuffle it. Every stage
+        draws new ones while there are any; a few hundred in all are enough to begin with.
+    sparsity:
+        Fraction of the chosen weights to remove, in [0, 1); by default what the pattern says, or 0.95 if neither
+        that nor `max_drop` does. The number kept is exactly the nearest integer to `(1 − sparsity) · d`, which has
+        to be one at least; where groups of weights go together, the most whole groups that are no more.
+    max_drop:
+        Instead of a sparsity: find the sparsest network with `metric ≥ (1 − max_drop) · dense metric`.
+    metric:
+        `metric(model)`, larger is better, on validation data: what `max_drop` is about.
+    criterion:
+        Name of the method: see `woodfisher.METHODS`.
+    preset:
+        `paper` for the protocol of Singh and Alistarh (2020): 100 gradients of single samples, damping 1e-5,
+        blocks within a layer, global ranking, independent update, one shot.
+    progress:
+        Called as `progress(phase, done, total)`.
+    **parts:
+        `curvature`, `first_order`, `update`, `scope`, `pattern`, `floor`, `stages`, `refine` or `recalibrate`: replace
+        that part of the method (see `Method`).
+
+    Raises
+    ------
+    WoodfisherError
+        On bad input or a numerical failure; the model is then as it was.
+    """
+    with together():
+        if max_drop is not None and sparsity is not None:
+            raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
+        if max_drop is not None and not callable(metric):
+            raise WoodfisherError(
+                "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
+                f"metric=lambda model: accuracy(model, validation_batches); {metric!r} came."
+            )
+        method = replaced(method_for(criterion, preset, use=use_for(parts)), parts)
+        objective = Objective(
+            model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
+        )
+    if max_drop is not None and metric is not None:
+        return prune_within(objective, max_drop, metric, method, progress)
+    usual = method.pattern.sparsity or USUAL_SPARSITY
+    return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
+
+
+def sweep(
+    model: nn.Module,
+    data: Iterable[Batch] | None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    sparsities: float | Iterable[float] = SPARSITIES,
+    *,
+    criterion: str = "woodfisher",
+    preset: str | None = None,
+    params: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
+    sampler: Callable[[Any], Tensor] | None = None,
+    precision: Precision = "float32",
+    progress: Progress | None = None,
+    **parts: Unpack[MethodParts],
+) -> list[Pruned]:
+    """Prune to several sparsities, by one run that passes through them all where the stages adapt.
+
+    The model stays as it is; `Pruned.write(model)` puts one of the results into it. Arguments are those of
+    `prune`. Methods with a fixed number of stages are run once for each sparsity, from the start.
+
+    Returns
+    -------
+    In the order of `sparsities`.
+    """
+    with together():
+        method = replaced(method_for(criterion, preset, use=use_for(parts)), parts)
+        objective = Objective(
+            model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
+        )
+    asked = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
+    return sweep_objective(objective, asked, method, progress)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned network that is not in a model yet.
+
+    Attributes
+    ----------
+    report:
+        How it came about.
+    objective:
+        The objective at the pruned weights, with its mask and the buffers that belong to them.
+    """
+
+    report: Report
+    objective: Objective
+
+    def write(self, model: nn.Module | None = None) -> None:
+        """Put it into `model`, of the same architecture; by default into the one that was pruned."""
+        self.objective.write(model)
+
+    def told(self) -> tuple[Changes, Report]:
+        """What another process needs to have the same."""
+        return self.objective.changes(), replace(self.report, masks={})
+
+    @classmethod
+    def of(cls, told: tuple[Changes, Report], objective: Objective) -> Pruned:
+        """That of another process, which has the same `objective`."""
+        at = objective.changed(told[0])
+        masks = {name: mask.clone() for name, mask in at.layout.split(at.kept).items()}
+        return cls(replace(told[1], masks=masks), at)
+
+
+def prune_objective(
+    objective: Objective, sparsity: float, method: Method, progress: Progress | None = None
+) -> Report:
+    """`prune` for an objective and a method that are made already."""
+    (pruned,) = sweep_objective(objective, [sparsity], method, progress)
+    pruned.write()
+    return pruned.report
+
+
+def sweep_objective(
+    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None = None
+) -> list[Pruned]:
+    """`sweep` for an objective and a method that are made already."""
+    return _in_all_processes(
+        objective, method, sparsities, lambda at: _sweep(at, sparsities, method, progress)
+    )
+
+
+def _in_all_processes(
+    objective: Objective, method: Method, asked: object, prune: Callable[[Objective], list[Pruned]]
+) -> list[Pruned]:
+    """Prune on all ranks of the process group, each with its weights, or else on the first, which tells the others."""
+    with together() as ranks:
+        among = alike(objective.among(ranks), (method, asked))
+        if ranks.size == 1 or can_be_dealt(method):
+            return [replace(each, objective=each.objective.among(ALONE)) for each in prune(among)]
+        alone = among.among(ALONE)
+        told = ranks.first(lambda: [pruned.told() for pruned in prune(alone)])
+        align_random(objective.data, ranks)
+    return [Pruned.of(each, alone) for each in told]
+
+
+def _sweep(
+    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None
+) -> list[Pruned]:
+    if not sparsities:
+        raise WoodfisherError("name at least one sparsity to prune to.")
+    objective, selection = _started(objective, method)
+    total, now = selection.total, selection.amount(objective.kept)
+    amounts = [selection.final(sparsity) for sparsity in sparsities]
+    selection.check_pattern(objective.kept, min(amounts))
+    reached: dict[int, Pruned] = {}
+    with watching(progress) as watch, phase("total"), isolated(objective.model):
+        for sparsity, amount in zip(sparsities, amounts, strict=True):
+            if amount > now:
+                warn(
+                    f"{1 - now / total:.2%} of the chosen weights are zero already, more than the sparsity "
+                    f"{sparsity:.2%} asks for; nothing is removed."
+                )
+                reached[amount] = _pruned(objective, [], method, selection, watch)
+        data = objective.data
+        wanted = sorted(set(amounts) - set(reached), reverse=True)
+        passed = pruned_through(objective, wanted, method, selection)
+        for amount, (at, stages) in zip(wanted, passed, strict=True):
+            warn_of_lost_layers(at)
+            reached[amount] = _pruned(at.on(data), stages, method, selection, watch)
+            if not isinstance(method.staging, Adaptive):
+                watch.restart()
+    return [reached[amount] for amount in amounts]
+
+
+def prune_within(
+    objective: Objective,
+    max_drop: float,
+    metric: Callable[[nn.Module], float],
+    method: Method,
+    progress: Progress | None = None,
+) -> Report:
+    """`prune` with a `max_drop`, for an objective and a method that are made already."""
+    (pruned,) = _in_all_processes(
+        objective, method, max_drop, lambda at: [_within(at, max_drop, metric, method, progress)]
+    )
+    pruned.write()
+    return pruned.report
+
+
+def _within(
+    objective: Objective,
+    max_drop: float,
+    metric: Callable[[nn.Module], float],
+    method: Method,
+    progress: Progress | None,
+) -> Pruned:
+    check_fraction("max_drop", max_drop)
+    if method.pattern.sparsity is not None:
+        raise WoodfisherError(
+            f"the pattern {method.pattern} has one sparsity, so there is none to look for: no max_drop."
+        )
+    trial = copied(objective.model)
+    objective, selection = _started(objective, method)
+    now = selection.amount(objective.kept)
+    if not now:
+        raise WoodfisherError("every chosen weight is zero already: there is nothing to prune.")
+    steps = math.ceil(math.log(max(LEAST_KEPT * selection.total, 1) / now) / math.log(FINEST_RATIO))
+    counts = sorted({round(now * FINEST_RATIO**step) for step in range(1, steps + 1)} - {0}, reverse=True)
+    data = objective.data
+    with watching(progress) as watch, phase("total"), isolated(objective.model):
+
+        def measured() -> float:
+            with phase("metric"), unmoved(objective.data):
+                return objective.ranks.first(lambda: _metric_of(metric, trial))
+
+        dense = measured()
+        least = dense - max_drop * abs(dense)
+        if not dense:
+            warn(
+                "the metric is 0 before anything is removed, of which no share can be lost: see what it measures."
+            )
+
+        def tried(pruned: Pruned) -> float:
+            pruned.write(trial)
+            return measured()
+
+        def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
+            with suppress(TooSparseError):
+                for at, stages in pruned_through(objective, amounts, method, selection):
+                    yield _pruned(at.on(data), stages, method, selection, watch)
+
+        search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
+        best, value = search(reached, counts, tried, least)
+        if best is None and not counts:
+            warn(
+                f"{now} of {selection.total} are left already, and sparser networks than {1 - LEAST_KEPT:.1%} are not "
+                "looked for: nothing is removed."
+            )
+        elif best is None:
+            warn(
+                f"removing {1 - FINEST_RATIO:.0%} of the weights already costs more than the drop of "
+                f"{max_drop:.2%}: the metric is {dense:g} dense, and has to be {least:g}. Nothing is removed."
+            )
+        best = best or _pruned(objective, [], method, selection, watch)
+        if 0 < dense < value / (1 + _UNLIKELY_GAIN):
+            warn(
+                f"the metric rose from {dense:g} to {value:g} by pruning: larger is taken for better, so return the "
+                "negative of one that is to be small."
+            )
+        warn_of_lost_layers(best.objective)
+    return replace(best, report=replace(best.report, warnings=warnings_of(objective, watch)))
+
+
+def _last(
+    reached: Callable[[Sequence[int]], Iterator[Pruned]],
+    amounts: Sequence[int],
+    tried: Callable[[Pruned], float],
+    least: float,
+) -> tuple[Pruned | None, float]:
+    """The sparsest network of one run, up to the first whose metric is below `least`, and that metric."""
+    best, its = None, least
+    for pruned in reached(amounts):
+        value = tried(pruned)
+        if value < least:
+            break
+        best, its = pruned, value
+    return best, its
+
+
+def _last_by_halving(
+    reached: Callable[[Sequence[int]], Iterator[Pruned]],
+    amounts: Sequence[int],
+    tried: Callable[[Pruned], float],
+    least: float,
+) -> tuple[Pruned | None, float]:
+    """The same where each amount takes a run of its own: by halving the amounts that are left."""
+    best, its = None, least
+    low, high = 0, len(amounts)
+    while low < high:
+        middle = (low + high) // 2
+        found = next(reached([amounts[middle]]), None)
+        value = None if found is None else tried(found)
+        if value is not None and value >= least:
+            best, its, low = found, value, middle + 1
+        else:
+            high = middle
+    return best, its
+
+
+def _metric_of(metric: Callable[[nn.Module], float], model: nn.Module) -> float:
+    with isolated(model):
+        value: object = metric(model)
+    return metric_value(value, f"metric(model) must return a finite number; {value!r} came.")
+
+
+def _started(objective: Objective, method: Method) -> tuple[Objective, Selection]:
+    """The objective with what is there to begin with, and what may stay of it."""
+    selection = method.selection(objective)
+    return objective.at(objective.weights, selection.present(objective.kept)).begun(), selection
+
+
+def _pruned(
+    objective: Objective, stages: Sequence[Stage], method: Method, selection: Selection, watch: Watch
+) -> Pruned:
+    report = report_of(objective, stages, method, selection, watch)
+    seconds, warnings = objective.ranks.first(lambda: (report.seconds, report.warnings))
+    own = {name: buffer.clone() for name, buffer in objective.buffers.items()}
+    return Pruned(replace(report, seconds=seconds, warnings=warnings), objective.with_buffers(own))

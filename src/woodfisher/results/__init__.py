@@ -1,0 +1,1 @@
+"""What a person reads of a run: figures by layer, pictures and the page."""

@@ -1,0 +1,213 @@
+"""What was achieved: the sentence and the cards at the top, and the tables of results."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from woodfisher.results.metrics import decimals, score
+from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
+from woodfisher.results.page.layers import flops_left, known_flops
+from woodfisher.results.page.numbers import amount, count, duration, fewer, per_cent, points
+from woodfisher.results.page.parts import Card, Figure, Section, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from woodfisher.pruning.report import Layer
+    from woodfisher.results.page.record import Cell, Comparison, Gradual, Outcome, Pruning, Task
+
+
+def verdict(report: Pruning | Gradual) -> str:
+    """What the metric did, in a sentence."""
+    metric = report.pruned.metric
+    value = score(metric, report.metric)
+    difference = metric - report.dense.metric
+    size = score(abs(difference), report.metric)
+    if float(size) == 0:
+        moved = f"stays at {value}"
+    else:
+        moved = f"{'rises' if difference > 0 else 'falls'} by {size} to {value}"
+    name = report.metric.partition(",")[0]
+    return f"With {count(report.kept)} of {count(report.size)} weights left, test {name} {moved}."
+
+
+def metric_card(report: Task, metric: float, beside: str = "") -> Card:
+    """The metric against the dense network's."""
+    difference = points(metric - report.dense.metric, decimals(report.metric))
+    return Card(
+        f"Test {report.metric}",
+        score(metric, report.metric),
+        f"dense {score(report.dense.metric, report.metric)} ({difference}){beside}",
+    )
+
+
+def size_card(outcome: Outcome) -> Card:
+    """Weights left."""
+    return Card(
+        "Weights left", count(outcome.kept), f"of {count(outcome.size)}: {fewer(outcome.kept, outcome.size)}"
+    )
+
+
+def flops_card(report: Task, outcome: Outcome) -> Card:
+    """FLOPs left, where they were counted."""
+    sums = flops_left(report, outcome.layers)
+    if sums is None:
+        return Card("FLOPs", "not counted", "why: see below")
+    kept, total = sums
+    return Card(
+        "FLOPs a sample left", amount(kept), f"of {amount(total)} in these layers: {fewer(kept, total)}"
+    )
+
+
+def time_card(seconds: Mapping[str, float]) -> Card:
+    """Time, and what took most of it."""
+    phases = sorted(((s, name) for name, s in seconds.items() if name != "total" and s > 0), reverse=True)[:2]
+    return Card(
+        "Time", duration(seconds.get("total", 0.0)), ", ".join(f"{name} {duration(s)}" for s, name in phases)
+    )
+
+
+def result_section(report: Pruning) -> Section:
+    """Dense, magnitude and the method side by side."""
+    columns = ["", "test", "against dense", "weights left", "removed", *_flops_column(report), "time"]
+    rows = [
+        ["dense", score(report.dense.metric, report.metric), "", *_weights(report, report.size, None), ""]
+    ]
+    by_size = report.magnitude
+    if by_size is not None and by_size.layers is not None and report.criterion != "magnitude":
+        rows.append(_row("magnitude", by_size.metric, report, by_size.layers, ""))
+    took = duration(report.seconds.get("total", 0.0))
+    rows.append(_row(report.criterion, report.pruned.metric, report, report.layers, took))
+    return Section("result", "Result", tables=[Table(f"On test data, {report.metric}", columns, rows)])
+
+
+def trained_section(report: Gradual) -> Section:
+    """Dense and trained side by side, on test and validation data."""
+    columns = ["", "test", "validation", "weights left", "removed", *_flops_column(report)]
+    rows = [
+        [
+            "dense",
+            score(report.dense.metric, report.metric),
+            score(report.validation.dense, report.metric),
+            *_weights(report, report.size, None),
+        ],
+        [
+            f"{report.criterion}, epoch {report.best_epoch}",
+            score(report.pruned.metric, report.metric),
+            score(report.validation.metric, report.metric),
+            *_weights(report, report.kept, report.layers),
+        ],
+    ]
+    return Section("result", "Result", tables=[Table(report.metric, columns, rows)])
+
+
+def _row(name: str, metric: float, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
+    kept = sum(layer.kept for layer in layers)
+    difference = points(metric - report.dense.metric, decimals(report.metric))
+    return [name, score(metric, report.metric), difference, *_weights(report, kept, layers), took]
+
+
+def _weights(report: Pruning | Gradual, kept: int, layers: Sequence[Layer] | None) -> list[str]:
+    """Weights left, their sparsity, and FLOPs left where they are known; the dense network's without layers."""
+    cells = [count(kept), per_cent(1 - kept / report.size, 2)]
+    flops = known_flops(report)
+    if flops:
+        left = (sum(flops.values()), 0) if layers is None else flops_left(report, layers)
+        cells.append("" if left is None else amount(left[0]))
+    return cells
+
+
+def _flops_column(report: Task) -> list[str]:
+    return ["FLOPs a sample"] if known_flops(report) else []
+
+
+def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[float]) -> Section:
+    """The metric against sparsity, one line a method, with its spread."""
+    measured = [(cell, cell.mean) for cell in report.summary if cell.mean is not None]
+    edges = [mean + side * (cell.sd or 0.0) for cell, mean in measured for side in (-1, 1)]
+    series = []
+    for index, name in enumerate(names):
+        cells = sorted(
+            ((c, mean) for c, mean in measured if c.criterion == name),
+            key=lambda pair: pair[0].requested_sparsity,
+        )
+        series.append(
+            Series(
+                name,
+                [(100 * c.requested_sparsity, mean) for c, mean in cells],
+                index,
+                spread=[c.sd for c, _ in cells],
+                dashed=index >= COLOURS,
+                notes=[
+                    f"{name} at {100 * c.requested_sparsity:g} %: {mean_of(c, report.metric)}"
+                    for c, _ in cells
+                ],
+            )
+        )
+    several = report.seeds > 1
+    label = f"{report.metric} against sparsity for {len(names)} methods; the table below holds the values"
+    figure = Figure(
+        chart(
+            label,
+            series,
+            linear([100 * sparsity for sparsity in family], tight=True, unit=" %"),
+            linear([*edges, report.dense.metric]),
+            height=300,
+            rules=[(report.dense.metric, "rule")],
+        ),
+        "Every network was measured once on test data."
+        + (f" Points are means of {report.seeds} seeds, bars their standard deviation." if several else ""),
+        y=f"test {report.metric}",
+        x="sparsity",
+        legend=[
+            *((swatch(index, dashed=index >= COLOURS), name) for index, name in enumerate(names)),
+            (key("rule", "level"), f"dense, {score(report.dense.metric, report.metric)}"),
+        ],
+    )
+    spread = f", mean ± standard deviation of {report.seeds} seeds" if several else ""
+    return Section(
+        "accuracy",
+        "Metric against sparsity",
+        figures=[figure],
+        tables=[
+            Table(
+                f"Test {report.metric}{spread}; dense {score(report.dense.metric, report.metric)}; the best of each "
+                "column is bold",
+                ["", *(f"{100 * sparsity:g} %" for sparsity in family)],
+                [
+                    [
+                        name,
+                        *(
+                            ", ".join(
+                                mean_of(c, report.metric)
+                                for c in report.summary
+                                if c.criterion == name and c.requested_sparsity == sparsity
+                            )
+                            for sparsity in family
+                        ),
+                    ]
+                    for name in names
+                ],
+                best=frozenset(_best(report, names, family)),
+            )
+        ],
+    )
+
+
+def mean_of(cell: Cell, metric: str) -> str:
+    """Mean and spread of a cell, of a metric of that name."""
+    if cell.mean is None:
+        return "failed"
+    return score(cell.mean, metric) + ("" if cell.sd is None else f" ± {score(cell.sd, metric)}")
+
+
+def _best(report: Comparison, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:
+    best = set()
+    for column, sparsity in enumerate(family, 1):
+        here = [
+            (c.mean, names.index(c.criterion))
+            for c in report.summary
+            if c.requested_sparsity == sparsity and c.mean is not None
+        ]
+        best |= {(row, column) for mean, row in here if mean == max(here)[0]}
+    return best

@@ -1,0 +1,274 @@
+"""The sections that go stage by stage: predicted and measured change, damping, what was taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from woodfisher.results.page.charts import Series, chart, counting, logarithmic, signed_logarithmic, swatch
+from woodfisher.results.page.numbers import change, count, duration, per_cent, significant
+from woodfisher.results.page.parts import Figure, Section, Table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from woodfisher.results.page.record import Gradual, Staged
+
+_MARKED = 40
+"""Most points of a line that get a marker each."""
+
+_OPEN_ROWS = 8
+"""Most rows of a table that is not folded away."""
+
+_PREDICTED = "Predicted and measured change of the loss"
+
+
+class Change(NamedTuple):
+    """What one stage, or one removal in training, did to the loss."""
+
+    at: int
+    label: str
+    sparsity: float
+    predicted: float | None
+    measured: float | None
+    damping: float | None
+    accepted: bool = True
+    first_order: bool = False
+
+
+class Run(NamedTuple):
+    """A method's changes, in order."""
+
+    name: str
+    method: Mapping[str, Any]
+    changes: Sequence[Change]
+    colour: int = 0
+
+    @property
+    def adapts(self) -> bool:
+        """Whether its stages are checked on held-out samples, and may be taken back."""
+        return isinstance(self.method.get("stages"), Mapping)
+
+    @property
+    def damping(self) -> float | None:
+        """λ of its last stage that moved the weights, or the one that was given."""
+        chosen = [c.damping for c in self.changes if c.damping and c.accepted]
+        asked = _asked(self.method)
+        return chosen[-1] if chosen else asked if isinstance(asked, float) and asked > 0 else None
+
+
+def staged(name: str, run: Staged, colour: int = 0) -> Run:
+    """A run in stages."""
+    changes = [
+        Change(n, f"stage {n}", s.sparsity, s.predicted, s.measured, s.damping, s.accepted, s.first_order)
+        for n, s in enumerate(run.stages, 1)
+    ]
+    return Run(name, run.method, changes, colour)
+
+
+def trained(report: Gradual) -> Run:
+    """The removals of a training run."""
+    changes = [
+        Change(r.step, f"step {count(r.step)}", r.sparsity, r.predicted, r.measured, r.damping)
+        for r in report.history
+    ]
+    return Run(report.criterion, report.method, changes)
+
+
+def predictions_section(runs: Sequence[Run], step: str = "stage", note: str = "") -> Section:
+    """What the quadratic model expected, and what the loss did."""
+    runs = [run for run in runs if any(c.predicted is not None for c in run.changes)]
+    if not runs:
+        return Section("stages", _PREDICTED, ["No curvature was estimated, so nothing was predicted."])
+    text = (
+        f"{note}Predicted is what the quadratic model expects, measured what the loss then did. Where the two part, "
+        "the model was trusted further than it holds; more stages, or more damping, bring them together."
+    )
+    several = len(runs) > 1
+    return Section(
+        "stages",
+        _PREDICTED,
+        [text],
+        figures=[_predictions(run, step, f"{run.name}: " if several else "") for run in runs],
+        tables=[_table(run, f"{run.name}: " if several else "", step) for run in runs],
+    )
+
+
+def _predictions(run: Run, step: str, prefix: str) -> Figure:
+    """Both by stage, on an axis that is logarithmic away from zero."""
+    accepted = [c for c in run.changes if c.accepted]
+    back = [c for c in run.changes if not c.accepted]
+    predicted = [(c, c.predicted) for c in accepted if c.predicted is not None]
+    measured = [(c, c.measured) for c in accepted if c.measured is not None]
+    undone = [(c, c.measured) for c in back if c.measured is not None]
+    caption = f"{prefix}{len(run.changes)} {'stage' if step == 'stage' else 'removal'}{'s' * (len(run.changes) != 1)}"
+    values = [value for points in (predicted, measured, undone) for _, value in points]
+    x = counting(run.changes[-1].at, first=min(run.changes[0].at, 1))
+    series = [
+        Series(
+            "predicted",
+            [(c.at, v) for c, v in predicted],
+            0,
+            markers=len(predicted) <= _MARKED,
+            notes=[f"{c.label}, to {per_cent(c.sparsity)}: predicted {change(v)}" for c, v in predicted],
+        ),
+        Series(
+            "measured",
+            [(c.at, v) for c, v in measured],
+            1,
+            "dots",
+            notes=[f"{c.label}, to {per_cent(c.sparsity)}: measured {change(v)}" for c, v in measured],
+        ),
+        Series(
+            "taken back",
+            [(c.at, v) for c, v in undone],
+            2,
+            "crosses",
+            notes=[
+                f"{c.label}, to {per_cent(c.sparsity)}: measured {change(v)}, taken back" for c, v in undone
+            ],
+        ),
+    ]
+    label = f"{caption}: predicted and measured change of the loss; the table below holds the values"
+    where = "held-out samples" if run.adapts else "the samples of the rows"
+    return Figure(
+        chart(label, series, x, signed_logarithmic(values), height=260),
+        f"{caption}. The axis is logarithmic away from zero.",
+        y="change of the mean loss",
+        x="step of the optimizer" if step != "stage" else step,
+        legend=[
+            (swatch(0), "predicted"),
+            (swatch(1, "dots"), f"measured on {where}"),
+            *([(swatch(2, "crosses"), "measured and taken back")] if undone else []),
+        ],
+    )
+
+
+def _table(run: Run, prefix: str, step: str) -> Table:
+    rows = [
+        [
+            count(c.at),
+            per_cent(c.sparsity, 2),
+            _change(c.predicted),
+            _change(c.measured),
+            _ratio(c.predicted, c.measured),
+            _lambda(c, run.adapts),
+            "used" if c.first_order else "",
+            "" if c.accepted else "taken back",
+        ]
+        for c in run.changes
+    ]
+    columns = [step, "sparsity", "predicted", "measured", "measured / predicted", "λ", "gradient", ""]
+    return Table(
+        f"{prefix}change of the mean loss, one after another",
+        columns,
+        rows,
+        summary=f"{prefix}All {len(rows)} as a table" if len(rows) > _OPEN_ROWS else "",
+    )
+
+
+def _change(value: float | None) -> str:
+    return "" if value is None else change(value)
+
+
+def _ratio(predicted: float | None, measured: float | None) -> str:
+    if predicted is None or measured is None or predicted <= 0 or measured <= 0:
+        return ""
+    return significant(measured / predicted, 2)
+
+
+def _lambda(c: Change, adapts: bool) -> str:
+    return significant(c.damping) if c.damping else "kept weights stay" if adapts else ""
+
+
+def damping_section(runs: Sequence[Run], step: str = "stage", note: str = "") -> Section:
+    """λ as it was asked for, and as it was chosen stage by stage."""
+    text = [note.strip()] if note else []
+    series, legend = [], []
+    for run in runs:
+        lines = [(c, c.damping) for c in run.changes if c.damping and c.accepted]
+        told = _told(run)
+        if len(lines) == 1 and not isinstance(_asked(run.method), float):
+            told += f" It is {significant(lines[0][1])}."
+        text.append(f"{run.name}: {told}" if len(runs) > 1 else told)
+        if len(lines) > 1 and len({value for _, value in lines}) > 1:
+            notes = [f"{run.name}, {c.label}: λ = {significant(v)}" for c, v in lines]
+            points = [(float(c.at), v) for c, v in lines]
+            series.append(Series(run.name, points, run.colour, markers=len(lines) <= _MARKED, notes=notes))
+            legend.append((swatch(run.colour), run.name))
+    if not series:
+        return Section("damping", "Damping", text)
+    xs = [x for one in series for x, _ in one.points]
+    ys = [y for one in series for _, y in one.points]
+    label = f"Damping by {step}, from {significant(min(ys))} to {significant(max(ys))}"
+    picture = chart(label, series, counting(max(xs), first=min(*xs, 1)), logarithmic(ys), height=200)
+    figure = Figure(
+        picture,
+        y="λ",
+        x="step of the optimizer" if step != "stage" else step,
+        legend=legend if len(series) > 1 else [],
+    )
+    return Section("damping", "Damping", text, figures=[figure])
+
+
+def _asked(method: Mapping[str, Any]) -> object:
+    curvature = method.get("curvature")
+    return curvature.get("damping") if isinstance(curvature, Mapping) else None
+
+
+def _told(run: Run) -> str:
+    asked = _asked(run.method)
+    if asked is None:
+        return "This method has no damping."
+    if isinstance(asked, Mapping):
+        return (
+            f"λ is {asked.get('factor')} times the mean diagonal entry of the curvature, at every stage anew."
+        )
+    if asked == "auto":
+        return (
+            "λ is chosen at every stage among several, by the loss on held-out samples."
+            if run.adapts
+            else "λ is chosen at every stage as the one under which held-out gradient rows are likeliest."
+        )
+    return f"λ = {significant(asked)} throughout, as given." if isinstance(asked, float) else f"λ: {asked}."
+
+
+def taken_back_section(runs: Sequence[Run], note: str = "") -> Section:
+    """Stages that were tried and undone."""
+    key, title = "taken-back", "Tried and taken back"
+    checked = [run for run in runs if run.adapts]
+    if not checked:
+        return Section(key, title, ["Nothing: stages that don't adapt all stand."])
+    undone = [(run, c) for run in checked for c in run.changes if not c.accepted]
+    if not undone:
+        return Section(key, title, ["Nothing: no stage raised the loss by far more than predicted."])
+    rows = [
+        [
+            f"{run.name}, {c.label}" if len(checked) > 1 else c.label,
+            per_cent(c.sparsity, 2),
+            _change(c.predicted),
+            _change(c.measured),
+            _lambda(c, adapts=True),
+        ]
+        for run, c in undone
+    ]
+    text = (
+        f"{note}{len(rows)} of {sum(len(run.changes) for run in checked)} stages raised the held-out loss by far more "
+        "than predicted. Each was taken back and tried again with other weights, or with half as many."
+    )
+    table = Table(
+        "Stages that were taken back",
+        ["", "sparsity tried", "predicted", "measured", "λ"],
+        rows,
+        summary=f"All {len(rows)} as a table" if len(rows) > _OPEN_ROWS else "",
+    )
+    return Section(key, title, [text], tables=[table])
+
+
+def time_section(seconds: Mapping[str, float]) -> Section:
+    """Where the time went."""
+    total = seconds.get("total") or sum(seconds.values()) or 1.0
+    phases = sorted(((s, name) for name, s in seconds.items() if name != "total" and s > 0), reverse=True)
+    rows = [[name, duration(s), per_cent(s / total)] for s, name in phases]
+    table = Table("Wall-clock time by phase", ["", "time", "share"], [*rows, ["total", duration(total), ""]])
+    return Section("time", "Where the time went", tables=[table])

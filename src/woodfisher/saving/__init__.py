@@ -1,0 +1,1 @@
+"""Pruned weights in files, and what such files hold."""

@@ -1,0 +1,1 @@
+"""What each weight costs, which stay under a pattern and a budget, and how those that stay move: for any curvature."""
