@@ -21,8 +21,9 @@ from woodfisher.curvature.damping import _GRID, held_out_damping
 from woodfisher.curvature.running import RunningFisher, ShrunkFisher
 from woodfisher.gradients.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.memory import parse_bytes
-from woodfisher.pruning.adaptive import AdaptiveRun, _Average, _shares, adaptive_run
+from woodfisher.pruning.adaptive import adaptive_run
 from woodfisher.pruning.method import METHODS
+from woodfisher.pruning.run import AdaptiveRun, _Average, _shares
 from woodfisher.pruning.schedule import through, with_rests
 from woodfisher.pruning.window import Course, window_for
 from woodfisher.surgeon.selection import survivors
@@ -56,7 +57,8 @@ def batches(n=120, size=20):
 
 def adaptive(objective, method, held_out, stream, first_order):
     """A run on the 120 samples of `batches`."""
-    (course,) = window_for(objective, replace(method, first_order=first_order), 120).courses
+    method = replace(method, first_order=first_order)
+    (course,) = window_for(objective, method, 120, reads_once=stream.reads_once).courses
     loss = objective.on(held_out).mean_loss()
     return AdaptiveRun(objective, method, method.selection(objective), course, held_out, stream, loss)
 
@@ -350,7 +352,7 @@ def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkey
     method = replace(METHOD, stages=replace(QUICK, stages=16))
 
     def run_through(rise):
-        monkeypatch.setattr("woodfisher.pruning.adaptive._RISE", {True: rise})
+        monkeypatch.setattr("woodfisher.pruning.run._RISE", {True: rise})
         objective = wf.Objective(trained(), batches(), cross_entropy)
         stream, drawn = Stream(objective.data), []
         run = adaptive(objective, method, stream.hold_out(12), stream, True)
@@ -372,7 +374,7 @@ def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkey
 
 @pytest.mark.parametrize("first_order", [True, False])
 def test_rows_that_are_still_to_come_are_shared(first_order):
-    course = Course(first_order=first_order, stages=9, rows=20, group=2, renewed=10, among=1)
+    course = Course(first_order=first_order, stages=9, rows=20, group=2, renewed=10, among=1, shrinks=False)
     shares = [course.share(*left) for left in ((80, 8), (70, 8), (40, 8), (20, 8), (0, 1))]
     assert shares == ([10, 8, 5, 3, 3] if first_order else [10] * 5)
 
@@ -703,7 +705,7 @@ def after_a_stage():
 
 
 def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
-    monkeypatch.setattr("woodfisher.pruning.adaptive._RISE", {True: math.inf})
+    monkeypatch.setattr("woodfisher.pruning.run._RISE", {True: math.inf})
     run, drawn = after_a_stage(), []
     draw = run._important.draw
     monkeypatch.setattr(run._important, "draw", lambda *of: drawn.append(draw(*of)) or drawn[-1])
@@ -779,8 +781,8 @@ def test_moves_are_checked_on_a_batch_in_turn_and_where_they_lead_on_all(monkeyp
 
 @pytest.mark.parametrize(("fall", "before"), [(math.inf, 6), (-math.inf, 8)])
 def test_stages_before_removals_end_where_they_bring_nothing(fall, before, monkeypatch):
-    monkeypatch.setattr("woodfisher.pruning.adaptive._RISE", {True: math.inf})
-    monkeypatch.setattr("woodfisher.pruning.adaptive._FALL", fall)
+    monkeypatch.setattr("woodfisher.pruning.run._RISE", {True: math.inf})
+    monkeypatch.setattr("woodfisher.pruning.run._FALL", fall)
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)
     method = replace(METHOD, stages=replace(QUICK, stages=48))

@@ -252,10 +252,10 @@ class PriorInverse(InverseOperator):
     ----------
     prior:
         P.
-    rows, through:
-        G and H, `(N, size)`, in whose dtype products are.
-    gram:
-        HGᵀ, float64 `(N, N)`.
+    rows:
+        G, `(N, size)`, in whose dtype products are.
+    through:
+        H and HGᵀ, as `prior.through(rows)` gives them.
     damping:
         λ > 0.
     divisor:
@@ -268,12 +268,12 @@ class PriorInverse(InverseOperator):
         self,
         prior: RestrictedPrior,
         rows: Tensor,
-        through: Tensor,
-        gram: Tensor,
+        through: tuple[Tensor, Tensor],
         damping: float,
         divisor: float,
     ) -> None:
-        self._prior, self._rows, self._through = prior, rows, through
+        self._prior, self._rows = prior, rows
+        self._through, gram = through
         self.size, self.device = prior.size, rows.device
         self.damping, self._divisor = damping, divisor
         K = gram.clone()[None]
@@ -302,7 +302,7 @@ class PriorInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         prior, rows = self._prior.restricted(keep), self._rows[:, keep]
-        inverse = PriorInverse(prior, rows, *prior.through(rows), self.damping, self._divisor)
+        inverse = PriorInverse(prior, rows, prior.through(rows), self.damping, self._divisor)
         out = torch.zeros_like(b)
         out[keep] = inverse @ b[keep]
         return out

@@ -151,7 +151,6 @@ class ShrunkFisher(RunningFisher):
             return self
         other = copy.copy(self)
         other._store, other._prior = self._store[:, stay], self._prior.restricted(stay)
-        other._gram = torch.empty_like(self._gram)
         other._multiply()
         return other
 
@@ -159,7 +158,8 @@ class ShrunkFisher(RunningFisher):
         return self._prior.product(v[:, None])[:, 0]
 
     def inverse(self, damping: float) -> PriorInverse:
-        return PriorInverse(self._prior, self.rows, self._through, self.gram, damping, self.divisor)
+        return PriorInverse(self._prior, self.rows, self._through, damping, self.divisor)
 
     def _multiply(self) -> None:
-        self._through, self.gram[:] = self._prior.through(self.rows)
+        self._through = self._prior.through(self.rows)
+        _, self._gram = self._through

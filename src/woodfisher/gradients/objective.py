@@ -23,20 +23,20 @@ from woodfisher.gradients.batches import (
     samples_in,
     some,
     take,
-    tensors_of,
 )
 from woodfisher.gradients.chunks import Chunks
 from woodfisher.gradients.flops import flops_of_modules, flops_of_weights
 from woodfisher.gradients.forward import PRECISIONS, Forward, State, explained
 from woodfisher.gradients.isolation import isolated, unmoved
 from woodfisher.gradients.layout import Layout
+from woodfisher.gradients.maker import RowMaker
 from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
 from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, unwrapped
 from woodfisher.gradients.sharding import is_sharded, plain_copy
-from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS, Signals
+from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS
 from woodfisher.gradients.writing import write
 from woodfisher.memory import new_matrix, resident_memory
-from woodfisher.watch import phase, report_progress, warn, watching
+from woodfisher.watch import phase, report_progress, watching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -135,14 +135,6 @@ class Objective:
         with watching() as watch:
             self._bind(params, exclude)
         self.warnings = tuple(watch.warnings)
-        self.layout = Layout(
-            {name: tuple(p.shape) for name, p in self.parameters.items()},
-            {
-                name: getattr(module, "groups", 1)
-                for name, module in self._modules.items()
-                if self.parameters[name].ndim > 1 and inputs_first(module)
-            },
-        )
         self._read(None)
         if precision == "bfloat16" and self.dtype == torch.float64:
             raise WoodfisherError(
@@ -160,10 +152,19 @@ class Objective:
         named = dict(self.source.named_parameters())
         self.source_parameters = {name: named[name] for name in self.parameters}
         self.forward = Forward(self.model, self.loss, self._sampler, self._precision)
-        self._modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
-        self._flow = Signals(self.forward, self._modules, self.parameters)
+        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        self.layout = Layout(
+            {name: tuple(p.shape) for name, p in self.parameters.items()},
+            {
+                name: getattr(module, "groups", 1)
+                for name, module in modules.items()
+                if self.parameters[name].ndim > 1 and inputs_first(module)
+            },
+        )
         by_weight = self.forward.by_weight()
-        self._by_weight = by_weight, Signals(by_weight, self._modules, self.parameters)
+        self._maker, self._by_weight = (
+            RowMaker(forward, self.layout, modules, self.parameters) for forward in (self.forward, by_weight)
+        )
 
     def at(self, weights: Tensor, kept: Tensor) -> Objective:
         """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
@@ -249,8 +250,7 @@ class Objective:
 
     def on_weighted(self, data: Iterable[Batch]) -> Objective:
         """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
-        forward, flow = self._by_weight
-        return self._with(data=data, forward=forward, _flow=flow)
+        return self._with(data=data, forward=self._by_weight.forward, _maker=self._by_weight)
 
     def begun(self) -> Objective:
         """The same objective in a run that begins now: its plans count the memory that the process has at this point.
@@ -380,11 +380,11 @@ class Objective:
                 f"out must have room for {most} rows of {width} weights; it is {tuple(out.shape)}."
             )
         filled = 0
-        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
+        for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 if out is None:
                     out = new_matrix(most, width, self.dtype, self.device)
-                self._fill(out[filled : filled + count], chunk, group, columns, filled)
+                self.fill_rows(out[filled : filled + count], chunk, group, columns, filled)
             filled += count
             report_progress("gradients", filled, samples // group)
         assert out is not None
@@ -397,10 +397,10 @@ class Objective:
         self.layout.check_columns(columns)
         width = self.layout.size if columns is None else len(columns)
         done = 0
-        for chunk, count in self._row_chunks(samples, group, labels, 2 * width):
+        for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
                 out = new_matrix(count, width, self.dtype, self.device)
-                self._fill(out, chunk, group, columns, done)
+                self.fill_rows(out, chunk, group, columns, done)
             yield out
             done += count
             report_progress("gradients", done, samples // group)
@@ -413,18 +413,13 @@ class Objective:
         The gradients of removed weights are in them.
         """
         names = list(self.layout.shapes if names is None else names)
-        for name in names:
-            if not self._flow.possible(name):
-                raise WoodfisherError(
-                    f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
-                    "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
-                )
+        self._maker.check_possible(names)
         able = {} if self.reads_once else self.factors(group)
         floats = 2 * sum(able[name].floats for name in names if name in able)
         done = 0
-        for chunk, count in self._row_chunks(samples, group, labels, floats):
+        for chunk, count in self.row_chunks(samples, group, labels, floats):
             with phase("gradients"):
-                rows = self._layer_rows(chunk, count, names, group, done)
+                rows = self.layer_rows(chunk, count, names, done)
             yield rows
             done += count
             report_progress("gradients", done, samples // group)
@@ -446,9 +441,9 @@ class Objective:
 
     def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
         """`factors` tried on the first rows of a batch, for the first one of its form."""
-        return self._flow.factors(self.state(), batch, group, self.workspace)
+        return self._maker.factors(self.state(), batch, group, self.workspace)
 
-    def _row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
+    def row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
         """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
 
         A row takes `floats` numbers beside what its backward pass needs.
@@ -466,71 +461,17 @@ class Objective:
                         chunk = self.forward.with_sampled_targets(state, chunk)
                 yield chunk, samples_in(chunk) // group
 
-    def _fill(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
+    def fill_rows(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
         """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
-        places = self.layout.places(columns)
-        signals = self._signals_if_possible(chunk, group, len(out), list(places))
-        signals_are_less = False
-        if signals is not None:
-            signals_are_less = sum(each.factors.floats for each in signals.values()) < out.shape[1]
-            if signals_are_less:
-                self._check_signals(signals, chunk, group, done)
-            for name, (place, index) in places.items():
-                if index is None:
-                    signals.pop(name).dense(out=out[:, place])
-                else:
-                    signals.pop(name).select(index, out[:, place])
-        else:
-            grouped = map_tensors(lambda t: t.reshape(len(out), group, *t.shape[1:]), chunk)
-            gradients = self.forward.row_gradients(self.state(), grouped, len(out))
-            for name, (place, index) in places.items():
-                rows = gradients.pop(name).detach().reshape(len(out), -1)
-                out[:, place] = rows if index is None else rows[:, index]
-        if not signals_are_less:
-            self._check_finite(out, done, chunk, group, columns)
+        state, workspace = self.state(), self.workspace
+        self._maker.fill(out, state, chunk, group, columns=columns, done=done, workspace=workspace)
         kept = self.kept if columns is None else self.kept[columns]
         if not kept.all():
             out *= kept
 
-    def _signals_if_possible(
-        self, chunk: Batch, group: int, count: int, names: Sequence[str]
-    ) -> dict[str, LayerRows] | None:
-        """What flows through the layers of these weights as `count` rows; None where one has no factor form."""
-        if not names:
-            return {}
-        able = self._factors_of(chunk, group)
-        if any(name not in able for name in names):
-            return None
-        try:
-            return self._signals(chunk, count, names)
-        except NoFactorsError as error:
-            warn(f"{error} Rows are taken in a slower way from here on.")
-            return None
-
-    def _check_signals(self, signals: Mapping[str, LayerRows], chunk: Batch, group: int, done: int) -> None:
-        """Raise where a row is not finite, looking into the rows only if what flows through a layer is not."""
-        for name, each in signals.items():
-            if not (each.outputs.sum() + each.inputs.sum()).isfinite():
-                where = self.layout.slices[name]
-                index = torch.arange(where.start, where.stop, device=self.device)
-                self._check_finite(each.dense(), done, chunk, group, index)
-
-    def _layer_rows(
-        self, chunk: Batch, count: int, names: Sequence[str], group: int, done: int
-    ) -> dict[str, LayerRows]:
-        """What flows through the layers of these weights, which nothing else stands for, as `count` finite rows."""
-        try:
-            rows = self._signals(chunk, count, names)
-        except NoFactorsError as error:
-            raise NoFactorsError(
-                f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
-            ) from error
-        self._check_signals(rows, chunk, group, done)
-        return rows
-
-    def _signals(self, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
-        """What flows through the layers of these weights as `count` rows."""
-        return self._flow.rows(self.state(), chunk, count, names)
+    def layer_rows(self, chunk: Batch, count: int, names: Sequence[str], done: int) -> dict[str, LayerRows]:
+        """A chunk, `done` rows after the first, as `count` rows in factor form of the weights in `names`."""
+        return self._maker.layer_rows(self.state(), chunk, count, names, done=done)
 
     def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
         """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
@@ -547,7 +488,7 @@ class Objective:
                         samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
                     )
                     with phase("gradients"):
-                        self._fill(rows, batch, 1, None, done)
+                        self.fill_rows(rows, batch, 1, None, done)
                     yield rows * share[:, None].to(rows).sqrt()
                 done += samples_in(chunk)
                 report_progress("Fisher", done, samples)
@@ -563,7 +504,7 @@ class Objective:
                 if counted and number % self.ranks.size == self.ranks.rank:
                     gradients = self.forward.gradient(state, chunk)
                     flat = self._flat(gradients)
-                    self._check_finite(flat[None], seen, chunk, samples_in(chunk))
+                    self._maker.check_finite(flat[None], seen, chunk, samples_in(chunk))
                     total += flat * counted
                 count, seen = count + counted, seen + samples_in(chunk)
         return (self.ranks.sum(total) / (count or 1) * self.kept).to(self.weights)
@@ -597,7 +538,7 @@ class Objective:
 
     def _largest_gradients(self, chunk: Batch, count: int, name: str) -> Tensor | float:
         try:
-            return self._signals(chunk, count, [name])[name].most_norms()
+            return self._maker.flowing(self.state(), chunk, count, [name])[name].most_norms()
         except NoFactorsError:
             return math.nan
 
@@ -652,23 +593,3 @@ class Objective:
         for name, where in self.layout.slices.items():
             out[where] = tensors[name].detach().reshape(-1)
         return out
-
-    def _check_finite(
-        self, rows: Tensor, done: int, batch: Batch, group: int, columns: Tensor | None = None
-    ) -> None:
-        """Raise where a row `(c, k)` is not finite, `done` rows after the first; `batch` has `group` samples a row."""
-        if torch.isfinite(rows.sum()) or torch.isfinite(rows).all():
-            return
-        row, position = (~torch.isfinite(rows)).nonzero()[0].tolist()
-        name = self.layout.name_at(position if columns is None else int(columns[position]))
-        samples = some(batch, row * group, (row + 1) * group)
-        bad = [t for t in tensors_of(samples) if t.is_floating_point() and not torch.isfinite(t).all()]
-        cause = (
-            "The data of that row itself holds NaN or infinity: clean it."
-            if bad
-            else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
-            f"{str(self.parameters[name].dtype).removeprefix('torch.')}."
-        )
-        raise WoodfisherError(
-            f"the gradient of {name!r} in row {done + row} is {float(rows[row, position])}. {cause}"
-        )

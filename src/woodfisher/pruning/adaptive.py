@@ -1,60 +1,29 @@
-"""Stages that are checked on held-out samples: how far to trust the quadratic, and whether the gradient."""
+"""Stages that adapt: their options, and the runs, with the gradient and without, of which held-out samples choose."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from woodfisher.checks import check_count, check_fraction, check_positive
-from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse, removed_part
-from woodfisher.curvature.carried import CarriedDamping
-from woodfisher.curvature.prior import Prior, RestrictedPrior
-from woodfisher.curvature.running import RunningFisher, ShrunkFisher
+from woodfisher.curvature.base import DiagonalInverse
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import FORWARD_BATCH, Stream, rechunk
-from woodfisher.gradients.importance import Important
-from woodfisher.gradients.isolation import move_on
 from woodfisher.gradients.normalisation import recalibrated
 from woodfisher.pruning.report import Stage
-from woodfisher.pruning.schedule import through, with_rests
+from woodfisher.pruning.run import AdaptiveRun, Passed, loss_on
 from woodfisher.pruning.window import known_samples, window_for
-from woodfisher.surgeon.saliency import newton_point
-from woodfisher.watch import phase, report_progress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from torch import Tensor
-
-    from woodfisher.curvature import WoodFisher
-    from woodfisher.curvature.base import InverseOperator
     from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
-    from woodfisher.pruning.window import Course
     from woodfisher.surgeon.selection import Selection
-
-_RISE = {True: 0.4, False: 0.1}
-"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted:
-with the gradient, which brings it down again, and without. What is predicted counts up to that loss, since a removal
-that multiplies it is better made in parts."""
-
-_TOLERANCE = 1.02
-"""Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
-
-_FIRST_SHARE = 0.5
-"""Share of the way that a first stage with the gradient goes, if it removes nothing. What damping is best for the whole
-way depends on noise, and is often too large for the small moves that follow."""
-
-_FALL, _PATIENCE = 0.01, 6
-"""Stages before anything is removed go on while the loss falls by such a share of the first one within so many."""
-
-_EASE = 0.5
-"""Share of the rise that a stage may have below which the next one may remove twice as much."""
 
 
 @dataclass(frozen=True)
@@ -106,54 +75,6 @@ class Adaptive:
         check_positive("pace", self.pace, "where 1 removes the same share at every stage")
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """Where a stage begins: the damping that weights are ranked at, and F⁻¹ with their scores, if any are to go."""
-
-    damping: float
-    finv: InverseOperator | None = None
-    scores: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """One way to take a stage: where the kept weights go, and the loss there."""
-
-    weights: Tensor
-    loss: float
-    damping: float
-    moved: bool = True
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A stage that is tried: what it leads to, what to report of it, and how the loss rose.
-
-    Attributes
-    ----------
-    removed:
-        How much it was to remove.
-    strain:
-        The rise by what it may be; above 1 the quadratic was trusted too far.
-    """
-
-    candidate: _Candidate
-    removed: int
-    keep: Tensor
-    fisher: RunningFisher
-    stage: Stage
-    strain: float
-
-
-@dataclass(frozen=True)
-class Passed:
-    """A run at one of its targets: the network, its loss on the held-out samples, all stages so far."""
-
-    objective: Objective
-    loss: float
-    stages: tuple[Stage, ...]
-
-
 def adaptive_run(
     objective: Objective, targets: Sequence[int], method: Method, selection: Selection, *, skip: int = 0
 ) -> Iterator[Passed]:
@@ -171,8 +92,8 @@ def adaptive_run(
     window = window_for(objective, method, known, reads_once=stream.reads_once)
     drawn = stream.hold_out(window.held_out)
     held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
-    dense = _loss_on(held_out, objective)
-    began = _loss_on(held_out, objective, rounded=True)
+    dense = loss_on(held_out, objective)
+    began = loss_on(held_out, objective, rounded=True)
     if not math.isfinite(dense):
         for _ in objective.on(held_out).iter_rows(window.held_out):
             pass
@@ -191,367 +112,6 @@ def adaptive_run(
         yield min(passed, key=lambda p: p.loss)
 
 
-class AdaptiveRun:
-    """The state of a run: weights that are left, rows, averaged gradient and damping.
-
-    Parameters
-    ----------
-    objective:
-        Where it starts.
-    method:
-        With a `WoodFisher` in one block for its curvature.
-    selection:
-        What may stay.
-    course:
-        What it takes of the data.
-    held_out:
-        Batches to check stages on.
-    stream:
-        Where samples for rows come from.
-    loss:
-        Where it starts, on the held-out samples.
-    """
-
-    def __init__(
-        self,
-        objective: Objective,
-        method: Method,
-        selection: Selection,
-        course: Course,
-        held_out: Sequence[Batch],
-        stream: Stream,
-        loss: float,
-    ) -> None:
-        self.objective, self.method, self.selection = objective, method, selection
-        self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
-        self.course, self.stream, self.first_order = course, stream, course.first_order
-        self._held_out, self.loss, self._first_loss = held_out, loss, loss
-        self.weights = objective.weights[objective.kept].double()
-        self.fisher = self._no_rows()
-        self.gradient = torch.zeros_like(self.weights)
-        self._weight = 0.0
-        self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
-        self._began, self._foreseen, self._turn = loss, 0.0, 0
-        self._average = _Average()
-        self._important = Important(stream, course.among)
-
-    def _no_rows(self) -> RunningFisher:
-        """The Fisher that rows are to come into.
-
-        Without the gradient it shrinks to the prior of the first samples, if they can be read again.
-        """
-        objective, rows, group = self.objective, self.course.rows, self.course.group
-        where: dict[str, Any] = {"dtype": objective.dtype, "device": objective.device}
-        if self.first_order or self.stream.reads_once:
-            return RunningFisher(len(self.weights), rows, group, **where)
-        samples = rows * group
-        with phase("curvature"):
-            prior = Prior.of(objective.on(self.stream.fork().draw(samples)), samples, self.curvature.labels)
-            left = RestrictedPrior(prior, objective.kept, objective.dtype, rows)
-        return ShrunkFisher(left, rows, group, **where)
-
-    def passing(self, targets: Sequence[int]) -> Iterator[Passed]:
-        """Prune through each amount in `targets`, largest first; yield there."""
-        warming = self.course.warming
-        path = self._path(targets, self.course.stages, warming)
-        done: list[Stage] = []
-        planned, added, to_come = len(path), 0, self.course.all_rows
-        patience = _Patience(_FALL * self._first_loss)
-        trusted = self._left
-        while path:
-            passed = planned - len(path)
-            report_progress("stages", passed, planned)
-            count = self.course.share(to_come, len(path)) if done else self.course.rows
-            to_come -= count
-            self._renew(count)
-            whole = max(self._left - path[0], 0)  # groups may leave less than was asked for
-            may_split = added < self.options.stages * (passed + 1) // planned
-            asked = min(whole, trusted) if may_split else whole
-            step = self._stage(asked, may_split, done)
-            self._accept(step)
-            if step.removed < asked:
-                trusted = step.removed
-            if step.removed and step.strain < _EASE:
-                trusted *= 2
-            if step.removed < whole:
-                added += 1
-                continue
-            amount = path.pop(0)
-            if patience.ends(self.loss) and passed < warming - 1:
-                path = self._path(targets, len(path), 0)
-                warming, planned = 0, passed + 1 + len(path)
-            if amount in targets and amount not in path:
-                yield self._finished(tuple(done))
-        report_progress("stages", planned, planned)
-
-    def _stage(self, removed: int, may_split: bool, done: list[Stage]) -> _Step:
-        """Remove as many, or as few of them as the quadratic can be trusted with; note in `done` what was tried.
-
-        What the gradient of few samples would bring to zero is not always what can be spared. So where such a
-        ranking leads too far, weights are ranked where they stand, before fewer of them are removed.
-        """
-        ranking = self._ranking(removed)
-        step = self._try(ranking, removed)
-        if step.strain > 1 and removed and self.first_order:
-            worse, loss = step.stage, step.candidate.loss
-            del step  # the rows that it holds
-            other = self._ranked(ranking, self.weights)
-            step = self._try(other, removed)
-            if step.candidate.loss < loss:
-                ranking = other
-            elif removed == 1 or not may_split:
-                worse = step.stage
-                del step
-                step = self._try(ranking, removed)
-            done.append(replace(worse, accepted=False))
-        while step.strain > 1 and removed > 1 and may_split:
-            done.append(replace(step.stage, accepted=False))
-            removed //= 2
-            del step  # the rows that it holds
-            step = self._try(ranking, removed)
-        done.append(step.stage)
-        return step
-
-    def _path(self, targets: Sequence[int], stages: int, warming: int) -> list[int]:
-        """What is left after each of so many stages, the first `warming` of which remove nothing."""
-        resting = self.course.resting
-        path = through(self._left, targets, stages - warming - resting, self.options.pace)
-        return with_rests(path, self._left, targets, warming, resting)
-
-    @property
-    def _left(self) -> int:
-        return self.selection.amount(self.objective.kept)
-
-    def _renew(self, count: int) -> None:
-        """Take new rows, and their mean into the averaged gradient, by which the kept weights move as they come."""
-        if self.curvature.labels == "model":
-            move_on()
-        self._began, self._foreseen = self.loss, 0.0
-        moves = self.course.moves if self._damping.begun else 0
-        came = self._gathered_in(moves, count) if moves else [self._gathered(count)]
-        with phase("curvature"):
-            self.fisher.add(*came)
-
-    def _gathered_in(self, moves: int, count: int) -> list[Tensor]:
-        """New rows in parts, after each of which the kept weights move by its share of the way to the Newton point.
-
-        A move is checked on one batch of the held-out samples, another batch at each stage; the first that raises its
-        loss is not made, and no more follow. Where the moves lead is checked on all, and if need be they are taken
-        back.
-        """
-        kept, share, start = self.objective.kept, 1 / moves, self.weights
-        finv, damping = self._damping.inverse(self.fisher, self._damping.now(self.fisher))
-        batch = self._held_out[self._turn % len(self._held_out)]
-        self._turn += 1
-        seen, came, stopped = self._loss_at(start, kept, batch), [], False
-        for part in _shares(count, moves):
-            came.append(self._gathered(part, important=True))
-            if stopped:
-                continue
-            with phase("update"):
-                step = finv @ (self.gradient * -share)
-                there = self.weights + step
-                # What `_predicted` says, since the step s of a share t solves (F + λI)s = −tg.
-                predicted = float(self.gradient @ step * (1 - share / 2) - damping * step.square().sum() / 2)
-            loss = self._loss_at(there, kept, batch)
-            stopped = loss - seen > share * self._rise
-            if stopped:
-                continue
-            seen = loss
-            self._foreseen += predicted
-            self._go_to(there, kept)
-            self._weight *= self.options.momentum**share
-        loss = self.loss if self.weights is start else self._loss_at(self.weights, kept)
-        if loss - self.loss > self._rise:
-            self._foreseen, self._average = 0.0, _Average()
-            self._go_to(start, kept)
-        else:
-            self.loss = loss
-        return came
-
-    def _gathered(self, count: int, *, important: bool = False) -> Tensor:
-        """So many new rows, whose mean is taken into the averaged gradient."""
-        index = self.objective.kept.nonzero().squeeze(1)
-        columns = None if len(index) == len(self.objective.kept) else index
-        samples, group, labels = count * self.course.group, self.course.group, self.curvature.labels
-        if important:
-            fresh = self._important.draw(self.objective, samples)
-        else:
-            fresh = self.objective.on(self.stream.draw(samples))
-        rows = fresh.rows(samples, group=group, labels=labels, columns=columns)
-        self._weight += len(rows)
-        mean = rows.mean(0)
-        if self.first_order and labels == "model":  # rows of drawn targets have a mean of zero
-            mean = fresh.gradient(samples)[self.objective.kept]
-        self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
-        return rows
-
-    def _ranking(self, removed: int) -> _Ranking:
-        """What each weight costs, if any are to go: where the gradient leads to, if it takes part."""
-        damping = self._damping.now(self.fisher)
-        if not removed:
-            return _Ranking(damping)
-        with phase("saliency"):
-            finv, damping = self._damping.inverse(self.fisher, damping)
-            point = newton_point(self.weights, self.gradient, finv) if self.first_order else self.weights
-        return self._ranked(_Ranking(damping, _lifted(finv, self.objective.kept, damping)), point)
-
-    def _ranked(self, ranking: _Ranking, point: Tensor) -> _Ranking:
-        """The same with what each weight costs at `point`."""
-        assert ranking.finv is not None
-        with phase("saliency"):
-            scores = self.selection.scores(self._full(point, self.objective.kept), ranking.finv)
-        return replace(ranking, scores=scores)
-
-    def _try(self, ranking: _Ranking, removed: int) -> _Step:
-        """Propose a stage that removes as many in several ways and choose on the held-out samples."""
-        gradient, kept = self.gradient, self.objective.kept
-        keep = kept
-        if ranking.scores is not None:
-            with phase("saliency"):
-                keep = self.selection.best(ranking.scores, kept, self._left - removed)
-        stay = keep[kept]
-        with phase("update"):
-            rest = self.fisher.restricted(stay)
-            gone = torch.where(stay, 0, -self.weights)
-            pull = -self.fisher.pull(gone)[stay]
-            start = self.weights[stay]
-            first = self.first_order and not removed and not self._damping.begun
-            share = _FIRST_SHARE if first else 1.0
-            damped = self.fisher.damped(gone)[stay]
-            side = pull - gradient[stay] if self.first_order else pull
-
-        def candidate(damping: float) -> _Candidate:
-            with phase("update"):
-                inverse, damping = self._damping.inverse(rest, damping)
-                weights = start + share * (inverse @ (side - damping * damped))
-            return _Candidate(weights, self._loss_at(weights, keep), damping)
-
-        tried = [candidate(choice) for choice in self._damping.choices(ranking.damping, self.fisher)]
-        best = min(tried, key=lambda c: c.loss)
-        if not best.loss <= _TOLERANCE * self.loss:
-            larger = self._damping.larger(ranking.damping, self.fisher)
-            plain = _Candidate(start, self._loss_at(start, keep), larger, moved=False)
-            best = min(best, plain, key=lambda c: c.loss)
-        if not math.isfinite(best.loss):
-            raise WoodfisherError(
-                f"at {int(keep.sum())} weights the loss on held-out samples is {best.loss} however the rest moves; the "
-                "model is unchanged. Ask for a lower sparsity."
-            )
-        step = gone.clone()
-        step[stay] = best.weights - start
-        predicted = self._predicted(step)
-        stage = Stage(
-            sparsity=1 - int(keep.sum()) / self.objective.layout.size,
-            predicted=self._foreseen + predicted,
-            measured=best.loss - self._began,
-            damping=best.damping if best.moved else None,
-            first_order=self.first_order and best.moved,
-        )
-        allowed = min(max(2 * predicted, 0), self._yardstick) + self._rise
-        rise = best.loss - self.loss
-        strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
-        return _Step(best, removed, keep, rest, stage, strain)
-
-    def _predicted(self, step: Tensor) -> float:
-        """Change of the loss that the quadratic model expects of a step of the kept weights."""
-        linear = float(self.gradient @ step) if self.first_order else 0.0
-        return linear + float(step @ self.fisher.pull(step)) / 2
-
-    @property
-    def _yardstick(self) -> float:
-        """The loss that rises are held against: the present one, or the first where that is larger."""
-        return max(self.loss, self._first_loss)
-
-    @property
-    def _rise(self) -> float:
-        """By how much a step may raise the loss beyond what is predicted."""
-        return _RISE[self.first_order] * self._yardstick
-
-    def _accept(self, step: _Step) -> None:
-        candidate, keep = step.candidate, step.keep
-        self._damping.carry(candidate.damping, self.fisher)
-        self.gradient = self.gradient[keep[self.objective.kept]]
-        self.fisher = step.fisher
-        self._go_to(candidate.weights, keep)
-        self.loss = candidate.loss
-        if candidate.moved and self.first_order:
-            self._weight *= self.options.momentum
-
-    def _go_to(self, weights: Tensor, keep: Tensor) -> None:
-        """Go on from these weights of those in `keep`."""
-        self.weights = weights
-        self.objective = self._objective_at(weights, keep)
-        self._average.add(weights)
-
-    def _objective_at(self, weights: Tensor, keep: Tensor) -> Objective:
-        return self.objective.at(self._full(weights, keep), keep)
-
-    def _full(self, weights: Tensor, keep: Tensor) -> Tensor:
-        full = torch.zeros(len(keep), dtype=torch.float64, device=keep.device)
-        full[keep] = weights
-        return full
-
-    def _loss_at(self, weights: Tensor, keep: Tensor, batch: Batch | None = None) -> float:
-        """On all held-out samples or one batch of them, in the precision of gradients."""
-        if not weights.isfinite().all():
-            return math.inf
-        at = self._objective_at(weights, keep)
-        value = _loss_on(self._held_out if batch is None else [batch], at, rounded=True)
-        return value if math.isfinite(value) else math.inf
-
-    def _finished(self, stages: tuple[Stage, ...]) -> Passed:
-        """The network as it leaves: averaged, and with normalisation recalibrated, if held-out samples say so."""
-        best = Passed(self.objective, _loss_on(self._held_out, self.objective), stages)
-        for change in (self._averaged, self._recalibrated):
-            objective = change(best.objective)
-            if objective is not best.objective:
-                loss = _loss_on(self._held_out, objective)
-                best = Passed(objective, loss, stages) if loss <= best.loss else best
-        return best
-
-    def _averaged(self, objective: Objective) -> Objective:
-        """The mean of where the kept weights stood, if the gradient moved them."""
-        mean = self._average.mean if self.first_order else None
-        return objective if mean is None else self._objective_at(mean, objective.kept)
-
-    def _recalibrated(self, objective: Objective) -> Objective:
-        return recalibrated(objective, self.stream, self.method)
-
-
-class _Patience:
-    """With a loss that falls, until it hasn't by `fall` for `_PATIENCE` stages."""
-
-    def __init__(self, fall: float) -> None:
-        self._fall, self._lowest, self._since = fall, math.inf, 0
-
-    def ends(self, loss: float) -> bool:
-        """Whether it does after a stage that led to this loss."""
-        self._since += 1
-        if loss < self._lowest - self._fall:
-            self._lowest, self._since = loss, 0
-        return self._since == _PATIENCE
-
-
-class _Average:
-    """Where weights stood since some of them were last removed, on average, and the later the more.
-
-    The k-th place takes 4/(k + 3) of the mean: polynomial-decay averaging with η = 3 (Shamir and Zhang, Stochastic
-    gradient descent for non-smooth optimization, 2013), which forgets where they began.
-    """
-
-    def __init__(self) -> None:
-        self.mean: Tensor | None = None
-        self._count = 0
-
-    def add(self, weights: Tensor) -> None:
-        """One more place; where it is of fewer weights, the first one."""
-        if self.mean is None or len(self.mean) != len(weights):
-            self.mean, self._count = torch.zeros_like(weights), 0
-        self._count += 1
-        self.mean += (weights - self.mean) * (4 / (self._count + 3))
-
-
 def _by_magnitude(
     objective: Objective,
     targets: Sequence[int],
@@ -566,26 +126,6 @@ def _by_magnitude(
     for amount in targets:
         keep = selection.best(scores, objective.kept, amount)
         pruned = recalibrated(objective.at(objective.weights, keep), stream, method)
-        loss = _loss_on(held_out, pruned)
+        loss = loss_on(held_out, pruned)
         stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - dense)
         yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
-
-
-def _shares(count: int, parts: int) -> list[int]:
-    """`count` in as many nearly equal parts, but for empty ones.
-
-    >>> _shares(10, 4), _shares(2, 4)
-    ([2, 3, 2, 3], [1, 1])
-    """
-    bounds = [count * part // parts for part in range(parts + 1)]
-    return [stop - start for start, stop in pairwise(bounds) if stop > start]
-
-
-def _loss_on(held_out: Sequence[Batch], objective: Objective, *, rounded: bool = False) -> float:
-    with phase("check"):
-        return objective.on(held_out).mean_loss(rounded=rounded)
-
-
-def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
-    """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
-    return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), *removed_part(kept, damping)])

@@ -232,7 +232,7 @@ class Part(Objective):
         )
         forms: dict[str, LayerRows] = {}
         done = 0
-        chunks = whole._row_chunks(samples, group, labels, floats)
+        chunks = whole.row_chunks(samples, group, labels, floats)
         while turn := list(islice(chunks, self.ranks.size)):
             with phase("gradients"):
                 before = [sum(count for _, count in turn[:rank]) for rank in range(len(turn))]
@@ -270,7 +270,7 @@ def _made(
     )
     signals: dict[str, LayerRows] = {}
     if factored:
-        signals = whole._layer_rows(chunk, count, factored, group, done)
+        signals = whole.layer_rows(chunk, count, factored, done)
         if not forms:
             forms.update({name: rows.with_room(0) for name, rows in signals.items()})
     parts: dict[str, Tensor] = {}
@@ -280,7 +280,7 @@ def _made(
             [torch.arange(slices[n].start, slices[n].stop, device=whole.device) for n in dense]
         )
         out = torch.empty(count, len(columns), dtype=whole.dtype, device=whole.device)
-        whole._fill(out, chunk, group, None if len(columns) == whole.layout.size else columns, done)
+        whole.fill_rows(out, chunk, group, None if len(columns) == whole.layout.size else columns, done)
         parts = dict(zip(dense, out.split([whole.layout.only([n]).size for n in dense], 1), strict=True))
     empty = torch.empty(count, 0, dtype=whole.dtype, device=whole.device)
     return [

@@ -63,6 +63,8 @@ class Course:
     among:
         Samples that are looked at, where that is possible, for each one of those rows by which weights move; 1 where
         few samples come again and again.
+    shrinks:
+        Whether the Fisher shrinks to a prior.
     """
 
     first_order: bool
@@ -71,6 +73,12 @@ class Course:
     group: int
     renewed: int
     among: int
+    shrinks: bool
+
+    @property
+    def copies(self) -> int:
+        """Of the rows: where F shrinks to a prior there are also their products with its inverse."""
+        return _copies(self.shrinks)
 
     @property
     def moves(self) -> int:
@@ -154,7 +162,7 @@ class Window(Needs):
         checked = sum((LOSSES * self.held_out + c.moves * part) * c.stages for c in self.courses)
         products = sum(
             c.rows * (c.rows * (c.stages - c.warming - c.resting) + c.renewed * c.stages)
-            + (_copies(c.first_order) - 1) * 2 * c.stages * c.rows * (c.rows + widest(objective.layout))
+            + (c.copies - 1) * 2 * c.stages * c.rows * (c.rows + widest(objective.layout))
             for c in self.courses
         )
         gradient = machine.gradients(objective, 1)
@@ -207,8 +215,9 @@ def window_for(
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
     planned = max(min(options.window, affordable), 1)
     cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
-    shares = [_copies(first_order) / cut for first_order, cut in zip(orders, cuts, strict=True)]
-    held = 0 if all(orders) else 2 * objective.dtype.itemsize * weights * widest(objective.layout)
+    shrinking = [not (first_order or reads_once) for first_order in orders]
+    shares = [_copies(shrinks) / cut for shrinks, cut in zip(shrinking, cuts, strict=True)]
+    held = 2 * objective.dtype.itemsize * weights * widest(objective.layout) if any(shrinking) else 0
     room = _Room.of(
         objective,
         curvature,
@@ -225,7 +234,7 @@ def window_for(
             "Fisher is made of fewer."
         )
 
-    def course(first_order: bool, cut: int) -> Course:
+    def course(first_order: bool, shrinks: bool, cut: int) -> Course:
         fewer = repeats and not first_order
         stages = -(-options.stages // _FEWER_STAGES) if fewer else options.stages
         most_rows = max(most // cut, 1)
@@ -236,17 +245,23 @@ def window_for(
         chooses = first_order and curvature.labels == "data" and not (reads_once or repeats)
         among = options.among if chooses else 1
         return Course(
-            first_order=first_order, stages=stages, rows=rows, group=group, renewed=renewed, among=among
+            first_order=first_order,
+            stages=stages,
+            rows=rows,
+            group=group,
+            renewed=renewed,
+            among=among,
+            shrinks=shrinks,
         )
 
-    courses = tuple(map(course, orders, cuts))
+    courses = tuple(map(course, orders, shrinking, cuts))
     largest = max(courses, key=lambda course: course.rows)
     row = objective.dtype.itemsize * weights
     chunk = room.chunk
     if look and not objective.reads_once:
         chunk = min(chunk, largest.rows * (2 * objective.row_bytes(largest.group) + 2 * row))
     rows = [course.rows for course in courses]
-    copies = [_copies(course.first_order) * course.rows for course in courses]
+    copies = [course.copies * course.rows for course in courses]
     bill: list[tuple[str, int]] = [
         (f"{sum(rows)} gradient rows of {weights} weights", sum(copies) * row),
         ("a copy of theirs while a stage is tried", max(copies) * row),
@@ -265,9 +280,8 @@ def window_for(
     )
 
 
-def _copies(first_order: bool) -> int:
-    """Of a run's rows: without the gradient there are also their products with the inverse of the prior."""
-    return 1 if first_order else 2
+def _copies(shrinks: bool) -> int:
+    return 2 if shrinks else 1
 
 
 @dataclass(frozen=True)

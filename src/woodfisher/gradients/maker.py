@@ -1,0 +1,153 @@
+"""Chunks of samples → gradient rows of chosen weights, by the fastest way that gives those of each sample alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from woodfisher.errors import NoFactorsError, WoodfisherError
+from woodfisher.gradients.batches import map_tensors, samples_in, some, tensors_of
+from woodfisher.gradients.signals import Signals
+from woodfisher.watch import warn
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch import Tensor, nn
+
+    from woodfisher.gradients.batches import Batch
+    from woodfisher.gradients.forward import Forward, State
+    from woodfisher.gradients.layer_rows import Factors, LayerRows
+    from woodfisher.gradients.layout import Layout
+
+
+class RowMaker:
+    """Makes gradient rows, all of them finite, and remembers which ways were found to hold.
+
+    Parameters
+    ----------
+    forward:
+        The model with its loss.
+    layout:
+        Names and places of the chosen weights.
+    modules, parameters:
+        Name of a weight → the module that has it, and the model's own parameter.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        layout: Layout,
+        modules: Mapping[str, nn.Module],
+        parameters: Mapping[str, nn.Parameter],
+    ) -> None:
+        self.forward, self._layout = forward, layout
+        self._modules, self._parameters = modules, parameters
+        self._signals = Signals(forward, modules, parameters)
+
+    def check_possible(self, names: Sequence[str]) -> None:
+        """Raise where one of these weights belongs to a layer of a kind that gives no rows in factor form."""
+        for name in names:
+            if not self._signals.possible(name):
+                raise WoodfisherError(
+                    f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
+                    "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
+                )
+
+    def factors(self, state: State, batch: Batch, group: int, workspace: int) -> dict[str, Factors]:
+        """The weights whose rows can be had in factor form, tried on the first rows of a batch: `Signals.factors`."""
+        return self._signals.factors(state, batch, group, workspace)
+
+    def flowing(self, state: State, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
+        """What flows through the layers of these weights as `count` rows: `Signals.rows`."""
+        return self._signals.rows(state, chunk, count, names)
+
+    def layer_rows(
+        self, state: State, chunk: Batch, count: int, names: Sequence[str], *, done: int
+    ) -> dict[str, LayerRows]:
+        """The same where nothing else stands for it, all finite, `done` rows after the first."""
+        try:
+            rows = self.flowing(state, chunk, count, names)
+        except NoFactorsError as error:
+            raise NoFactorsError(
+                f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
+            ) from error
+        self._check_flowing(rows, chunk, done)
+        return rows
+
+    def fill(
+        self,
+        out: Tensor,
+        state: State,
+        chunk: Batch,
+        group: int,
+        *,
+        columns: Tensor | None,
+        done: int,
+        workspace: int,
+    ) -> None:
+        """Write a chunk, `done` rows after the first, to `out` `(c, k)`, of the weights in `columns` `(k,)` or all."""
+        places = self._layout.places(columns)
+        flowing = self._flowing_if_possible(state, chunk, group, list(places), workspace)
+        is_less = False
+        if flowing is not None:
+            is_less = sum(each.factors.floats for each in flowing.values()) < out.shape[1]
+            if is_less:
+                self._check_flowing(flowing, chunk, done)
+            for name, (place, index) in places.items():
+                if index is None:
+                    flowing.pop(name).dense(out=out[:, place])
+                else:
+                    flowing.pop(name).select(index, out[:, place])
+        else:
+            grouped = map_tensors(lambda t: t.reshape(len(out), group, *t.shape[1:]), chunk)
+            gradients = self.forward.row_gradients(state, grouped, len(out))
+            for name, (place, index) in places.items():
+                rows = gradients.pop(name).detach().reshape(len(out), -1)
+                out[:, place] = rows if index is None else rows[:, index]
+        if not is_less:
+            self.check_finite(out, done, chunk, group, columns)
+
+    def _flowing_if_possible(
+        self, state: State, chunk: Batch, group: int, names: Sequence[str], workspace: int
+    ) -> dict[str, LayerRows] | None:
+        """What flows through the layers of these weights; None where one has no factor form."""
+        if not names:
+            return {}
+        able = self.factors(state, chunk, group, workspace)
+        if any(name not in able for name in names):
+            return None
+        try:
+            return self.flowing(state, chunk, samples_in(chunk) // group, names)
+        except NoFactorsError as error:
+            warn(f"{error} Rows are taken in a slower way from here on.")
+            return None
+
+    def _check_flowing(self, flowing: Mapping[str, LayerRows], chunk: Batch, done: int) -> None:
+        """Raise where a row is not finite, looking into the rows only if what flows through a layer is not."""
+        for name, each in flowing.items():
+            if not (each.outputs.sum() + each.inputs.sum()).isfinite():
+                where = self._layout.slices[name]
+                index = torch.arange(where.start, where.stop, device=each.inputs.device)
+                self.check_finite(each.dense(), done, chunk, samples_in(chunk) // each.count, index)
+
+    def check_finite(
+        self, rows: Tensor, done: int, batch: Batch, group: int, columns: Tensor | None = None
+    ) -> None:
+        """Raise where a row `(c, k)` is not finite, `done` rows after the first; `batch` has `group` samples a row."""
+        if torch.isfinite(rows.sum()) or torch.isfinite(rows).all():
+            return
+        row, position = (~torch.isfinite(rows)).nonzero()[0].tolist()
+        name = self._layout.name_at(position if columns is None else int(columns[position]))
+        samples = some(batch, row * group, (row + 1) * group)
+        bad = [t for t in tensors_of(samples) if t.is_floating_point() and not torch.isfinite(t).all()]
+        cause = (
+            "The data of that row itself holds NaN or infinity: clean it."
+            if bad
+            else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
+            f"{str(self._parameters[name].dtype).removeprefix('torch.')}."
+        )
+        raise WoodfisherError(
+            f"the gradient of {name!r} in row {done + row} is {float(rows[row, position])}. {cause}"
+        )
