@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from woodfisher.gradients.batches import Stream
     from woodfisher.gradients.objective import Objective
-    from woodfisher.pruning.method import Method
 
 _BATCH = 250
 """Samples that statistics are taken of at a time: with more there is less that a batch's own mean takes away."""
@@ -34,11 +33,11 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-def recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:
-    """The objective with statistics of batch normalisation from the next samples, where it has any."""
-    if not method.recalibrate or not objective.has_batch_norm:
+def recalibrated(objective: Objective, stream: Stream, samples: int) -> Objective:
+    """The objective with statistics of batch normalisation from the next `samples` samples, where it has any."""
+    if not samples or not objective.has_batch_norm:
         return objective
-    return objective.on(stream.draw(method.recalibrate)).recalibrated(method.recalibrate)
+    return objective.on(stream.draw(samples)).recalibrated(samples)
 
 
 def fresh_statistics(objective: Objective, samples: int) -> dict[str, Tensor]:

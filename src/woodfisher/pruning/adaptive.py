@@ -125,7 +125,7 @@ def _by_magnitude(
     scores = selection.scores(objective.weights, DiagonalInverse(torch.ones_like(objective.weights)))
     for amount in targets:
         keep = selection.best(scores, objective.kept, amount)
-        pruned = recalibrated(objective.at(objective.weights, keep), stream, method)
+        pruned = recalibrated(objective.at(objective.weights, keep), stream, method.recalibrate)
         loss = loss_on(held_out, pruned)
         stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - dense)
         yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))

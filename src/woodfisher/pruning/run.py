@@ -425,7 +425,7 @@ class AdaptiveRun:
         return objective if mean is None else self._objective_at(mean, objective.kept)
 
     def _recalibrated(self, objective: Objective) -> Objective:
-        return recalibrated(objective, self.stream, self.method)
+        return recalibrated(objective, self.stream, self.method.recalibrate)
 
 
 class _Patience:

@@ -78,8 +78,8 @@ def _by_number(
 def _recalibrated(objective: Objective, stream: Stream, method: Method) -> Objective:
     """With statistics of batch normalisation that the first rank takes anew."""
     if objective.ranks.size == 1:
-        return recalibrated(objective, stream, method)
-    fresh = objective.ranks.first(lambda: recalibrated(objective, stream, method).fresh_buffers())
+        return recalibrated(objective, stream, method.recalibrate)
+    fresh = objective.ranks.first(lambda: recalibrated(objective, stream, method.recalibrate).fresh_buffers())
     return objective.with_buffers(fresh)
 
 
