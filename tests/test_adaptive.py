@@ -623,6 +623,22 @@ def test_the_window_fits_the_memory_that_is_given(first_order, fewest, workspace
     assert window(2**31).courses == window(None).courses
 
 
+def test_what_has_no_prior_plans_none():
+    objective = wf.Objective(mlp(), batches(), cross_entropy)
+    named = {}
+    for first_order, reads_once in ((True, False), (False, True), (False, False)):
+        method = replace(METHOD, first_order=first_order)
+        window = window_for(objective, method, 120, reads_once=reads_once)
+        named[first_order, reads_once] = [
+            (name, size) for name, size in window.bill if "rows" in name or "prior" in name
+        ]
+    rows = "20 gradient rows of 36 weights"
+    assert named[True, False] == named[False, True] == [(rows, 20 * 36 * 4)]
+    (doubled, prior) = named[False, False]
+    assert doubled == (rows, 2 * 20 * 36 * 4)
+    assert prior == ("the prior that F shrinks to, before a stage and after it", 2 * 4 * 36 * 6)
+
+
 def test_few_rows_where_little_memory_is_free(monkeypatch):
     monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 800_000)
     with pytest.warns(wf.WoodfisherWarning, match=r"room for \d+ gradient rows of 36 weights, and 800 were"):
