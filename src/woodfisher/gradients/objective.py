@@ -151,7 +151,7 @@ class Objective:
         self.parameters = choose(self.model, params, exclude)
         named = dict(self.source.named_parameters())
         self.source_parameters = {name: named[name] for name in self.parameters}
-        self.forward = Forward(self.model, self.loss, self._sampler, self._precision)
+        forward = Forward(self.model, self.loss, self._sampler, self._precision)
         modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
@@ -161,9 +161,8 @@ class Objective:
                 if self.parameters[name].ndim > 1 and inputs_first(module)
             },
         )
-        by_weight = self.forward.by_weight()
         self._maker, self._by_weight = (
-            RowMaker(forward, self.layout, modules, self.parameters) for forward in (self.forward, by_weight)
+            RowMaker(way, self.layout, modules, self.parameters) for way in (forward, forward.by_weight())
         )
 
     def at(self, weights: Tensor, kept: Tensor) -> Objective:
@@ -234,6 +233,11 @@ class Objective:
         self.weights, self.kept = torch.where(kept, weights, 0), kept
 
     @property
+    def forward(self) -> Forward:
+        """The model with its loss."""
+        return self._maker.forward
+
+    @property
     def flow_itemsize(self) -> int:
         """Bytes of each number that flows through the model."""
         if self.forward.precision == "bfloat16":
@@ -250,7 +254,7 @@ class Objective:
 
     def on_weighted(self, data: Iterable[Batch]) -> Objective:
         """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
-        return self._with(data=data, forward=self._by_weight.forward, _maker=self._by_weight)
+        return self._with(data=data, _maker=self._by_weight)
 
     def begun(self) -> Objective:
         """The same objective in a run that begins now: its plans count the memory that the process has at this point.
