@@ -17,7 +17,7 @@ import sys
 COMMON = "--task resnet20-cifar10 --precision bfloat16 --epochs 5 --warm-up 0.1 --initial 0.5 --begin 0.1"
 TRAINING = {
     "0.9": "--rate 0.06 --distil 1 --temperature 4 --no-augment --end 2.5 --every 0.29",
-    "0.95": "--rate 0.2 --distil 1 --temperature 4 --no-augment --end 2.5 --every 0.3",
+    "0.95": "--rate 0.08 --distil 1 --temperature 4 --no-augment --end 2.5 --every 0.3",
     "0.98": "--rate 0.2 --distil 1 --temperature 4 --no-augment --end 3 --every 0.29",
 }
 """Without augmentation: in so few epochs, the weights that are left can't fit even the training images as they are."""
