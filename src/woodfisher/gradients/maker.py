@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
     from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.forward import Forward, State
-    from woodfisher.gradients.layer_rows import Factors, LayerRows
+    from woodfisher.gradients.layer_rows import LayerRows
     from woodfisher.gradients.layout import Layout
 
 
 class RowMaker:
-    """Makes gradient rows, all of them finite, and remembers which ways were found to hold.
+    """Makes gradient rows, all of them finite, of what flows through layers where that was found to hold.
 
     Parameters
     ----------
@@ -33,6 +33,11 @@ class RowMaker:
         Names and places of the chosen weights.
     modules, parameters:
         Name of a weight → the module that has it, and the model's own parameter.
+
+    Attributes
+    ----------
+    signals:
+        What flows through the layers of these weights.
     """
 
     def __init__(
@@ -44,31 +49,23 @@ class RowMaker:
     ) -> None:
         self.forward, self._layout = forward, layout
         self._modules, self._parameters = modules, parameters
-        self._signals = Signals(forward, modules, parameters)
+        self.signals = Signals(forward, modules, parameters)
 
     def check_possible(self, names: Sequence[str]) -> None:
         """Raise where one of these weights belongs to a layer of a kind that gives no rows in factor form."""
         for name in names:
-            if not self._signals.possible(name):
+            if not self.signals.possible(name):
                 raise WoodfisherError(
                     f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
                     "Linear and convolution layers: leave it out with exclude=, or use WoodFisher."
                 )
 
-    def factors(self, state: State, batch: Batch, group: int, workspace: int) -> dict[str, Factors]:
-        """The weights whose rows can be had in factor form, tried on the first rows of a batch: `Signals.factors`."""
-        return self._signals.factors(state, batch, group, workspace)
-
-    def flowing(self, state: State, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
-        """What flows through the layers of these weights as `count` rows: `Signals.rows`."""
-        return self._signals.rows(state, chunk, count, names)
-
     def layer_rows(
         self, state: State, chunk: Batch, count: int, names: Sequence[str], *, done: int
     ) -> dict[str, LayerRows]:
-        """The same where nothing else stands for it, all finite, `done` rows after the first."""
+        """A chunk, `done` rows after the first, as `count` rows in factor form, which nothing else stands for."""
         try:
-            rows = self.flowing(state, chunk, count, names)
+            rows = self.signals.rows(state, chunk, count, names)
         except NoFactorsError as error:
             raise NoFactorsError(
                 f'{error} Take WoodFisher with keep="memory", or leave it out with exclude=.'
@@ -115,11 +112,11 @@ class RowMaker:
         """What flows through the layers of these weights; None where one has no factor form."""
         if not names:
             return {}
-        able = self.factors(state, chunk, group, workspace)
+        able = self.signals.factors(state, chunk, group, workspace)
         if any(name not in able for name in names):
             return None
         try:
-            return self.flowing(state, chunk, samples_in(chunk) // group, names)
+            return self.signals.rows(state, chunk, samples_in(chunk) // group, names)
         except NoFactorsError as error:
             warn(f"{error} Rows are taken in a slower way from here on.")
             return None

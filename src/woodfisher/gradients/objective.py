@@ -445,7 +445,7 @@ class Objective:
 
     def _factors_of(self, batch: Batch, group: int) -> dict[str, Factors]:
         """`factors` tried on the first rows of a batch, for the first one of its form."""
-        return self._maker.factors(self.state(), batch, group, self.workspace)
+        return self._maker.signals.factors(self.state(), batch, group, self.workspace)
 
     def row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
         """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
@@ -542,7 +542,7 @@ class Objective:
 
     def _largest_gradients(self, chunk: Batch, count: int, name: str) -> Tensor | float:
         try:
-            return self._maker.flowing(self.state(), chunk, count, [name])[name].most_norms()
+            return self._maker.signals.rows(self.state(), chunk, count, [name])[name].most_norms()
         except NoFactorsError:
             return math.nan
 
