@@ -1,6 +1,7 @@
 """ResNet-50 with random weights on random images of 64 x 64: `woodfisher prune --task benchmarks.resnet50:task`.
 
-What it needs of time and memory is that of the trained network; what it loses is of no interest.
+Its statistics of batch normalisation are those of the images, so that, as in a trained network, outputs are no larger
+than inputs and no class is certain: time and memory are those of the trained network; what it loses is of no interest.
 """
 
 import torch
@@ -30,7 +31,13 @@ def task() -> Task:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    model = Logits(ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))).eval()
+    model = Logits(ResNetForImageClassification(ResNetConfig(num_labels=CLASSES)))
     images, labels = torch.randn(400, 3, 64, 64), torch.randint(CLASSES, (400,))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(images)
+    model.eval()
     batches = list(zip(images.split(50), labels.split(50), strict=True))
     return Task("resnet50", model, batches, batches[:1], batches[:1], cross_entropy)
