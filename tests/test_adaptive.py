@@ -22,8 +22,9 @@ from woodfisher.curvature.running import RunningFisher, ShrunkFisher
 from woodfisher.gradients.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.memory import parse_bytes
 from woodfisher.pruning.adaptive import adaptive_run
+from woodfisher.pruning.averages import MeanPlace
 from woodfisher.pruning.method import METHODS
-from woodfisher.pruning.run import AdaptiveRun, _Average, _shares
+from woodfisher.pruning.run import AdaptiveRun, _shares
 from woodfisher.pruning.schedule import through, with_rests
 from woodfisher.pruning.window import Course, window_for
 from woodfisher.surgeon.selection import survivors
@@ -381,14 +382,14 @@ def test_rows_that_are_still_to_come_are_shared(first_order):
 
 @given(st.lists(st.integers(-9, 9), min_size=1, max_size=12), st.lists(st.integers(-9, 9), max_size=3))
 def test_later_places_count_more_in_an_average_and_those_of_more_weights_not_at_all(places, before):
-    average = _Average()
+    average = MeanPlace()
     for place in before:
         average.add(torch.tensor([place, 7.0, 1.0], dtype=torch.float64))
     for place in places:
         average.add(torch.tensor([place, -place], dtype=torch.float64))
     shares = [k * (k + 1) * (k + 2) for k in range(1, len(places) + 1)]
     mean = sum(share * place for share, place in zip(shares, places, strict=True)) / sum(shares)
-    assert average.mean.tolist() == pytest.approx([mean, -mean])
+    assert average.value.tolist() == pytest.approx([mean, -mean])
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -396,7 +397,7 @@ def test_a_target_is_left_at_the_average_if_that_has_the_lower_loss(better, monk
     run = after_a_stage()
     there = run.weights * (1 if better else 3)
     loss = run._loss_at(there, run.objective.kept)
-    monkeypatch.setattr(run._average, "mean", there)
+    monkeypatch.setattr(run._places, "value", there)
     if better:
         run.weights, run.loss = run.weights * 3, run._loss_at(run.weights * 3, run.objective.kept)
         run.objective = run._objective_at(run.weights, run.objective.kept)
@@ -414,7 +415,7 @@ def test_the_gradient_is_that_of_the_data_where_rows_are_of_drawn_targets():
     run = adaptive(objective, method, held_out, stream, True)
     seen = stream.fork().draw(20)
     run._renew(run.course.rows)
-    torch.testing.assert_close(run.gradient.float(), objective.on(seen).gradient(20))
+    torch.testing.assert_close(run.gradient.value.float(), objective.on(seen).gradient(20))
 
 
 def test_damping_below_the_rounding_of_the_gram_matrix_is_raised():
@@ -705,7 +706,7 @@ def test_the_prediction_is_the_quadratic_model_without_damping(first_order):
     step = run._try(run._ranking(6), 6)
     moved = run._full(step.candidate.weights, step.keep) - run.weights
     curvature = run.fisher.inverse(1.0).forward(moved) - run.fisher.damped(moved)
-    expected = float(moved @ curvature) / 2 + first_order * float(run.gradient @ moved)
+    expected = float(moved @ curvature) / 2 + first_order * float(run.gradient.value @ moved)
     assert step.stage.predicted == pytest.approx(expected, rel=1e-5)
 
 
@@ -728,7 +729,12 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
     course, kept, before = run.course, run.objective.kept, run.loss
     finv = run.fisher.inverse(run._damping.now(run.fisher)).dense()
     curvature = run.fisher.rows.mT @ run.fisher.rows / run.fisher.divisor
-    weights, gradient, seen, predicted = run.weights.clone(), run.gradient.clone(), run._weight, 0.0
+    weights, gradient, seen, predicted = (
+        run.weights.clone(),
+        run.gradient.value.clone(),
+        run.gradient.weight,
+        0.0,
+    )
     run._renew(run.course.renewed)
     parts = _shares(course.renewed, 8)
     for part, new in zip(parts, drawn, strict=True):
@@ -741,7 +747,7 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
         weights += step
         seen *= QUICK.momentum**0.125
     torch.testing.assert_close(run.weights, weights)
-    torch.testing.assert_close(run.gradient, gradient)
+    torch.testing.assert_close(run.gradient.value, gradient)
     assert run.loss == pytest.approx(run._loss_at(weights, kept))
     assert run._foreseen == pytest.approx(predicted)
     assert run.loss - run._began == pytest.approx(run.loss - before)
@@ -764,7 +770,7 @@ def test_what_is_predicted_excuses_a_rise_up_to_the_loss(monkeypatch):
 def test_moves_that_raise_the_loss_are_undone():
     run = after_a_stage()
     weights, loss = run.weights, run.loss
-    run.gradient = 1e3 * run.weights
+    run.gradient.value = 1e3 * run.weights
     run._renew(run.course.renewed)
     assert torch.equal(run.weights, weights)
     assert run.loss == loss
@@ -791,7 +797,7 @@ def test_moves_are_checked_on_a_batch_in_turn_and_where_they_lead_on_all(monkeyp
         assert run.loss == (loss if not turn else loss - 0.1)
         assert (run._foreseen == 0) == bad
         if bad:
-            assert torch.equal(run._average.mean, before)
+            assert torch.equal(run._places.value, before)
     assert not torch.equal(run.weights, start)
 
 
@@ -860,7 +866,7 @@ def test_a_gradient_that_misleads_the_ranking_is_left_out_of_it():
     run._renew(run.course.rows)
     ranking = run._ranking(6)
     largest = run.weights.abs() >= run.weights.abs().topk(6).values[-1]
-    run.gradient = run.fisher.inverse(ranking.damping).forward(run.weights * largest)
+    run.gradient.value = run.fisher.inverse(ranking.damping).forward(run.weights * largest)
     done = []
     step = run._stage(6, False, done)
     assert [stage.accepted for stage in done] == [False, True]

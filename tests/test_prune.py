@@ -93,6 +93,17 @@ def test_more_zeros_than_asked_for_are_left_as_they_are():
     assert torch.equal(weights_of(model), before)
 
 
+@pytest.mark.parametrize("there", [0.0, 0.5])
+def test_where_nothing_is_to_go_nothing_moves(there):
+    model, data = mlp(), [samples(12), samples(12)]
+    wf.prune(model, None, sparsity=there, criterion="magnitude")
+    before = weights_of(model)
+    for name in ("woodfisher", "woodfisher-block"):
+        report = wf.prune(model, data, cross_entropy, there, criterion=name)
+        assert torch.equal(weights_of(model), before)
+        assert (report.sparsity, report.stages) == (there, [])
+
+
 def test_layers_with_zeros_leave_their_share_to_the_others():
     model = mlp()
     with torch.no_grad():

@@ -77,7 +77,8 @@ def prune(
     sparsity:
         Fraction of the chosen weights to remove, in [0, 1); by default what the pattern says, or 0.95 if neither
         that nor `max_drop` does. The number kept is exactly the nearest integer to `(1 − sparsity) · d`, which has
-        to be one at least; where groups of weights go together, the most whole groups that are no more.
+        to be one at least; where groups of weights go together, the most whole groups that are no more. Where
+        nothing is left to remove, nothing changes.
     max_drop:
         Instead of a sparsity: find the sparsest network with `metric ≥ (1 − max_drop) · dense metric`.
     metric:
@@ -229,6 +230,7 @@ def _sweep(
                     f"{1 - now / total:.2%} of the chosen weights are zero already, more than the sparsity "
                     f"{sparsity:.2%} asks for; nothing is removed."
                 )
+            if amount >= now:
                 reached[amount] = _pruned(objective, [], method, selection, watch)
         data = objective.data
         wanted = sorted(set(amounts) - set(reached), reverse=True)

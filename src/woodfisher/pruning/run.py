@@ -17,6 +17,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.importance import Important
 from woodfisher.gradients.isolation import move_on
 from woodfisher.gradients.normalisation import recalibrated
+from woodfisher.pruning.averages import MeanGradient, MeanPlace
 from woodfisher.pruning.report import Stage
 from woodfisher.pruning.schedule import through, with_rests
 from woodfisher.surgeon.saliency import newton_point
@@ -140,11 +141,10 @@ class AdaptiveRun:
         self._held_out, self.loss, self._first_loss = held_out, loss, loss
         self.weights = objective.weights[objective.kept].double()
         self.fisher = self._no_rows()
-        self.gradient = torch.zeros_like(self.weights)
-        self._weight = 0.0
+        self.gradient = MeanGradient(self.weights, self.options.momentum)
         self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
         self._began, self._foreseen, self._turn = loss, 0.0, 0
-        self._average = _Average()
+        self._places = MeanPlace()
         self._important = Important(stream, course.among)
 
     def _no_rows(self) -> RunningFisher:
@@ -258,10 +258,12 @@ class AdaptiveRun:
             if stopped:
                 continue
             with phase("update"):
-                step = finv @ (self.gradient * -share)
+                step = finv @ (self.gradient.value * -share)
                 there = self.weights + step
                 # What `_predicted` says, since the step s of a share t solves (F + λI)s = −tg.
-                predicted = float(self.gradient @ step * (1 - share / 2) - damping * step.square().sum() / 2)
+                predicted = float(
+                    self.gradient.value @ step * (1 - share / 2) - damping * step.square().sum() / 2
+                )
             loss = self._loss_at(there, kept, batch)
             stopped = loss - seen > share * self._rise
             if stopped:
@@ -269,10 +271,10 @@ class AdaptiveRun:
             seen = loss
             self._foreseen += predicted
             self._go_to(there, kept)
-            self._weight *= self.options.momentum**share
+            self.gradient.moved(share)
         loss = self.loss if self.weights is start else self._loss_at(self.weights, kept)
         if loss - self.loss > self._rise:
-            self._foreseen, self._average = 0.0, _Average()
+            self._foreseen, self._places = 0.0, MeanPlace()
             self._go_to(start, kept)
         else:
             self.loss = loss
@@ -288,11 +290,10 @@ class AdaptiveRun:
         else:
             fresh = self.objective.on(self.stream.draw(samples))
         rows = fresh.rows(samples, group=group, labels=labels, columns=columns)
-        self._weight += len(rows)
         mean = rows.mean(0)
         if self.first_order and labels == "model":  # rows of drawn targets have a mean of zero
             mean = fresh.gradient(samples)[self.objective.kept]
-        self.gradient += (mean.double() - self.gradient) * (len(rows) / self._weight)
+        self.gradient.add(mean, len(rows))
         return rows
 
     def _ranking(self, removed: int) -> _Ranking:
@@ -302,7 +303,9 @@ class AdaptiveRun:
             return _Ranking(damping)
         with phase("saliency"):
             finv, damping = self._damping.inverse(self.fisher, damping)
-            point = newton_point(self.weights, self.gradient, finv) if self.first_order else self.weights
+            point = (
+                newton_point(self.weights, self.gradient.value, finv) if self.first_order else self.weights
+            )
         return self._ranked(_Ranking(damping, _lifted(finv, self.objective.kept, damping)), point)
 
     def _ranked(self, ranking: _Ranking, point: Tensor) -> _Ranking:
@@ -314,7 +317,7 @@ class AdaptiveRun:
 
     def _try(self, ranking: _Ranking, removed: int) -> _Step:
         """Propose a stage that removes as many in several ways and choose on the held-out samples."""
-        gradient, kept = self.gradient, self.objective.kept
+        gradient, kept = self.gradient.value, self.objective.kept
         keep = kept
         if ranking.scores is not None:
             with phase("saliency"):
@@ -364,7 +367,7 @@ class AdaptiveRun:
 
     def _predicted(self, step: Tensor) -> float:
         """Change of the loss that the quadratic model expects of a step of the kept weights."""
-        linear = float(self.gradient @ step) if self.first_order else 0.0
+        linear = float(self.gradient.value @ step) if self.first_order else 0.0
         return linear + float(step @ self.fisher.pull(step)) / 2
 
     @property
@@ -380,18 +383,18 @@ class AdaptiveRun:
     def _accept(self, step: _Step) -> None:
         candidate, keep = step.candidate, step.keep
         self._damping.carry(candidate.damping, self.fisher)
-        self.gradient = self.gradient[keep[self.objective.kept]]
+        self.gradient.restrict(keep[self.objective.kept])
         self.fisher = step.fisher
         self._go_to(candidate.weights, keep)
         self.loss = candidate.loss
         if candidate.moved and self.first_order:
-            self._weight *= self.options.momentum
+            self.gradient.moved()
 
     def _go_to(self, weights: Tensor, keep: Tensor) -> None:
         """Go on from these weights of those in `keep`."""
         self.weights = weights
         self.objective = self._objective_at(weights, keep)
-        self._average.add(weights)
+        self._places.add(weights)
 
     def _objective_at(self, weights: Tensor, keep: Tensor) -> Objective:
         return self.objective.at(self._full(weights, keep), keep)
@@ -421,7 +424,7 @@ class AdaptiveRun:
 
     def _averaged(self, objective: Objective) -> Objective:
         """The mean of where the kept weights stood, if the gradient moved them."""
-        mean = self._average.mean if self.first_order else None
+        mean = self._places.value if self.first_order else None
         return objective if mean is None else self._objective_at(mean, objective.kept)
 
     def _recalibrated(self, objective: Objective) -> Objective:
@@ -440,25 +443,6 @@ class _Patience:
         if loss < self._lowest - self._fall:
             self._lowest, self._since = loss, 0
         return self._since == _PATIENCE
-
-
-class _Average:
-    """Where weights stood since some of them were last removed, on average, and the later the more.
-
-    The k-th place takes 4/(k + 3) of the mean: polynomial-decay averaging with η = 3 (Shamir and Zhang, Stochastic
-    gradient descent for non-smooth optimization, 2013), which forgets where they began.
-    """
-
-    def __init__(self) -> None:
-        self.mean: Tensor | None = None
-        self._count = 0
-
-    def add(self, weights: Tensor) -> None:
-        """One more place; where it is of fewer weights, the first one."""
-        if self.mean is None or len(self.mean) != len(weights):
-            self.mean, self._count = torch.zeros_like(weights), 0
-        self._count += 1
-        self.mean += (weights - self.mean) * (4 / (self._count + 3))
 
 
 def _shares(count: int, parts: int) -> list[int]:
