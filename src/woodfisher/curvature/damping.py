@@ -119,7 +119,8 @@ def _positive_scale(energies: Tensor, size: int, group: int) -> float:
     if scale == 0:
         warn(
             "every gradient row is zero, so that the curvature says nothing and weights are ranked by magnitude: the "
-            "model fits these samples perfectly, or nothing passes through it any more."
+            "model fits these samples perfectly, nothing passes through it any more, or the loss compares samples with "
+            "each other, which says nothing of one alone."
         )
         return 1.0
     return scale

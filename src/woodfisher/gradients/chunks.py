@@ -87,7 +87,8 @@ class Chunks:
                 f"samples to one shape, use batches of a multiple of {group} samples, or group=1."
             )
         if seen < samples:
-            warn(f"{message}; the {used // group} rows that they make are used, and N is that number.")
+            made = "they" if mean else f"the {used // group} rows that they make, which are N,"
+            warn(f"{message}; {made} are used.")
 
     def bytes_saved(self, objective: Objective, row: Batch) -> int:
         """What the forward pass of a row saves for the backward one, beside the weights."""

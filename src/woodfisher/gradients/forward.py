@@ -451,7 +451,8 @@ def explained(batch: Batch) -> Iterator[None]:
     except Exception as error:
         raise WoodfisherError(
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
-            "Batches are (inputs, targets) with loss(outputs, targets), or dicts for a model that returns .loss."
+            "Batches are (inputs, targets) with loss(outputs, targets), where a tuple or dict of inputs is unpacked "
+            "into the model's arguments, or dicts for a model that returns .loss."
         ) from error
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.overlap import check_apart
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def choose(
                 f"{name!r} is an embedding with sparse gradients, of which rows can't be made: make it with "
                 "sparse=False, or leave it out with exclude=."
             )
+    check_apart({name: p.data for name, p in model.named_parameters()}, chosen)
     if not chosen:
         raise WoodfisherError(
             "no weights are left to prune: name them with params=. "
@@ -166,6 +168,12 @@ def _matching(
         if not hits:
             raise WoodfisherError(
                 f"the pattern {pattern!r} matches no parameter. The model has {_listed(named)}."
+            )
+        if not any(id(p) in hits for p in named.values()):
+            name, p = next((name, p) for name, p in every.items() if id(p) in hits)
+            raise WoodfisherError(
+                f"the pattern {pattern!r} matches {name!r}, {str(p.dtype).removeprefix('torch.')} of shape "
+                f"{tuple(p.shape)}, and there is no real number in that to prune: leave it out."
             )
         matched |= hits
     return {name: p for name, p in named.items() if id(p) in matched}

@@ -196,7 +196,8 @@ class Signals:
             first = next(name for name in once if name not in found)
             warn(
                 f"gradients of samples taken together are not those of each alone, as for {first!r}: the model mixes "
-                "the samples of a batch, or uses the weight outside of its layer too. They are taken in a slower way."
+                "the samples of a batch, uses the weight outside of its layer too, or draws random numbers in "
+                "evaluation mode. They are taken in a slower way."
             )
         return {name: each.factors for name, each in found.items()}
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.overlap import check_apart
 from woodfisher.gradients.sharding import local, own_part, reshard
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ def write(objective: Objective, model: nn.Module) -> None:
     reshard(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     _check_architecture(objective, parameters, buffers)
+    check_apart({name: local(p.data) for name, p in parameters.items()}, objective.layout.shapes)
     values = {
         name: torch.where(kept, value, 0).to(parameters[name].dtype)
         for (name, value), kept in zip(

@@ -291,9 +291,12 @@ def _within(
                 "the metric is 0 before anything is removed, of which no share can be lost: see what it measures."
             )
 
+        values: list[float] = []
+
         def tried(pruned: Pruned) -> float:
             pruned.write(trial)
-            return measured()
+            values.append(measured())
+            return values[-1]
 
         def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
             with suppress(TooSparseError):
@@ -302,6 +305,12 @@ def _within(
 
         search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
         best, value = search(reached, counts, tried, least)
+        if len(values) > 1 and set(values) == {dense}:
+            raise WoodfisherError(
+                f"metric(model) is {dense:g} for the dense model and for all {len(values)} sparser ones, down to "
+                f"{values and best and best.report.sparsity:.2%}: it has to measure the model that it is called with, "
+                "a copy of the one to prune. The model is unchanged."
+            )
         if best is None and not counts:
             warn(
                 f"{now} of {selection.total} are left already, and sparser networks than {1 - LEAST_KEPT:.1%} are not "

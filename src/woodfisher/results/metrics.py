@@ -4,14 +4,20 @@ from __future__ import annotations
 
 
 def score(value: float, metric: str) -> str:
-    """The value of a metric of that name: to two decimals in per cent, and to four otherwise.
+    """The value of a metric of that name: to two decimals in per cent, and to four digits otherwise.
 
-    >>> score(98.881, "accuracy, %"), score(-0.05, "R²")
-    ('98.88', '−0.0500')
+    >>> score(98.881, "accuracy, %"), score(-0.05, "R²"), score(-0.0001234, "loss")
+    ('98.88', '−0.0500', '−0.0001234')
     """
-    return f"{value:.{decimals(metric)}f}".replace("-", "−")
+    digits = f"{value:.2f}" if "%" in metric else f"{value:#.4g}"
+    return digits.replace("-", "−")
 
 
-def decimals(metric: str) -> int:
-    """How many decimals a metric of that name has."""
-    return 2 if "%" in metric else 4
+def difference(value: float, metric: str) -> str:
+    """A difference between two values of such a metric, with its sign.
+
+    >>> difference(-0.9, "%"), difference(0.3, "%"), difference(0, "%"), difference(0.0012, "loss")
+    ('−0.90', '+0.30', '±0.00', '+0.001200')
+    """
+    size = score(abs(value), metric)
+    return ("±" if float(size) == 0 else "−" if value < 0 else "+") + size

@@ -79,7 +79,7 @@ class Task:
     Attributes
     ----------
     name:
-        What reports call it.
+        What messages call it.
     model:
         The trained network.
     train, validation, test:
@@ -91,7 +91,7 @@ class Task:
     metric:
         `metric(model, batches)`, larger is better; `accuracy` by default.
     metric_name:
-        How tables name the metric.
+        How tables name the metric: by default "accuracy, %" for `accuracy`, and a function of another name by that.
     augment:
         `augment(inputs)` of a training batch → inputs of the same shape, with randomness from torch's global
         generator; None for none. Only `train` uses it, and only on what the optimizer sees.
@@ -106,7 +106,7 @@ class Task:
     test: Iterable[Any]
     loss: Callable[[Any, Any], Tensor] | None
     metric: Callable[[nn.Module, Iterable[Any]], float] = accuracy
-    metric_name: str = "accuracy, %"
+    metric_name: str = ""
     augment: Callable[[Any], Any] | None = None
     earlier: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
@@ -115,6 +115,10 @@ class Task:
             raise WoodfisherError(
                 f"the model of the task {self.name} must be a torch.nn.Module; a {type(self.model).__name__} came."
             )
+
+        if not self.metric_name:
+            named = "accuracy, %" if self.metric is accuracy else getattr(self.metric, "__name__", "metric")
+            object.__setattr__(self, "metric_name", named)
 
     def evaluate(self, model: nn.Module) -> float:
         """Metric of `model` on the test data; raises unless it is a finite number."""

@@ -44,16 +44,6 @@ def change(value: float) -> str:
     return ("+" if value > 0 else "") + significant(value)
 
 
-def points(value: float, decimals: int) -> str:
-    """A difference to that many decimals, with its sign.
-
-    >>> points(-0.9, 2), points(0.3, 2), points(0, 2)
-    ('−0.90', '+0.30', '±0.00')
-    """
-    text = f"{abs(value):.{decimals}f}"
-    return ("±" if float(text) == 0 else _MINUS if value < 0 else "+") + text
-
-
 def per_cent(share: float, decimals: int = 1) -> str:
     """A share in per cent.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import decimals, score
+from woodfisher.results.metrics import difference, score
 from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.results.page.layers import flops_left, known_flops
-from woodfisher.results.page.numbers import amount, count, duration, fewer, per_cent, points
+from woodfisher.results.page.numbers import amount, count, duration, fewer, per_cent
 from woodfisher.results.page.parts import Card, Figure, Section, Table
 
 if TYPE_CHECKING:
@@ -21,23 +21,20 @@ def verdict(report: Pruning | Gradual) -> str:
     """What the metric did, in a sentence."""
     metric = report.pruned.metric
     value = score(metric, report.metric)
-    difference = metric - report.dense.metric
-    size = score(abs(difference), report.metric)
-    if float(size) == 0:
-        moved = f"stays at {value}"
-    else:
-        moved = f"{'rises' if difference > 0 else 'falls'} by {size} to {value}"
+    change = metric - report.dense.metric
+    size = score(abs(change), report.metric)
+    moved = "stays at" if float(size) == 0 else f"{'rises' if change > 0 else 'falls'} by {size} to"
     name = report.metric.partition(",")[0]
-    return f"With {count(report.kept)} of {count(report.size)} weights left, test {name} {moved}."
+    return f"With {count(report.kept)} of {count(report.size)} weights left, test {name} {moved} {value}."
 
 
 def metric_card(report: Task, metric: float, beside: str = "") -> Card:
     """The metric against the dense network's."""
-    difference = points(metric - report.dense.metric, decimals(report.metric))
+    change = difference(metric - report.dense.metric, report.metric)
     return Card(
         f"Test {report.metric}",
         score(metric, report.metric),
-        f"dense {score(report.dense.metric, report.metric)} ({difference}){beside}",
+        f"dense {score(report.dense.metric, report.metric)} ({change}){beside}",
     )
 
 
@@ -103,8 +100,8 @@ def trained_section(report: Gradual) -> Section:
 
 def _row(name: str, metric: float, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
     kept = sum(layer.kept for layer in layers)
-    difference = points(metric - report.dense.metric, decimals(report.metric))
-    return [name, score(metric, report.metric), difference, *_weights(report, kept, layers), took]
+    change = difference(metric - report.dense.metric, report.metric)
+    return [name, score(metric, report.metric), change, *_weights(report, kept, layers), took]
 
 
 def _weights(report: Pruning | Gradual, kept: int, layers: Sequence[Layer] | None) -> list[str]:

@@ -1,0 +1,74 @@
+"""Parameters that lie in the same memory, of which torch knows nothing: writing one would change another."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from woodfisher.errors import WoodfisherError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+
+def check_apart(parameters: Mapping[str, Tensor], chosen: Collection[str]) -> None:
+    """Raise where an entry of a parameter in `chosen` is also another one of it, or one of another parameter.
+
+    Such parameters are not tied: a gradient goes to each, as if the others did not move with it.
+    """
+    stored: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        if type(parameter) in (Tensor, nn.Parameter) and parameter.numel():
+            stored[parameter.untyped_storage().data_ptr()].append((name, parameter))
+    stored.pop(0, None)  # without memory, as on the device meta
+    for there in stored.values():
+        for name, parameter in there:
+            if name in chosen and _covers_itself(parameter):
+                raise WoodfisherError(
+                    f"several entries of {name!r} are one number in memory (expand makes such tensors), so that they "
+                    "can't be pruned one by one: give it memory of its own with p.data = p.data.clone()."
+                )
+        for (one, a), (other, b) in combinations(there, 2):
+            if (one in chosen or other in chosen) and _overlap(a, b):
+                raise WoodfisherError(
+                    f"{one!r} and {other!r} are two parameters in the same memory, so that to change one changes the "
+                    "other: assign one parameter to both modules (b.weight = a.weight), which ties them, or give each "
+                    "memory of its own with p.data = p.data.clone()."
+                )
+
+
+def _covers_itself(tensor: Tensor) -> bool:
+    """Whether steps along its dimensions come to the same place."""
+    reach = 0
+    for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and step <= reach:
+            return True
+        reach += step * (size - 1)
+    return False
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors in one piece of memory have places in common; of two dtypes they count as if."""
+    first, second = _bytes(a), _bytes(b)
+    if first.stop <= second.start or second.stop <= first.start:
+        return False
+    return a.dtype != b.dtype or bool(torch.isin(_places(a), _places(b)).any())
+
+
+def _bytes(tensor: Tensor) -> range:
+    start = tensor.storage_offset() * tensor.itemsize
+    return range(start, start + _reach(tensor) * tensor.itemsize)
+
+
+def _places(tensor: Tensor) -> Tensor:
+    """Where its entries are, counted from the beginning of the piece."""
+    return torch.arange(_reach(tensor)).as_strided(tensor.shape, tensor.stride()) + tensor.storage_offset()
+
+
+def _reach(tensor: Tensor) -> int:
+    """Entries from its first to its last one."""
+    return 1 + sum(step * (size - 1) for step, size in zip(tensor.stride(), tensor.shape, strict=True))
