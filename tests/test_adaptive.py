@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+import warnings
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,14 +18,15 @@ from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, Tens
 
 import woodfisher as wf
 from models import ConvNet, mlp, samples
-from woodfisher.curvature.damping import _GRID, held_out_damping
+from woodfisher.curvature.damping import _GRID, held_out_damping, positive_scale
+from woodfisher.curvature.lowrank import roundoff
 from woodfisher.curvature.running import RunningFisher, ShrunkFisher
 from woodfisher.gradients.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.memory import parse_bytes
 from woodfisher.pruning.adaptive import adaptive_run
 from woodfisher.pruning.averages import MeanPlace
 from woodfisher.pruning.method import METHODS
-from woodfisher.pruning.run import AdaptiveRun, _shares
+from woodfisher.pruning.run import AdaptiveRun, _shares, floor_of
 from woodfisher.pruning.schedule import through, with_rests
 from woodfisher.pruning.window import Course, window_for
 from woodfisher.surgeon.selection import survivors
@@ -61,7 +63,7 @@ def adaptive(objective, method, held_out, stream, first_order):
     method = replace(method, first_order=first_order)
     (course,) = window_for(objective, method, 120, reads_once=stream.reads_once).courses
     loss = objective.on(held_out).mean_loss()
-    return AdaptiveRun(objective, method, method.selection(objective), course, held_out, stream, loss)
+    return AdaptiveRun(objective, method, method.selection(objective), course, held_out, stream, loss, 0.0)
 
 
 def weights_of(model):
@@ -96,7 +98,8 @@ def test_the_running_fisher_is_that_of_the_last_rows(pieces, at_once, window, se
         torch.testing.assert_close(finv.diag(), F.inverse().diagonal(), rtol=1e-4, atol=1e-4)
         v = torch.randn(G.shape[1], dtype=torch.float64)
         torch.testing.assert_close(now.pull(v), (F @ v) - damping * v, rtol=1e-4, atol=1e-4)
-        assert now.scale == pytest.approx(float(F.diagonal().mean()) - damping, rel=1e-4)
+        scale = positive_scale(now.gram.diagonal(), now.size, now.group)
+        assert scale == pytest.approx(float(F.diagonal().mean()) - damping, rel=1e-4)
 
 
 def test_restricting_twice_is_restricting_once():
@@ -844,7 +847,8 @@ def test_with_the_gradient_damping_stays_within_its_bound_where_weights_stay(mon
     run = after_a_stage()
 
     def relative() -> float:
-        return run._damping.now(run.fisher) / run.fisher.scale
+        fisher = run.fisher
+        return run._damping.now(fisher) / positive_scale(fisher.gram.diagonal(), fisher.size, fisher.group)
 
     most = 27 * relative()
     monkeypatch.setattr(
@@ -929,3 +933,76 @@ def test_sparsities_and_stages_may_be_numpys():
     assert int((weights_of(wrapped) != 0).sum()) == point.report.kept == 18
     curvature = wf.WoodFisher(20, 6, 1e-2)
     assert wf.prune(mlp(), batches(), cross_entropy, 0.5, curvature=curvature, stages=np.int64(2)).kept == 18
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+def test_what_a_loss_is_counted_from_makes_no_difference_below_zero(first_order):
+    results = []
+    for shift in (0.0, -1.0, -64.0):
+        model = trained()
+        wf.prune(
+            model,
+            batches(),
+            lambda outputs, targets, shift=shift: (
+                cross_entropy(outputs.double(), targets, reduction="none") + shift
+            ),
+            0.75,
+            stages=QUICK,
+            first_order=first_order,
+            curvature=replace(METHOD.curvature, samples=200),
+        )
+        results.append(weights_of(model))
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=1e-3, atol=1e-4)
+
+
+def test_losses_are_counted_from_the_smallest_of_a_sample_where_there_are_negative_ones():
+    def at(values):
+        values = torch.tensor(values)
+        data = [(torch.zeros(2, 1), part) for part in values.split(2)]
+        objective = wf.Objective(
+            torch.nn.Linear(1, 1), data, lambda outputs, targets: 0 * outputs[:, 0] + targets
+        )
+        return floor_of(objective, float(values.mean()))
+
+    assert at([3.0, 1.0, 2.0, 4.0]) == 0.0
+    assert at([3.0, -1.0, -2.0, 4.0]) == -2.0
+    assert at([-3.0, -3.0]) == -6.0
+
+
+def test_products_that_overflow_end_a_run_of_few_rows():
+    """However large the damping, which nobody chose, the Gram matrix stays infinite."""
+    model, data = mlp(), [samples(5)]
+    before = weights_of(model)
+    with pytest.raises(
+        wf.WoodfisherError, match="holds NaN or infinity: gradients are not finite, or their products"
+    ):
+        wf.prune(model, data, lambda o, t: 1e20 * cross_entropy(o, t), 0.5)
+    assert torch.equal(weights_of(model), before)
+
+
+def test_a_relative_damping_of_no_curvature_is_warned_of():
+    with pytest.warns(wf.WoodfisherWarning, match="every gradient row is zero"):
+        wf.prune(
+            mlp(),
+            batches(),
+            lambda outputs, targets: 0 * outputs.sum(1),
+            0.5,
+            stages=QUICK,
+            curvature=replace(METHOD.curvature, damping=wf.Relative(1)),
+        )
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_products_of_fewer_digits_are_told(setting):
+    torch.set_float32_matmul_precision(setting)
+    try:
+        lowered = roundoff(torch.device("cpu")) > torch.finfo(torch.float32).eps
+        assert lowered == (setting == "medium")
+        assert roundoff(torch.device("cuda")) == 2.0**-10
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            RunningFisher(3, 2, 1, dtype=torch.float32, device=torch.device("cpu"))
+        assert [("fewer digits" in str(each.message)) for each in told] == [True] * lowered
+    finally:
+        torch.set_float32_matmul_precision("highest")

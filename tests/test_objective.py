@@ -613,6 +613,82 @@ def test_tied_weights_answer_to_all_their_names():
         assert list(wf.Objective(Tied(), [], params=pattern).layout.shapes) == ["first.weight"]
 
 
+def test_weights_that_layers_share_with_embeddings_stay_dense_unless_they_are_named():
+    model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7))
+    model[2].weight = model[0].weight
+    with pytest.warns(wf.WoodfisherWarning, match=r"share with embeddings are left dense \(0.weight\)"):
+        assert list(wf.Objective(model, [], cross_entropy).layout.shapes) == ["1.weight"]
+    assert list(wf.Objective(model, [], params="2.weight").layout.shapes) == ["0.weight"]
+    assert list(wf.Objective(nn.Sequential(model[0], model[2]), []).layout.shapes) == ["0.weight"]
+
+
+def in_one_memory(first, second):
+    model = mlp()
+    model[0].weight.data, model[2].weight.data = first, second
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            lambda t: t[:24].view(4, 6),
+            lambda t: t[23:35].view(3, 4),
+            "'0.weight' and '2.weight' are two parameters in",
+        ),
+        (lambda t: t[:24].view(4, 6), lambda t: t[8:20].view(4, 3).T, "two parameters in the same memory"),
+        (
+            lambda t: t[:24].view(torch.float64).view(2, 6),
+            lambda t: t[20:32].view(3, 4),
+            "two parameters in the same",
+        ),
+        (
+            lambda t: t[:6].expand(4, 6),
+            lambda t: t[24:36].view(3, 4),
+            "several entries of '0.weight' are one number",
+        ),
+        (
+            lambda t: t.as_strided((4, 6), (4, 1)),
+            lambda t: t[28:40].view(3, 4),
+            "several entries of '0.weight'",
+        ),
+    ],
+)
+def test_weights_in_one_memory_are_refused(first, second, message):
+    memory = torch.randn(40)
+    model = in_one_memory(first(memory), second(memory))
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.Objective(model, [])
+    with pytest.raises(wf.WoodfisherError, match=f"{message}|no parameter '0.weight' of shape"):
+        wf.Objective(mlp(), []).write(model)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda t: t[:24].view(4, 6), lambda t: t[24:36].view(3, 4)),
+        (lambda t: t[:24].view(6, 4).T, lambda t: t[24:36].view(4, 3).T),
+        (lambda t: t.view(4, 10)[:, :6], lambda t: t.view(4, 10)[:, 6:9].T),
+    ],
+)
+def test_weights_may_be_parts_of_one_buffer(first, second):
+    memory = torch.randn(40)
+    model = in_one_memory(first(memory), second(memory))
+    report = wf.prune(model, None, sparsity=0.5, criterion="magnitude")
+    assert report.kept == sum(int(p.count_nonzero()) for p in (model[0].weight, model[2].weight)) == 18
+
+
+def test_names_of_what_is_no_real_number_are_refused():
+    model = mlp()
+    model.phase, model.none = (
+        nn.Parameter(torch.ones(3, dtype=torch.complex64)),
+        nn.Parameter(torch.ones(0, 2)),
+    )
+    for name, what in (("phase", r"complex64 of shape \(3,\)"), ("none", r"float32 of shape \(0, 2\)")):
+        with pytest.raises(wf.WoodfisherError, match=f"'{name}' matches '{name}', {what}"):
+            wf.Objective(model, [], params=["0.weight", name])
+
+
 def test_a_loss_that_sums_is_warned_of_where_it_matters():
     def total(outputs, targets):
         return cross_entropy(outputs, targets, reduction="sum")

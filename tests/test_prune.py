@@ -348,3 +348,43 @@ def test_a_drop_of_a_network_that_is_sparser_than_the_search_goes_says_so():
     wf.prune(model, None, sparsity=0.997, criterion="magnitude")
     with pytest.warns(wf.WoodfisherWarning, match="5 of 1600 are left already"):
         wf.prune(model, None, max_drop=0.5, metric=lambda _: 1.0, criterion="magnitude")
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "woodfisher"])
+def test_a_metric_that_never_changes_is_refused(criterion):
+    model = mlp()
+    before = weights_of(model)
+    data = [samples(12), samples(12)]
+    with pytest.raises(wf.WoodfisherError, match="has to measure the model that it is called with"):
+        wf.prune(
+            model,
+            data,
+            cross_entropy,
+            max_drop=0.1,
+            metric=lambda _: float(weights_of(model).sum()),
+            criterion=criterion,
+            **(
+                {"stages": wf.Adaptive(stages=2), "curvature": wf.WoodFisher(16, None, "auto")}
+                if criterion == "woodfisher"
+                else {}
+            ),
+        )
+    assert torch.equal(weights_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("criterion", "message"),
+    [("magnitude", "what '2' computes of '2.parametrizations"), ("woodfisher-block", "the loss is nan")],
+)
+def test_a_network_that_gives_nan_is_not_written(criterion, message):
+    """A row of zeros has no direction for weight_norm."""
+    model, (x, y) = mlp(), samples(12)
+    torch.nn.utils.parametrizations.weight_norm(model[2])
+    before, outputs = copy.deepcopy(model.state_dict()), model(x)
+    name = "2.parametrizations.weight.original1"
+    parts = {} if criterion == "magnitude" else {"curvature": wf.WoodFisher(**SMALL), "stages": 1}
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.prune(model, [(x, y)], cross_entropy, 0.8, params=name, criterion=criterion, **parts)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    wf.prune(model, [(x, y)], cross_entropy, 0.1, params=name, criterion=criterion, **parts)
+    assert not torch.equal(model(x), outputs)

@@ -729,6 +729,18 @@ def test_mlpnet_mnist_accuracy(data_root):
     assert targets.bincount().tolist() == [500] * 10
 
 
+def test_a_metric_goes_by_its_own_name():
+    def r_squared(model, batches):
+        return 1.0
+
+    def named(*given, **parts):
+        return Task("plain", torch.nn.Linear(1, 1), [], [], [], None, *given, **parts).metric_name
+
+    assert named() == named(accuracy) == "accuracy, %"
+    assert named(r_squared) == "r_squared"
+    assert named(r_squared, metric_name="R²") == "R²"
+
+
 def test_accuracy_leaves_out_what_is_ignored_and_refuses_what_it_does_not_know():
     x, y = torch.eye(3).repeat(2, 1, 1), torch.tensor([[0, -100, 2], [-100, 1, 0]])
     assert accuracy(_Same(), [(x, y)]) == 75.0

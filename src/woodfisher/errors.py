@@ -18,6 +18,10 @@ class TooSparseError(WoodfisherError):
     """A sparsity leaves less than the floor of the layers keeps, or than the smallest group has."""
 
 
+class IndefiniteError(WoodfisherError):
+    """A matrix is not positive definite."""
+
+
 class NoFactorsError(WoodfisherError):
     """Rows of a layer have no factor form."""
 

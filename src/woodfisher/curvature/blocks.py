@@ -161,5 +161,5 @@ def _factored(gram: Tensor, shift: float, scratch: Scratch) -> tuple[Tensor, Ten
     factor = scratch("L", gram.shape, gram.dtype).mT
     torch.linalg.cholesky_ex(gram, out=(factor, info))
     inverse = triangular_inverse(factor, scratch("the inverse of L", gram.shape, gram.dtype))
-    rounding = roundoff(gram) * (column_energies(inverse, scratch) * energies).sum(1)
+    rounding = roundoff(gram.device) * (column_energies(inverse, scratch) * energies).sum(1)
     return inverse, torch.where(info == 0, rounding, torch.nan)

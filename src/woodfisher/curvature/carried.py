@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping
-from woodfisher.errors import WoodfisherError
+from woodfisher.curvature.damping import LEAST_ROWS, Relative, held_out_damping, positive_scale
+from woodfisher.errors import IndefiniteError
 
 if TYPE_CHECKING:
     from woodfisher.curvature.base import InverseOperator
@@ -78,7 +78,7 @@ class CarriedDamping:
         while True:
             try:
                 return fisher.inverse(damping), damping
-            except WoodfisherError:
+            except IndefiniteError:
                 if self._given != "auto":
                     raise
             damping *= _FACTOR
@@ -97,5 +97,5 @@ class CarriedDamping:
 
 
 def _scale(fisher: RunningFisher) -> float:
-    """The mean curvature; 1 where there is none."""
-    return fisher.scale or 1.0
+    """The mean curvature; 1 where there is none, of which a warning tells."""
+    return positive_scale(fisher.gram.diagonal(), fisher.size, fisher.group)

@@ -64,7 +64,7 @@ def resolve(damping: Damping, rows: Rows, group: int, ranks: Ranks = ALONE) -> f
     size = sum(ranks.gather(rows.size))
     if damping == "auto":
         return held_out_damping(ranks.sum(rows.gram()), size, group)
-    return damping.factor * _positive_scale(ranks.sum(rows.energies()), size, group)
+    return damping.factor * positive_scale(ranks.sum(rows.energies()), size, group)
 
 
 def held_out_damping(gram: Tensor, size: int, group: int) -> float:
@@ -96,7 +96,7 @@ def held_out_damping(gram: Tensor, size: int, group: int) -> float:
             "inner products of the gradient rows overflow: the gradients are too large for float32. Divide the loss "
             "by what brings them near 1, or convert model and data to float64."
         )
-    scale = _positive_scale(gram.diagonal(), size, group)
+    scale = positive_scale(gram.diagonal(), size, group)
     out = torch.arange(len(gram), device=gram.device) % 5 == 4
     n, d, m = int((~out).sum()) / group, size, group
     e, U = torch.linalg.eigh(gram[~out][:, ~out])
@@ -113,7 +113,7 @@ def held_out_damping(gram: Tensor, size: int, group: int) -> float:
     return min((factor * scale for factor in _GRID), key=surprise)
 
 
-def _positive_scale(energies: Tensor, size: int, group: int) -> float:
+def positive_scale(energies: Tensor, size: int, group: int) -> float:
     """Mean diagonal entry of F without damping, from the rows' squared norms `(N,)`; 1 where all are zero."""
     scale = float(energies.mean()) * group / size
     if scale == 0:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from woodfisher.curvature.base import InverseOperator, spans
 from woodfisher.curvature.rows import Rows, as_rows, block_rows
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import IndefiniteError, WoodfisherError
 
 _LEAF = 64
 
@@ -18,9 +18,12 @@ def cholesky(matrix: Tensor, what: str) -> Tensor:
     failed = info.nonzero()
     if len(failed):
         if not matrix[failed[0, 0]].isfinite().all():
-            raise WoodfisherError(f"{what} holds NaN or infinity: see that the gradient rows are finite.")
+            raise WoodfisherError(
+                f"{what} holds NaN or infinity: gradients are not finite, or their products are not. Divide the loss "
+                "by what brings them near 1."
+            )
         smallest = float(torch.linalg.eigvalsh(matrix[failed[0, 0]])[0])
-        raise WoodfisherError(
+        raise IndefiniteError(
             f"{what} is not positive definite: its smallest eigenvalue, damping included, is {smallest:.3g} "
             f"({len(failed)} of {len(matrix)} blocks fail). Raise the damping by more than {abs(smallest):.3g}."
         )

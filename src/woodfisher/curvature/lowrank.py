@@ -37,14 +37,22 @@ def unexplained(lower: Tensor, G: Tensor, x: Tensor, scratch: Scratch) -> Tensor
 
 def uncertainty(G: Tensor, x: Tensor) -> Tensor:
     """How far rounding of float32 products may move that: about 2u√x_i."""
-    return x.sqrt() * roundoff(G)
+    return x.sqrt() * roundoff(G.device)
 
 
-def roundoff(product: Tensor) -> float:
-    """2u of a float32 product where it is computed: TensorFloat-32 has ten bits behind the leading one."""
-    if product.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32:
-        return 2.0**-10
-    return torch.finfo(torch.float32).eps
+def roundoff(device: torch.device) -> float:
+    """2u of a float32 product as torch is set: TF32 has ten bits behind the leading one, and bfloat16 seven."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):  # torch 2.9
+        multiplied = backend.matmul.fp32_precision
+    else:
+        setting = torch.get_float32_matmul_precision()
+        multiplied = {"highest": "ieee", "high": "tf32"}.get(
+            setting, "tf32" if device.type == "cuda" else "bf16"
+        )
+    if device.type == "cpu" and multiplied == "tf32":  # which processors don't have
+        multiplied = "ieee"
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(multiplied, torch.finfo(torch.float32).eps)
 
 
 class LowRankInverse(InverseOperator):

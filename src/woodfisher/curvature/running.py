@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.lowrank import LowRankInverse
+from woodfisher.curvature.lowrank import LowRankInverse, roundoff
 from woodfisher.curvature.prior import PriorInverse
 from woodfisher.memory import new_matrix
 from woodfisher.triangles import full_gram
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +40,11 @@ class RunningFisher:
     def __init__(
         self, size: int, window: int, group: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
+        if roundoff(device) > torch.finfo(torch.float32).eps:
+            warn(
+                "torch is set to multiply float32 matrices with fewer digits (TF32 or bfloat16), gradient rows too: "
+                "torch.set_float32_matmul_precision('highest') keeps them all."
+            )
         self.group = group
         self._store = new_matrix(window, size, dtype, device)
         self._gram = torch.zeros(window, window, dtype=torch.float64, device=device)
@@ -68,12 +74,6 @@ class RunningFisher:
     def divisor(self) -> float:
         """N = N/m."""
         return self._filled / self.group
-
-    @property
-    def scale(self) -> float:
-        """Mean diagonal entry of F without damping: what a relative damping is relative to."""
-        trace = self.gram.diagonal().sum()
-        return float(trace) / (self.divisor * self.size)
 
     def add(self, *parts: Tensor) -> None:
         """Take in new rows `(r, d)`, in parts, in the place of the oldest; of more than the window the last ones."""

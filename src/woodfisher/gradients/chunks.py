@@ -87,7 +87,7 @@ class Chunks:
                 f"samples to one shape, use batches of a multiple of {group} samples, or group=1."
             )
         if seen < samples:
-            made = "they" if mean else f"the {used // group} rows that they make, which are N,"
+            made = "they" if mean else f"the {used // group} rows that they make"
             warn(f"{message}; {made} are used.")
 
     def bytes_saved(self, objective: Objective, row: Batch) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -184,6 +185,13 @@ class Forward:
         if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
             return self.loss.reduction == "mean"
         return self.loss is None or self.loss in _OF_CLASSES
+
+    def least_loss(self, state: State, batch: Batch) -> float:
+        """The smallest loss of a sample of a batch; the mean of all where the model computes its own loss."""
+        check_form(self.loss, batch)
+        if self.loss is None:
+            return float(self.mean_loss(state, batch))
+        return float(self._losses(self.outputs(state.copied(), batch), batch, 1).nan_to_num(math.inf).min())
 
     def sum_of_losses(self, state: State, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.

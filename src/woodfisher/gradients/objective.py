@@ -312,6 +312,12 @@ class Objective:
             raise WoodfisherError("the mean loss of no samples was asked for: the data holds no batch.")
         return sum(self.ranks.gather(total)) / count if count else math.nan
 
+    def least_loss(self) -> float:
+        """The smallest loss of a sample of the data; of a batch, where the model computes its own loss."""
+        with isolated(self.model), torch.no_grad():
+            chunks = (self.on_device(chunk) for chunk in rechunk(self.data, FORWARD_BATCH, 1))
+            return min((self.forward.least_loss(self.state(), chunk) for chunk in chunks), default=math.inf)
+
     def flops(self) -> Tensor:
         """FLOPs that each weight takes part in for one sample, int64 `(d,)`: two at each place where it is used.
 

@@ -67,7 +67,7 @@ def _bytes(tensor: Tensor) -> range:
 def _places(tensor: Tensor) -> Tensor:
     """Where its entries are, counted from the beginning of the piece."""
     counted = torch.arange(_reach(tensor)).as_strided(tensor.shape, tensor.stride())
-    return counted.add(tensor.storage_offset())
+    return counted.flatten().add(tensor.storage_offset())
 
 
 def _reach(tensor: Tensor) -> int:

@@ -57,8 +57,8 @@ def choose(
     """Choose parameters by name, tied ones once.
 
     Without `params` these are the weights of Linear (and transformers' Conv1D) and convolution layers, but for frozen
-    ones where others are not, and for parametrized ones; patterns are those of a shell, and match the name of a
-    parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
+    ones and those of embeddings where there are others, and for parametrized ones; patterns are those of a shell, and
+    match the name of a parameter or of a module that holds it; `:first` and `:last` are the ends of the network.
     """
     lazy = next((name for name, p in model.named_parameters() if is_lazy(p)), None)
     if lazy is not None:
@@ -112,8 +112,12 @@ def _computes_weight(module: nn.Module) -> bool:
 
 
 def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-    """What is chosen where nobody says: `_layer_weights` but for frozen ones where others are not."""
+    """What is chosen where nobody says: `_layer_weights` but for frozen ones and embeddings where there are others."""
     weights = _layer_weights(model, named)
+    shared = _matrices(model, weights, lambda module: isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+    if len(shared) < len(weights):
+        _warn_of_dense("that layers share with embeddings are", list(shared))
+        weights = {name: p for name, p in weights.items() if name not in shared}
     computed = [
         name for name, module in model.named_modules() if _is_layer(module) and _computes_weight(module)
     ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.overlap import check_apart
 from woodfisher.gradients.sharding import local, own_part, reshard
 
@@ -36,12 +39,30 @@ def write(objective: Objective, model: nn.Module) -> None:
                 f"the new weights of {name!r} are not finite in {value.dtype}; the model is unchanged. "
                 "Raise the damping, or prune in more stages."
             )
+    _check_computed(objective)
     with torch.no_grad():
         for name, value in values.items():
             local(parameters[name]).copy_(own_part(value, parameters[name]))
         for name, buffer in buffers.items():
             if objective.buffers[name] is not buffer:
                 buffer.copy_(objective.buffers[name])
+
+
+def _check_computed(objective: Objective) -> None:
+    """Raise where what a module computes of chosen weights is not finite, as weight_norm's of a row of zeros is not."""
+    for name in objective.layout.shapes:
+        module, _, tensor = name.partition(".parametrizations.")
+        if not tensor:
+            continue
+        holds = attrgetter(tensor.partition(".")[0])
+        read = partial(holds, objective.model.get_submodule(module))
+        with torch.no_grad(), isolated(objective.model):
+            made = objective.forward.at(objective.state().copied(), read)
+        if not made.isfinite().all():
+            raise WoodfisherError(
+                f"what {module!r} computes of {name!r} is not finite at the new weights, as where weight_norm is left "
+                "a row of zeros; the model is unchanged. Ask for a lower sparsity, or remove the parametrization first."
+            )
 
 
 def _check_architecture(

@@ -14,7 +14,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import FORWARD_BATCH, Stream, rechunk
 from woodfisher.gradients.normalisation import recalibrated
 from woodfisher.pruning.report import Stage
-from woodfisher.pruning.run import AdaptiveRun, Passed, loss_on
+from woodfisher.pruning.run import AdaptiveRun, Passed, floor_of, loss_on
 from woodfisher.pruning.window import known_samples, window_for
 
 if TYPE_CHECKING:
@@ -101,10 +101,11 @@ def adaptive_run(
             f"the mean loss of the model as it came is {dense} on held-out samples: check the loss, the data and the "
             "weights."
         )
+    floor = floor_of(objective.on(held_out), began)
     streams = [stream, *(stream.fork() for _ in window.courses[1:])]
     bounded = objective.within(window.chunk)
     runs = [
-        AdaptiveRun(bounded, method, selection, course, held_out, each, began)
+        AdaptiveRun(bounded, method, selection, course, held_out, each, began, floor)
         for each, course in zip(streams, window.courses, strict=True)
     ]
     by_size = _by_magnitude(objective, targets, method, selection, held_out, stream, dense)

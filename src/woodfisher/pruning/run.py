@@ -121,8 +121,8 @@ class AdaptiveRun:
         Batches to check stages on.
     stream:
         Where samples for rows come from.
-    loss:
-        Where it starts, on the held-out samples.
+    loss, floor:
+        Where it starts, on the held-out samples, and what losses are counted from.
     """
 
     def __init__(
@@ -134,11 +134,12 @@ class AdaptiveRun:
         held_out: Sequence[Batch],
         stream: Stream,
         loss: float,
+        floor: float,
     ) -> None:
         self.objective, self.method, self.selection = objective, method, selection
         self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
         self.course, self.stream, self.first_order = course, stream, course.first_order
-        self._held_out, self.loss, self._first_loss = held_out, loss, loss
+        self._held_out, self.loss, self._first_loss, self._floor = held_out, loss, loss, floor
         self.weights = objective.weights[objective.kept].double()
         self.fisher = self._no_rows()
         self.gradient = MeanGradient(self.weights, self.options.momentum)
@@ -165,7 +166,7 @@ class AdaptiveRun:
         path = self._path(targets, self.course.stages, warming)
         done: list[Stage] = []
         planned, added, to_come = len(path), 0, self.course.all_rows
-        patience = _Patience(_FALL * self._first_loss)
+        patience = _Patience(_FALL * (self._first_loss - self._floor))
         trusted = self._left
         while path:
             passed = planned - len(path)
@@ -341,7 +342,7 @@ class AdaptiveRun:
 
         tried = [candidate(choice) for choice in self._damping.choices(ranking.damping, self.fisher)]
         best = min(tried, key=lambda c: c.loss)
-        if not best.loss <= _TOLERANCE * self.loss:
+        if not best.loss - self._floor <= _TOLERANCE * (self.loss - self._floor):
             larger = self._damping.larger(ranking.damping, self.fisher)
             plain = _Candidate(start, self._loss_at(start, keep), larger, moved=False)
             best = min(best, plain, key=lambda c: c.loss)
@@ -373,7 +374,7 @@ class AdaptiveRun:
     @property
     def _yardstick(self) -> float:
         """The loss that rises are held against: the present one, or the first where that is larger."""
-        return max(self.loss, self._first_loss)
+        return max(self.loss, self._first_loss) - self._floor
 
     @property
     def _rise(self) -> float:
@@ -464,3 +465,13 @@ def loss_on(held_out: Sequence[Batch], objective: Objective, *, rounded: bool = 
     """The mean loss on held-out samples, `rounded` in the precision of gradients."""
     with phase("check"):
         return objective.on(held_out).mean_loss(rounded=rounded)
+
+
+def floor_of(objective: Objective, loss: float) -> float:
+    """What a loss is counted from: 0, or the smallest loss of a sample where there are negative ones.
+
+    Where no sample's is below the mean `loss`, as far as is known, the mean may fall as far again.
+    """
+    with phase("check"):
+        least = min(objective.least_loss(), 0.0)
+    return least if least < loss else loss - abs(loss)

@@ -113,7 +113,13 @@ def _stage(
     measured = math.nan
     if estimated:
         with phase("measuring"):
-            measured = after.mean_loss() - objective.mean_loss()
+            before, loss = objective.mean_loss(), after.mean_loss()
+        if math.isfinite(before) and not math.isfinite(loss):
+            raise WoodfisherError(
+                f"at {int(after.kept.sum())} weights the loss is {loss} on the samples of the rows; the model is "
+                "unchanged. Ask for a lower sparsity, or raise the damping."
+            )
+        measured = loss - before
     return after, Stage(
         sparsity=1 - int(after.kept.sum()) / objective.layout.size,
         predicted=_finite(predicted),
