@@ -317,7 +317,12 @@ def test_models_with_masks_of_torch_are_copied():
     model = mlp()
     prune.l1_unstructured(model[0], "weight", 0.3)
     report = wf.prune(
-        model, [samples(20)], cross_entropy, max_drop=0.5, metric=lambda _: 1.0, criterion="magnitude"
+        model,
+        [samples(20)],
+        cross_entropy,
+        max_drop=0.5,
+        metric=lambda m: 1 + 1e-3 * float((m[2].weight == 0).sum()),
+        criterion="magnitude",
     )
     assert report.sparsity > 0.3
     assert wf.cost_of(model, samples(2)[0]).flops > 0
@@ -325,7 +330,10 @@ def test_models_with_masks_of_torch_are_copied():
 
 @pytest.mark.parametrize(
     ("metric", "says"),
-    [(lambda _: 0.0, "0 before"), (lambda m: 1 + int((m[0].weight == 0).sum()), "negative of")],
+    [
+        (lambda m: -int((m[0].weight == 0).sum()), "0 before"),
+        (lambda m: 1 + int((m[0].weight == 0).sum()), "negative of"),
+    ],
 )
 def test_metrics_that_a_drop_makes_no_sense_of_are_told(metric, says):
     with pytest.warns(wf.WoodfisherWarning, match=says):
