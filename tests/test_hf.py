@@ -287,6 +287,24 @@ def test_onnx_of_a_pruned_bert(tmp_path):
     assert wf.export.difference(logits, [model(**one).logits]) < 1e-5
 
 
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def test_models_that_return_a_cache_are_traced_without(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch_pruning")
+    model, inputs = gpt2(), {"input_ids": sentences()["input_ids"]}
+    wf.export.to_onnx(model, inputs, tmp_path / "gpt2.onnx")
+    logits = wf.export.OnnxModel(tmp_path / "gpt2.onnx")(inputs)
+    assert wf.export.difference(logits, [model(**inputs).logits]) < 1e-5
+    assert model.config.use_cache
+    with pytest.raises(wf.WoodfisherError, match="no channel of the model can be cut out"):
+        wf.Channels.of(model, inputs)
+
+
 def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, "woodfisher.integrations.hf")

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.flops import counting_flops
 from woodfisher.gradients.forward import called, outputs_of
-from woodfisher.gradients.isolation import copied
+from woodfisher.gradients.isolation import copied, without_cache
 from woodfisher.gradients.parameters import inputs_first, unwrapped
 from woodfisher.surgeon.patterns import part_of
 from woodfisher.watch import warn
@@ -184,7 +184,7 @@ class _Traced:
             parameter.requires_grad_(parameter.is_floating_point())  # autograd's graph is what is traced
         self._graph = pruning.DependencyGraph()
         try:
-            with warnings.catch_warnings(), torch.enable_grad():
+            with warnings.catch_warnings(), torch.enable_grad(), without_cache(self.model):
                 warnings.simplefilter("ignore")
                 self._graph.build_dependency(self.model, example_inputs, forward_fn=_traceable, verbose=False)
         except WoodfisherError:
