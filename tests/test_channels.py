@@ -82,6 +82,24 @@ class Encoder(nn.Module):
         return self.fc(self.layer(x).mean(1))
 
 
+class Rotary(nn.Module):
+    """Attention whose queries and keys are turned by their places, and two layers after it."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.wide, self.fc = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        places = torch.arange(x.shape[1])[:, None] / torch.arange(1, 9)
+        q, k = (f(x) for f in (self.query, self.key))
+        q, k = (
+            each * places.cos() + torch.cat([-each[..., 4:], each[..., :4]], -1) * places.sin()
+            for each in (q, k)
+        )
+        return self.fc(torch.relu(self.wide(torch.softmax(q @ k.mT, -1) @ x))).mean(1)
+
+
 def trained(make):
     """A model whose norms and biases are as after training: neither at zero nor alike."""
     torch.manual_seed(0)
@@ -156,6 +174,14 @@ MODELS = [
         [[0, 7]],
         {"first.weight": (6, 6), "both.weight": (8, 6), "last.weight": (3, 4)},
         id="gated",
+    ),
+    pytest.param(
+        Rotary,
+        (4, 8),
+        (("wide.weight", "wide.bias"),),
+        [[1, 4]],
+        {"query.weight": (8, 8), "key.weight": (8, 8), "wide.weight": (4, 8), "fc.weight": (3, 4)},
+        id="rotary",
     ),
     pytest.param(
         Encoder,

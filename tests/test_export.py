@@ -584,6 +584,26 @@ def test_layers_that_are_called_by_keyword_can_be_sparse():
     torch.testing.assert_close(to_sparse(model, ["layer"])(x), model(x))
 
 
+class Converting(nn.Module):
+    """Takes its inputs in the dtype of its layers' weights, as T5 and ViT do."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(4, 2, bias=False)
+
+    def forward(self, x):
+        x = self.conv(x.to(self.conv.weight.device, self.conv.weight.dtype)).mean((2, 3))
+        return self.fc(x.to(self.fc.weight.dtype))
+
+
+def test_the_dtype_of_a_sparse_layer_can_be_read():
+    model = prune_(Converting()).double()
+    sparse = to_sparse(model, ["conv", "fc"])
+    torch.testing.assert_close(sparse(IMAGES), model(IMAGES))
+    assert sparse.fc.weight.shape == model.fc.weight.shape
+    assert sparse.fc.state_dict().keys() == {"crow_indices", "col_indices", "values"}
+
+
 def test_layers_that_cannot_be_sparse_here_are_refused():
     encoder = prune_(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), params=["linear*.weight"])
     with pytest.raises(wf.WoodfisherError, match="belongs to a TransformerEncoderLayer"):

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from woodfisher.integrations.hf import PruningCallback  # noqa: E402
 
+ROOT = Path(__file__).resolve().parents[1]
 STEPS = 6
 SCHEDULE = wf.Milestones({1: 0.4, 2: 0.6, 4: 0.8})
 
@@ -285,6 +287,46 @@ def test_onnx_of_a_pruned_bert(tmp_path):
     one = {name: value[:1] for name, value in inputs.items()}
     logits = wf.export.OnnxModel(tmp_path / "bert.onnx")(one)
     assert wf.export.difference(logits, [model(**one).logits]) < 1e-5
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2, n_positions=8)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+BERT_ATTENTION = ["*.query.weight", "*.key.weight", "*.value.weight", "*.attention.output.dense.weight"]
+GPT2_ATTENTION = ["*.attn.c_attn.weight", "*.attn.c_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("make", "params"), [(bert, BERT_ATTENTION), (gpt2, GPT2_ATTENTION)], ids=["bert", "gpt2"]
+)
+def test_heads_by_the_params_that_the_docs_give(make, params):
+    assert str(params).replace("'", '"') in (ROOT / "docs" / "hugging-face.md").read_text(encoding="utf-8")
+    model = make()
+    report = wf.prune(model, None, sparsity=0.5, criterion="magnitude", pattern=wf.Heads(2), params=params)
+    assert report.sparsity == 0.5
+    for name, mask in report.masks.items():
+        if name.endswith(("output.dense.weight", "query.weight")):
+            heads = mask.mT.reshape(2, -1) if "output" in name else mask.reshape(2, -1)
+        elif name.endswith("c_proj.weight"):  # inputs come first
+            heads = mask.reshape(2, -1)
+        else:
+            continue
+        assert torch.equal(heads.all(1), heads.any(1))
+
+
+def test_models_that_return_a_cache_are_traced_without(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("torch_pruning")
+    model, inputs = gpt2(), {"input_ids": sentences()["input_ids"]}
+    wf.export.to_onnx(model, inputs, tmp_path / "gpt2.onnx")
+    logits = wf.export.OnnxModel(tmp_path / "gpt2.onnx")(inputs)
+    assert wf.export.difference(logits, [model(**inputs).logits]) < 1e-5
+    assert model.config.use_cache
+    with pytest.raises(wf.WoodfisherError, match="no channel of the model can be cut out"):
+        wf.Channels.of(model, inputs)
 
 
 def test_a_missing_extra_is_named(monkeypatch):

@@ -414,14 +414,21 @@ def test_heads_however_their_weights_are_stored(kind):
         assert all(torch.equal(part, heads) for part in rows.mT)
 
 
-def test_fused_weights_with_fewer_keys_than_queries_are_refused():
-    class Attention(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.qkv_proj, self.out = nn.Linear(8, 16, bias=False), nn.Linear(8, 8, bias=False)
+@pytest.mark.parametrize(
+    "shapes",
+    [{"l.qkv_proj": (16, 8)}, {"l.q_proj": (8, 8), "l.k_proj": (4, 8), "l.v_proj": (4, 8)}],
+    ids=["in one", "separate"],
+)
+def test_heads_that_share_keys_and_values_are_refused(shapes):
+    with pytest.raises(
+        wf.WoodfisherError, match=r"cut into 4 heads: .*grouped-query attention\) are not supported"
+    ):
+        wf.Heads(4).groups(Layout({**shapes, "l.o_proj": (8, 8)}))
 
-    with pytest.raises(wf.WoodfisherError, match="can't be cut into 4 heads"):
-        wf.prune(Attention(), None, sparsity=0.5, criterion="magnitude", pattern=wf.Heads(4))
+
+def test_heads_of_weights_outside_of_attention_are_explained():
+    with pytest.raises(wf.WoodfisherError, match=r"alone with params=, as in params=\['\*\.query\.weight'"):
+        wf.Heads(2).groups(Layout({"fc.weight": (8, 8)}))
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "flops"])

@@ -562,6 +562,46 @@ def test_masks_hold_where_weights_are_averaged(averaging):
         assert torch.equal(module.model.get_parameter(name) != 0, mask)
 
 
+class Validated(Small):
+    """Notes the sparsity of what it is validated with."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def val_dataloader(self):
+        return torch.utils.data.DataLoader(batches(1), batch_size=None)
+
+    def validation_step(self, _batch, _index):
+        self.seen.append(zeros(self.state_dict()))
+
+
+def zeros(state):
+    return sum(int((state[name] == 0).sum()) for name in ("model.0.weight", "model.4.weight"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", [True, False], ids=["averaging first", "averaging last"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(1e-2, 1)],
+    ids=["ema", "swa"],
+)
+def test_averages_are_validated_and_saved_with_the_zeros(make, first, tmp_path):
+    module, sparsities = Validated(), []
+    callbacks = [PruningCallback(make_pruner, lambda _, report: sparsities.append(report.sparsity))]
+    callbacks.insert(0 if first else 1, make())
+    saving = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=6)
+    fit(module, [*callbacks, saving], 3, num_sanity_val_steps=0)
+    removed = [round(116 * sparsity) for sparsity in (sparsities[2], sparsities[-1], sparsities[-1])]
+    assert module.seen[:3] == removed
+    saved = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
+    for (_, state), expected in zip(sorted(saved.items()), removed, strict=True):
+        assert zeros(state["state_dict"]) == expected
+    averaged = [each.get("average_model_state") for each in state["callbacks"].values()]
+    assert all(zeros(average) == removed[-1] for average in averaged if average is not None)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_two_callbacks_keep_their_states_apart(tmp_path):
     module = Small()

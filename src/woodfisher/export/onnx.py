@@ -19,7 +19,7 @@ from woodfisher.export.timing import difference
 from woodfisher.files import write_whole
 from woodfisher.gradients.batches import map_tensors, tensors_of
 from woodfisher.gradients.forward import arguments_of, outputs_of
-from woodfisher.gradients.isolation import same_flags
+from woodfisher.gradients.isolation import same_flags, without_cache
 from woodfisher.gradients.parameters import unwrapped
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
     model = unwrapped(model)
     arguments, named = arguments_of((example_inputs, ()))
     try:
-        with _quiet(), torch.no_grad(), same_flags(model):
+        with _quiet(), torch.no_grad(), same_flags(model), without_cache(model):
             model.eval()
             wanted = outputs_of(model, example_inputs)
             program = torch.onnx.export(

@@ -59,6 +59,11 @@ class SparseLayer(nn.Module):
         """Of the dense weight."""
         return self.outputs, self.inputs
 
+    @property
+    def weight(self) -> Tensor:
+        """The sparse matrix, of which modules that hold the layer read the dtype and the device."""
+        return self.matrix()
+
     def matrix(self, *, check: bool = False) -> Tensor:
         """The sparse matrix, which shares its memory with the buffers."""
         layout = torch.sparse_csr if self.values.ndim == 1 else torch.sparse_bsr

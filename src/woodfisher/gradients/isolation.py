@@ -98,6 +98,20 @@ def same_flags(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Without what models of transformers return for a next call, by default, and can't be traced with."""
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    caching = [config for config in configs if getattr(config, "use_cache", False)]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
 def move_on() -> None:
     """Go on from other random numbers, which follow from the present ones: `isolated` brings these back each time."""
     torch.manual_seed(int(torch.randint(2**62, ())))

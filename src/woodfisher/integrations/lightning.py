@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch.optim.swa_utils import AveragedModel
+
 from woodfisher.errors import WoodfisherError
 from woodfisher.pruning.pruner import Pruner
 
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
 
 class PruningCallback(Callback):
     """Lets a `Pruner` step after every step of the optimizer, and keeps its state in Lightning's checkpoints.
+
+    Removed weights are zero, too, in the averages of `WeightAveraging`, `EMAWeightAveraging` and
+    `StochasticWeightAveraging`, wherever these stand among the callbacks.
 
     Parameters
     ----------
@@ -79,6 +85,7 @@ class PruningCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._load()
+        self._apply_to_averages(trainer, pl_module)
         self._steps = trainer.global_step
 
     def on_train_batch_end(
@@ -90,8 +97,25 @@ class PruningCallback(Callback):
         self._steps = trainer.global_step
         assert self.pruner is not None
         report = self.pruner.step()
-        if report is not None and self._on_pruned is not None:
-            self._on_pruned(self.pruner.steps, report)
+        if report is not None:
+            self._apply_to_averages(trainer, pl_module)
+            if self._on_pruned is not None:
+                self._on_pruned(self.pruner.steps, report)
+
+    def _apply_to_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Zero what is removed in callbacks' averages of the module, where it stays so: they add zeros from here on."""
+        assert self.pruner is not None
+        masks, chosen = self.pruner.masks, self.pruner.objective.source_parameters
+        kept = {id(parameter): masks[name] for name, parameter in chosen.items()}
+        averages = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
+        for average in averages:
+            if average is None:
+                continue
+            module = average.module if isinstance(average, AveragedModel) else average
+            with torch.no_grad():
+                for own, averaged in zip(pl_module.parameters(), module.parameters(), strict=True):
+                    if id(own) in kept:
+                        averaged.masked_fill_(~kept[id(own)].to(averaged.device), 0)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # What averages weights puts its own into the module as training ends.

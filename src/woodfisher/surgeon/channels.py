@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.flops import counting_flops
 from woodfisher.gradients.forward import called, outputs_of
-from woodfisher.gradients.isolation import copied
+from woodfisher.gradients.isolation import copied, without_cache
 from woodfisher.gradients.parameters import inputs_first, unwrapped
 from woodfisher.surgeon.patterns import part_of
 from woodfisher.watch import warn
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 _SILENCED = (nn.Linear, _ConvNd, _NormBase)
 """Layers whose output channels are silent when their parameters are zero; `_NormBase` are the norms by channel."""
+
+_TURNS = 64
+"""How often one dependency is followed for a layer: once for each part of it that is put beside others, say."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +184,7 @@ class _Traced:
             parameter.requires_grad_(parameter.is_floating_point())  # autograd's graph is what is traced
         self._graph = pruning.DependencyGraph()
         try:
-            with warnings.catch_warnings(), torch.enable_grad():
+            with warnings.catch_warnings(), torch.enable_grad(), without_cache(self.model):
                 warnings.simplefilter("ignore")
                 self._graph.build_dependency(self.model, example_inputs, forward_fn=_traceable, verbose=False)
         except WoodfisherError:
@@ -207,20 +211,23 @@ class _Traced:
         for module in self._graph.module2node:
             if not isinstance(module, (_ConvNd, nn.Linear)) or module in seen:
                 continue
-            group = self._group(module)
+            group = self._whole_group(module)
             if group is not None:
                 seen |= {m for m, _ in self._silenced(group)}
                 groups.append(group)
         return groups
 
-    def _group(self, module: nn.Module) -> Any:
-        """What goes with all channels of a layer; None where they go into one that torch-pruning doesn't know."""
-        pruner = self._graph.get_pruner_of_module(module)
-        channels = list(range(pruner.get_out_channels(module)))
+    def _whole_group(self, module: nn.Module) -> Any:
+        """What goes with all channels of a layer; None where torch-pruning can't follow them."""
         try:
-            return self._graph.get_pruning_group(module, pruner.prune_out_channels, channels)
+            return self._group(module, range(self._graph.get_out_channels(module)))
         except Exception:
             return None
+
+    def _group(self, module: nn.Module, channels: Sequence[int]) -> Any:
+        prune = self._graph.get_pruner_of_module(module).prune_out_channels
+        with _bounded():
+            return self._graph.get_pruning_group(module, prune, list(channels))
 
     def _place(self, member: str) -> int:
         return self._order[part_of(member)[0]]
@@ -228,8 +235,7 @@ class _Traced:
     def cut(self, root: str, channels: Sequence[int]) -> None:
         """Cut channels of the set with this root out of the copy; raises where others would go with them."""
         module = self.model.get_submodule(root)
-        prune = self._graph.get_pruner_of_module(module).prune_out_channels
-        group = self._graph.get_pruning_group(module, prune, list(channels))
+        group = self._group(module, channels)
         if any(len(item.idxs) != len(channels) for _, item in self._silenced(group)):
             raise WoodfisherError(
                 f"more than the channels {channels} of {root!r} would be cut out with them."
@@ -314,6 +320,28 @@ def _traceable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
             "or dicts) that are not detached."
         )
     return outputs
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """No groups of torch-pruning without end.
+
+    It follows halves that change places, as in rotary embeddings, in circles, to ever larger numbers of channels.
+    """
+    groups = _torch_pruning().dependency.Group
+    add, followed = groups.add_dep, Counter[int]()
+
+    def add_bounded(group: Any, dep: Any, idxs: Any) -> None:
+        followed[id(dep)] += 1
+        if followed[id(dep)] > _TURNS:
+            raise WoodfisherError("torch-pruning follows channels of the layer in circles.")
+        add(group, dep, idxs)
+
+    groups.add_dep = add_bounded
+    try:
+        yield
+    finally:
+        groups.add_dep = add
 
 
 def _torch_pruning() -> Any:

@@ -237,7 +237,9 @@ class Heads(Pattern):
             elif not inputs:
                 raise WoodfisherError(
                     f"heads are made of query, key and value weights ({', '.join(self.inputs)}) and the output weight "
-                    f"that follows them, and {name!r} is none of those: choose attention weights alone with params=."
+                    f"that follows them, and {name!r} is none of those: choose attention weights alone with params=, "
+                    "as in params=['*.query.weight', '*.key.weight', '*.value.weight', "
+                    "'*.attention.output.dense.weight'] for BERT."
                 )
             else:
                 layers.append(self._of_layer(layout, inputs, name))
@@ -254,11 +256,16 @@ class Heads(Pattern):
         parts = [columns]
         for name in inputs:
             rows = layout.index(name)[:, :, 0]
-            if len(rows) not in (width, 3 * width) or width % self.heads:
+            whole = len(rows) in (width, 3 * width)
+            if not whole or width % self.heads:
                 raise WoodfisherError(
                     f"{name!r} of shape {tuple(layout.shapes[name])} with the output weight {output!r} of shape "
-                    f"{tuple(layout.shapes[output])} can't be cut into {self.heads} heads: give the number that the "
-                    "layer has."
+                    f"{tuple(layout.shapes[output])} can't be cut into {self.heads} heads: "
+                    + (
+                        "give the number that the layer has."
+                        if whole
+                        else "heads that share keys and values (grouped-query attention) are not supported."
+                    )
                 )
             parts += [rows] if _BY_HEAD in name else rows.split(width)
         return torch.cat([part.reshape(self.heads, -1) for part in parts], dim=1)
