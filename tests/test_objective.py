@@ -325,6 +325,17 @@ def test_bad_data_is_explained(make, message):
         wf.Objective(model, data, loss).rows(8)
 
 
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), None])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_batches_of_other_than_two_parts_are_refused_before_they_are_looked_into(loss, parts):
+    data = [(samples(8)[0],) * parts]
+    message = rf"must be \(inputs, targets\), .*; a tuple of {parts} came"
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.Objective(mlp(), data, loss).mean_loss()
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.prune(mlp(), data, loss, 0.5)
+
+
 def test_nan_is_found_in_rows_that_are_smaller_than_what_flows():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 4))

@@ -236,6 +236,12 @@ def test_the_model_is_as_it_was_after_a_failure():
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
 
 
+def test_batches_without_targets_are_refused_before_they_are_augmented():
+    task = replace(small_task(augment=lambda inputs: inputs), train=[(inputs,) for inputs, _ in batches()])
+    with pytest.raises(WoodfisherError, match="a tuple of 1 came"):
+        train(task, 0.5, Training(epochs=2), criterion="magnitude")
+
+
 def test_rows_and_validation_see_no_augmentation():
     seen = []
 

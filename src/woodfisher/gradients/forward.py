@@ -348,12 +348,7 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with for a batch: positional and named arguments."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise WoodfisherError(
-            "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
-            f"a {type(batch).__name__} of {len(batch)} came."
-        )
-    inputs = batch[0]
+    inputs, _ = inputs_and_targets(batch)
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -407,9 +402,19 @@ def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Ba
     return own.mean()
 
 
+def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
+    """The two parts of a batch that is no dict; raises where it has others."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise WoodfisherError(
+            "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
+            f"a {type(batch).__name__} of {len(batch)} came."
+        )
+    return batch[0], batch[1]
+
+
 def labels_of(batch: Batch) -> Any:
     """The targets of a batch; None where a dict has no labels."""
-    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    return batch.get("labels") if isinstance(batch, Mapping) else inputs_and_targets(batch)[1]
 
 
 def _with_targets(batch: Batch, targets: Tensor) -> Batch:

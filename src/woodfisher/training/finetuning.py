@@ -23,7 +23,14 @@ from torch.nn.functional import kl_div, log_softmax
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, write_whole
-from woodfisher.gradients.forward import arguments_of, check_form, explained, full_precision, mean_loss
+from woodfisher.gradients.forward import (
+    arguments_of,
+    check_form,
+    explained,
+    full_precision,
+    inputs_and_targets,
+    mean_loss,
+)
 from woodfisher.gradients.isolation import reseed
 from woodfisher.training.gradual import Epoch, Removal
 
@@ -209,7 +216,10 @@ class Finetuning(LightningModule):
         augment = self.task.augment
         if augment is None:
             return batch
-        return augment(batch) if isinstance(batch, Mapping) else (augment(batch[0]), batch[1])
+        if isinstance(batch, Mapping):
+            return augment(batch)
+        inputs, targets = inputs_and_targets(batch)
+        return augment(inputs), targets
 
 
 class Epochs:
