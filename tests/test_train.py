@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import io
 import json
 import multiprocessing
 import random
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -407,12 +409,36 @@ def test_a_finished_run_resumes_to_the_same_and_other_arguments_are_refused(digi
         train(task, 0.5, resume=True)
 
 
+def flipped(whole):
+    """The first tensor's bytes in a checkpoint, and the same with one bit changed."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        content = next(archive.read(name) for name in archive.namelist() if name.endswith("/data/0"))
+    return content, bytes([content[0] ^ 1]) + content[1:]
+
+
+def without(name):
+    def written(whole):
+        state, file = torch.load(io.BytesIO(whole), weights_only=True), io.BytesIO()
+        del state["woodfisher"][name]
+        torch.save(state, file)
+        return file.getvalue()
+
+    return written
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "can't be read as a checkpoint"),
         (lambda _: b"", "can't be read as a checkpoint"),
         (lambda _: b"cos\nsystem\n(S'true'\ntR.", "can't be read as a checkpoint"),
+        (lambda _: b"\x80\x02}q", "can't be read as a checkpoint"),
+        (lambda whole: whole.replace(b"epochs", b"epoch5"), "can't be read as a checkpoint .*data.pkl"),
+        (
+            lambda whole: whole.replace(*flipped(whole)),
+            "can't be read as a checkpoint .*/data/0 in it is damaged",
+        ),
+        (without("epochs"), "can't be read as a checkpoint .*epochs"),
         ("foreign", "is no checkpoint of a run of `train`"),
         ("half", "is no checkpoint of a run of `train`"),
     ],

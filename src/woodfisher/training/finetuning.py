@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -208,9 +208,13 @@ class Finetuning(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["woodfisher"]
-        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        self.removals = [Removal(**removal) for removal in state["removals"]]
-        self.warned, self.best, self.seconds = state["warned"], state["best"], state["seconds"]
+        try:
+            self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+            self.removals = [Removal(**removal) for removal in state["removals"]]
+            self.warned, self.best, self.seconds = state["warned"], state["best"], state["seconds"]
+        except (KeyError, TypeError) as error:
+            assert self.folder is not None
+            raise _unreadable(self.folder / CHECKPOINT, error) from error
 
     def _augmented(self, batch: Any) -> Any:
         augment = self.task.augment
@@ -272,18 +276,31 @@ class WholeFiles(CheckpointIO):
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint that `Finetuning` wrote; raise on any other file."""
     try:
+        _check_whole(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
-        raise WoodfisherError(
-            f"{path} can't be read as a checkpoint ({reason}): remove it, or train without resume to start anew."
-        ) from error
+    except Exception as error:  # readers fail in many ways on foreign bytes
+        raise _unreadable(path, error) from error
     own = state.get("woodfisher") if isinstance(state, dict) else None
     if not isinstance(own, dict) or not isinstance(own.get("options"), dict):
         raise WoodfisherError(
             f"{path} is no checkpoint of a run of `train`: remove it, or choose another folder."
         )
     return state
+
+
+def _check_whole(path: Path) -> None:
+    """Raise unless all that a checkpoint holds has its checksum, which torch doesn't look at."""
+    with ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
+def _unreadable(path: Path, error: Exception) -> WoodfisherError:
+    reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+    return WoodfisherError(
+        f"{path} can't be read as a checkpoint ({reason}): remove it, or train without resume to start anew."
+    )
 
 
 @contextmanager
