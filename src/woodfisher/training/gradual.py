@@ -8,13 +8,11 @@ from collections.abc import Sized
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from woodfisher._version import __version__
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import remove
-from woodfisher.gradients.batches import length
+from woodfisher.gradients.batches import bytes_of, length
 from woodfisher.gradients.isolation import copied, isolated, reseeded
 from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
@@ -420,7 +418,7 @@ def digest(model: nn.Module) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(bytes_of(tensor).data)
     return found.hexdigest()
 
 
