@@ -33,7 +33,7 @@ from woodfisher.saving.saved import read
 from woodfisher.tasks import Task, accuracy, load_task
 from woodfisher.tasks.images import flipped_and_shifted
 from woodfisher.training import Training, train
-from woodfisher.training.finetuning import WholeFiles, distance
+from woodfisher.training.finetuning import WholeFiles, distance, read_checkpoint
 
 CURVATURE = wf.WoodFisher(samples=20, block_size=None, damping=1e-2)
 QUICK = ["--epochs", "2", "--samples", "20"]
@@ -197,7 +197,7 @@ def test_wrapped_models_are_trained(wrap):
     assert trained.sparsity == 0.5
 
 
-def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity():
+def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity(tmp_path):
     scores, states = iter([50.0, 99.0, 10.0, 30.0, 30.0, 20.0]), []
 
     def metric(model, data):
@@ -206,12 +206,16 @@ def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity():
         return next(scores)
 
     task = small_task(metric)
-    trained = train(task, wf.Polynomial(0.2, 0.5, 0, 1, 0.5), Training(epochs=5), curvature=CURVATURE)
+    schedule = wf.Polynomial(0.2, 0.5, 0, 1, 0.5)
+    trained = train(task, schedule, Training(epochs=5), curvature=CURVATURE, out=tmp_path)
     assert trained.dense == 50
     assert [epoch.eligible for epoch in trained.epochs] == [False, True, True, True, True]
     assert (trained.best.epoch, trained.best.validation) == (4, 30)
+    number, weights = read_checkpoint(tmp_path / "checkpoint.ckpt")["woodfisher"]["best_epoch"]
+    assert number == 4
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, states[4][name])
+        assert torch.equal(tensor, weights[name])
     for name, mask in trained.masks.items():
         assert torch.equal(task.model.get_parameter(name) != 0, mask)
     assert not any(module.training for module in task.model.modules())
@@ -363,7 +367,7 @@ def assert_same(found, expected):
         assert found[kind].keys() == expected[kind].keys()
         for name, tensor in expected[kind].items():
             assert torch.equal(found[kind][name], tensor), name
-    for kind in ("epochs", "history", "metrics"):
+    for kind in ("best", "epochs", "history", "metrics"):
         assert found[kind] == expected[kind]
 
 

@@ -69,6 +69,11 @@ class Finetuning(LightningModule):
         Where a checkpoint and metrics.csv are written after every epoch; None for neither.
     options:
         What a run must have in common with the one that it resumes.
+
+    Attributes
+    ----------
+    best:
+        Number of the best epoch, and the model's state at its end; None before the last removal.
     """
 
     def __init__(
@@ -93,7 +98,7 @@ class Finetuning(LightningModule):
         self.epochs: list[Epoch] = []
         self.removals: list[Removal] = []
         self.warned: list[str] = []
-        self.best: dict[str, Tensor] | None = None
+        self.best: tuple[int, dict[str, Tensor]] | None = None
         self.seconds = 0.0
         self._since = time.perf_counter()
         self._loss: Tensor | float = 0.0
@@ -155,11 +160,9 @@ class Finetuning(LightningModule):
             )
         value = self.task.validate(self.model)
         pruned = self.pruner.steps > self.last
-        earlier = [epoch.validation for epoch in self.epochs if epoch.eligible]
-        if pruned and value >= max(earlier, default=-math.inf):
-            self.best = {
-                name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
-            }
+        if pruned and (self.best is None or value >= self.epochs[self.best[0] - 1].validation):
+            state = self.model.state_dict()
+            self.best = number, {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         epoch = Epoch(
             number,
             self.pruner.steps,
@@ -202,7 +205,7 @@ class Finetuning(LightningModule):
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "removals": [asdict(removal) for removal in self.removals],
             "warned": self.warned,
-            "best": self.best,
+            "best_epoch": self.best,
             "seconds": self.seconds,
         }
 
@@ -211,7 +214,7 @@ class Finetuning(LightningModule):
         try:
             self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
             self.removals = [Removal(**removal) for removal in state["removals"]]
-            self.warned, self.best, self.seconds = state["warned"], state["best"], state["seconds"]
+            self.warned, self.best, self.seconds = state["warned"], state["best_epoch"], state["seconds"]
         except (KeyError, TypeError) as error:
             assert self.folder is not None
             raise _unreadable(self.folder / CHECKPOINT, error) from error

@@ -187,16 +187,14 @@ class Trained:
     warnings: list[str]
 
     @classmethod
-    def of(cls, module: Finetuning, dense: float) -> Trained:
-        """What a training that has ended did to a network of which `dense` is the metric."""
+    def of(cls, module: Finetuning, best: Epoch, dense: float) -> Trained:
+        """What a training that has ended did to a network of which `dense` is the metric; the epoch that it kept."""
         masks = {name: mask.cpu() for name, mask in module.pruner.masks.items()}
         pruning = sum(removal.seconds for removal in module.removals)
         return cls(
             sparsity=module.pruner.sparsity,
             dense=dense,
-            best=max(
-                (epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)
-            ),
+            best=best,
             epochs=module.epochs,
             history=module.removals,
             layers=layers_of(masks),
@@ -317,8 +315,9 @@ def train(
         )
         _fit(module, checkpoint, precision, log)
     assert module.best is not None
-    unwrapped(task.model).load_state_dict(module.best)
-    return Trained.of(module, dense)
+    number, weights = module.best
+    unwrapped(task.model).load_state_dict(weights)
+    return Trained.of(module, module.epochs[number - 1], dense)
 
 
 def _check(
