@@ -62,6 +62,10 @@ def test_a_processor_without_bfloat16_is_told(supported, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     objective = wf.Objective(mlp(), [samples(8)], cross_entropy, precision="bfloat16")
     assert any("this processor" in warning for warning in objective.warnings) is not supported
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    objective = wf.Objective(mlp(), [samples(8)], cross_entropy, precision="bfloat16")
+    assert any("this processor" in warning for warning in objective.warnings)
 
 
 def test_bfloat16_is_for_models_in_float32():

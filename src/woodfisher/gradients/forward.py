@@ -95,7 +95,7 @@ class Forward:
         self._around = _Around(model)
         self._tied, self._scaled = other_names(model), _scaled_in_place(model)
         on_cpu = any(p.device.type == "cpu" for p in model.parameters())
-        if precision == "bfloat16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if precision == "bfloat16" and on_cpu and not _multiplies_bfloat16():
             warn(
                 "this processor does not multiply in bfloat16, so that passes in it take several times as long: leave "
                 "out precision='bfloat16'."
@@ -419,6 +419,11 @@ def labels_of(batch: Batch) -> Any:
 
 def _with_targets(batch: Batch, targets: Tensor) -> Batch:
     return {**batch, "labels": targets} if isinstance(batch, Mapping) else (batch[0], targets)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16, and torch has what lets it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _scaled_in_place(model: nn.Module) -> list[list[str]]:
