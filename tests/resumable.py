@@ -29,6 +29,7 @@ def run(weights, out, resume=False, ready=None):
     return {
         "state": task.model.state_dict(),
         "masks": trained.masks,
+        "best": trained.best.epoch,
         "epochs": [vars(epoch) for epoch in trained.epochs],
         "history": [(removal.step, removal.sparsity, removal.predicted) for removal in trained.history],
         "metrics": (out / "metrics.csv").read_text(),

@@ -178,6 +178,18 @@ def test_a_damping_without_rows_to_choose_from():
         assert torch.equal(diagonal, diagonal[:1].expand_as(diagonal))
 
 
+@pytest.mark.parametrize("damping", [wf.Relative(1), "auto"])
+def test_a_damping_without_weights_to_choose_from(damping):
+    model = mlp()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    objective = wf.Objective(model, [samples(8)], cross_entropy)
+    with pytest.raises(wf.WoodfisherError, match="every chosen weight is zero already.* give a number"):
+        wf.WoodFisher(8, damping=damping)(objective)
+    assert (wf.WoodFisher(8, damping=0.5)(objective).diag() == 2).all()
+
+
 def test_damping_stays_near_the_curvature_where_fewer_weights_are_left_than_rows():
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(200, 6, generator=generator) @ torch.randn(6, 8, generator=generator)

@@ -471,8 +471,9 @@ def check_refusals(rank):
         with pytest.raises(wf.WoodfisherError, match=says):
             wf.Objective(model, batches(), cross_entropy)
     model = in_shards(Net())
-    with pytest.raises(wf.WoodfisherError, match="is spread over processes"):
-        wf.save_weights(model, "nowhere.safetensors")
+    for save in (wf.save_weights, wf.export.save_dense):
+        with pytest.raises(wf.WoodfisherError, match="is spread over processes"):
+            save(model, "nowhere.safetensors")
     with pytest.raises(wf.WoodfisherError, match="iterable of batches"):
         wf.prune(model, batches() if rank == 0 else 3, cross_entropy, 0.5, **BLOCK)
 

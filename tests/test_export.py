@@ -392,7 +392,9 @@ def semi_structured(dtype=torch.float32):
 
 def test_2_4_layers_are_found_and_need_a_gpu():
     model = semi_structured()
+    empty = [nn.utils.skip_init(nn.Linear, *size) for size in ((0, 8), (8, 0), (0, 0))]
     assert semi_structured_layers(model) == ["0", "2"]
+    assert semi_structured_layers(nn.Sequential(model, *empty)) == ["0.0", "0.2"]
     with pytest.raises(wf.WoodfisherError, match="2:4 runs on NVIDIA GPUs .* the model is on cpu"):
         to_semi_structured(model)
     with pytest.raises(wf.WoodfisherError, match="no Linear layer of the model is 2:4"):

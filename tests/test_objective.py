@@ -62,6 +62,10 @@ def test_a_processor_without_bfloat16_is_told(supported, monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
     objective = wf.Objective(mlp(), [samples(8)], cross_entropy, precision="bfloat16")
     assert any("this processor" in warning for warning in objective.warnings) is not supported
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")
+    objective = wf.Objective(mlp(), [samples(8)], cross_entropy, precision="bfloat16")
+    assert any("this processor" in warning for warning in objective.warnings)
 
 
 def test_bfloat16_is_for_models_in_float32():
@@ -323,6 +327,17 @@ def test_bad_data_is_explained(make, message):
     data, loss, model = make(*samples(8))
     with pytest.raises(wf.WoodfisherError, match=message):
         wf.Objective(model, data, loss).rows(8)
+
+
+@pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), None])
+@pytest.mark.parametrize("parts", [1, 3])
+def test_batches_of_other_than_two_parts_are_refused_before_they_are_looked_into(loss, parts):
+    data = [(samples(8)[0],) * parts]
+    message = rf"must be \(inputs, targets\), .*; a tuple of {parts} came"
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.Objective(mlp(), data, loss).mean_loss()
+    with pytest.raises(wf.WoodfisherError, match=message):
+        wf.prune(mlp(), data, loss, 0.5)
 
 
 def test_nan_is_found_in_rows_that_are_smaller_than_what_flows():

@@ -393,9 +393,35 @@ def test_masks_in_any_memory_order_are_saved_and_tied_tensors_count_once(tmp_pat
 def test_a_dtype_that_files_can_not_hold_is_named(tmp_path):
     model = nn.Linear(2, 2)
     model.register_buffer("phases", torch.zeros(2, dtype=torch.complex128))
-    with pytest.raises(wf.WoodfisherError, match=r"can't hold torch.complex128, which \['phases'\] has"):
-        wf.save_weights(model, tmp_path / "model.safetensors")
+    for save in (wf.save_weights, save_dense):
+        with pytest.raises(wf.WoodfisherError, match=r"can't hold torch.complex128, which \['phases'\] has"):
+            save(model, tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+class Versioned(nn.Linear):
+    """A layer whose state has more than tensors."""
+
+    def get_extra_state(self):
+        return 3
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_what_is_no_tensor_is_left_out_with_a_warning(tmp_path):
+    for save in (wf.save_weights, save_dense):
+        with pytest.warns(wf.WoodfisherWarning, match="'_extra_state' is no tensor, and is not saved"):
+            save(Versioned(2, 2), tmp_path / "model.safetensors")
+        assert safetensors.torch.load_file(tmp_path / "model.safetensors").keys() == {"weight", "bias"}
+
+
+def test_a_plain_file_has_tied_weights_whole_under_each_name(tmp_path):
+    model = Tied()
+    save_dense(model, tmp_path / "model.safetensors")
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model"])

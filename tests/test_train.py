@@ -2,12 +2,14 @@
 
 import copy
 import csv
+import io
 import json
 import multiprocessing
 import random
 import signal
 import sys
 import time
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from woodfisher.saving.saved import read
 from woodfisher.tasks import Task, accuracy, load_task
 from woodfisher.tasks.images import flipped_and_shifted
 from woodfisher.training import Training, train
-from woodfisher.training.finetuning import WholeFiles, distance
+from woodfisher.training.finetuning import WholeFiles, distance, read_checkpoint
 
 CURVATURE = wf.WoodFisher(samples=20, block_size=None, damping=1e-2)
 QUICK = ["--epochs", "2", "--samples", "20"]
@@ -195,7 +197,7 @@ def test_wrapped_models_are_trained(wrap):
     assert trained.sparsity == 0.5
 
 
-def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity():
+def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity(tmp_path):
     scores, states = iter([50.0, 99.0, 10.0, 30.0, 30.0, 20.0]), []
 
     def metric(model, data):
@@ -204,12 +206,16 @@ def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity():
         return next(scores)
 
     task = small_task(metric)
-    trained = train(task, wf.Polynomial(0.2, 0.5, 0, 1, 0.5), Training(epochs=5), curvature=CURVATURE)
+    schedule = wf.Polynomial(0.2, 0.5, 0, 1, 0.5)
+    trained = train(task, schedule, Training(epochs=5), curvature=CURVATURE, out=tmp_path)
     assert trained.dense == 50
     assert [epoch.eligible for epoch in trained.epochs] == [False, True, True, True, True]
     assert (trained.best.epoch, trained.best.validation) == (4, 30)
+    number, weights = read_checkpoint(tmp_path / "checkpoint.ckpt")["woodfisher"]["best_epoch"]
+    assert number == 4
     for name, tensor in task.model.state_dict().items():
         assert torch.equal(tensor, states[4][name])
+        assert torch.equal(tensor, weights[name])
     for name, mask in trained.masks.items():
         assert torch.equal(task.model.get_parameter(name) != 0, mask)
     assert not any(module.training for module in task.model.modules())
@@ -234,6 +240,12 @@ def test_the_model_is_as_it_was_after_a_failure():
     with pytest.raises(WoodfisherError, match="the training loss is (nan|inf) in epoch 1: lower the rate"):
         train(task, wf.one_shot(0.5, at=1.5), Training(epochs=2, rate=1e30), criterion="magnitude")
     assert all(torch.equal(tensor, before[name]) for name, tensor in task.model.state_dict().items())
+
+
+def test_batches_without_targets_are_refused_before_they_are_augmented():
+    task = replace(small_task(augment=lambda inputs: inputs), train=[(inputs,) for inputs, _ in batches()])
+    with pytest.raises(WoodfisherError, match="a tuple of 1 came"):
+        train(task, 0.5, Training(epochs=2), criterion="magnitude")
 
 
 def test_rows_and_validation_see_no_augmentation():
@@ -355,7 +367,7 @@ def assert_same(found, expected):
         assert found[kind].keys() == expected[kind].keys()
         for name, tensor in expected[kind].items():
             assert torch.equal(found[kind][name], tensor), name
-    for kind in ("epochs", "history", "metrics"):
+    for kind in ("best", "epochs", "history", "metrics"):
         assert found[kind] == expected[kind]
 
 
@@ -401,12 +413,36 @@ def test_a_finished_run_resumes_to_the_same_and_other_arguments_are_refused(digi
         train(task, 0.5, resume=True)
 
 
+def flipped(whole):
+    """The first tensor's bytes in a checkpoint, and the same with one bit changed."""
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        content = next(archive.read(name) for name in archive.namelist() if name.endswith("/data/0"))
+    return content, bytes([content[0] ^ 1]) + content[1:]
+
+
+def without(name):
+    def written(whole):
+        state, file = torch.load(io.BytesIO(whole), weights_only=True), io.BytesIO()
+        del state["woodfisher"][name]
+        torch.save(state, file)
+        return file.getvalue()
+
+    return written
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (lambda whole: whole[: len(whole) // 2], "can't be read as a checkpoint"),
         (lambda _: b"", "can't be read as a checkpoint"),
         (lambda _: b"cos\nsystem\n(S'true'\ntR.", "can't be read as a checkpoint"),
+        (lambda _: b"\x80\x02}q", "can't be read as a checkpoint"),
+        (lambda whole: whole.replace(b"epochs", b"epoch5"), "can't be read as a checkpoint .*data.pkl"),
+        (
+            lambda whole: whole.replace(*flipped(whole)),
+            "can't be read as a checkpoint .*/data/0 in it is damaged",
+        ),
+        (without("epochs"), "can't be read as a checkpoint .*epochs"),
         ("foreign", "is no checkpoint of a run of `train`"),
         ("half", "is no checkpoint of a run of `train`"),
     ],

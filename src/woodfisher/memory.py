@@ -30,10 +30,27 @@ def available_memory(device: torch.device) -> int | None:
         return None
     fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
+    left = _left_in_cgroup()
+    return free if left is None else min(free, left)
+
+
+def _left_in_cgroup() -> int | None:
+    """Bytes that the process's control group, of version 2 or 1, may still take; None where it has no limit.
+
+    File contents that the system would drop for them don't count as taken.
+    """
+    for folder, limit, used, dropped in (
+        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        if not (folder / limit).exists() or not (folder / used).exists():
+            continue
+        most, stat = (folder / limit).read_text().strip(), folder / "memory.stat"
+        if most == "max":
+            return None
+        fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+        return int(most) - int((folder / used).read_text()) + int(fields.get(dropped, 0))
+    return None
 
 
 def resident_memory(device: torch.device) -> int:

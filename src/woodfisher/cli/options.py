@@ -14,6 +14,7 @@ from woodfisher.curvature import Damping, Relative
 from woodfisher.curvature.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
+from woodfisher.files import check_folder
 from woodfisher.gradients.batches import Few
 from woodfisher.gradients.forward import Precision  # noqa: TC001  tyro reads the annotations
 from woodfisher.gradients.isolation import reseed
@@ -82,6 +83,12 @@ class TaskOptions:
             return task
         check_count("train_samples", self.train_samples)
         return replace(task, train=Few(task.train, self.train_samples, self.seed))
+
+    def folder(self, chosen: Path | None, run: str) -> Path:
+        """Where a run's results go: as chosen, or runs/TASK-RUN-seedSEED; raises if that can't be a folder."""
+        folder = chosen or Path("runs") / f"{self.task.replace(':', '-')}-{run}-seed{self.seed}"
+        check_folder(folder)
+        return folder
 
     def objective(self, task: Task, model: torch.nn.Module) -> Objective:
         """Objective of `model` on the task's training data."""

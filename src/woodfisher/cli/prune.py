@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
@@ -17,9 +16,8 @@ from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.outcome import Outcome
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
-from woodfisher.files import check_folder
 from woodfisher.gradients.isolation import copied
-from woodfisher.pruning.method import METHODS, USUAL_SPARSITY
+from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.oneshot import prune_objective, prune_within
 from woodfisher.results.metrics import score
 from woodfisher.results.page import require_page
@@ -82,10 +80,7 @@ class Prune:
         method = self.method.method(self.criterion, strict=True)
         goal, sparsity = self._goal(method)
         aim = f"drop{goal:g}" if goal is not None else f"{sparsity:g}"
-        folder = self.out or Path("runs") / (
-            f"{self.model.task.replace(':', '-')}-{self.criterion}-{aim}-seed{self.model.seed}"
-        )
-        check_folder(folder)
+        folder = self.model.folder(self.out, f"{self.criterion}-{aim}")
         require_plots()
         require_page()
         note(f"loading {self.model.task}")
@@ -152,8 +147,7 @@ class Prune:
     def _goal(self, method: Method) -> tuple[float | None, float]:
         """The drop allowed, or None, and the sparsity."""
         if self.max_drop is None:
-            usual = method.pattern.sparsity or USUAL_SPARSITY
-            sparsity = usual if self.sparsity is None else self.sparsity
+            sparsity = method.goal(self.sparsity)
             check_sparsity(sparsity)
             return None, sparsity
         if self.sparsity is not None:

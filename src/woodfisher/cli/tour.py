@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -13,7 +12,7 @@ from woodfisher.checks import check_count
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, TaskOptions
 from woodfisher.errors import WoodfisherError
-from woodfisher.files import check_folder, save_csv, save_json, write_folder
+from woodfisher.files import save_csv, save_json, write_folder
 from woodfisher.results.metrics import score
 from woodfisher.results.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
@@ -61,10 +60,7 @@ class Tour:
             raise WoodfisherError(
                 "a tour shows curvature that is exact to many digits: leave out --precision."
             )
-        folder = self.out or Path("runs") / (
-            f"{self.model.task.replace(':', '-')}-tour-seed{self.model.seed}"
-        )
-        check_folder(folder)
+        folder = self.model.folder(self.out, "tour")
         require_plots()
         note(f"loading {self.model.task}")
         task = self.model.load()

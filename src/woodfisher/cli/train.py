@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
@@ -13,8 +12,7 @@ from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
 from woodfisher.cli.outcome import Outcome
-from woodfisher.files import check_folder
-from woodfisher.pruning.method import METHODS, USUAL_SPARSITY, Method
+from woodfisher.pruning.method import METHODS, Method
 from woodfisher.pruning.schedule import Polynomial
 from woodfisher.results.metrics import score
 from woodfisher.results.page import require_page
@@ -87,15 +85,11 @@ class Train:
         self.training.check()
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True, training=True)
-        usual = method.pattern.sparsity or USUAL_SPARSITY
-        sparsity = usual if self.sparsity is None else self.sparsity
+        sparsity = method.goal(self.sparsity)
         check_sparsity(sparsity)
         schedule = self._schedule(sparsity)
         parts = {part.name: getattr(method, part.name) for part in fields(Method)}
-        folder = self.out or Path("runs") / (
-            f"{self.model.task.replace(':', '-')}-train-{self.criterion}-{sparsity:g}-seed{self.model.seed}"
-        )
-        check_folder(folder)
+        folder = self.model.folder(self.out, f"train-{self.criterion}-{sparsity:g}")
         require_plots()
         require_page()
         require_lightning()

@@ -115,6 +115,10 @@ def held_out_damping(gram: Tensor, size: int, group: int) -> float:
 
 def positive_scale(energies: Tensor, size: int, group: int) -> float:
     """Mean diagonal entry of F without damping, from the rows' squared norms `(N,)`; 1 where all are zero."""
+    if not size:
+        raise WoodfisherError(
+            "every chosen weight is zero already, so that there is no curvature for damping to follow: give a number."
+        )
     scale = float(energies.mean()) * group / size
     if scale == 0:
         warn(

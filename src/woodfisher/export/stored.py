@@ -6,23 +6,23 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
 from woodfisher.export.semistructured import to_semi_structured
 from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
 from woodfisher.gradients.isolation import copied
 from woodfisher.gradients.parameters import unwrapped
-from woodfisher.saving.saved import EXPECTED, check_suffix, pack_state, read
+from woodfisher.saving.saved import EXPECTED, check_suffix, pack_state, plain_state, read
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from torch import Tensor
 
 EXPORT = "woodfisher.export"
 """Key in a file's header: JSON of the shapes of `sparse` layers' weights by name, and of `semi_structured` names."""
@@ -34,12 +34,7 @@ def save_dense(model: nn.Module, path: str | Path) -> None:
     `model.load_state_dict(safetensors.torch.load_file(path))` reads it.
     """
     check_suffix(path)
-    state = {
-        name: tensor.detach().clone().cpu().contiguous()
-        for name, tensor in unwrapped(model).state_dict().items()
-        if isinstance(tensor, Tensor)
-    }
-    content = safetensors.torch.save(state, {"format": "pt", "woodfisher": __version__})
+    content = plain_state(unwrapped(model).state_dict())
     write_whole(Path(path), lambda draft: draft.write_bytes(content))
 
 

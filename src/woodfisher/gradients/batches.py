@@ -360,12 +360,14 @@ class Stream:
                 yield map_tensors(lambda t, stay=stay: t[stay.to(t.device)], batch)
 
 
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """A tensor's bytes, uint8 `(bytes,)`, for a digest."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def fingerprints(batch: Batch) -> list[bytes]:
     """A digest of each sample's bytes."""
-    parts = [
-        tensor.detach().cpu().unsqueeze(-1).flatten(1).contiguous().view(torch.uint8).numpy()
-        for tensor in tensors_of(batch)
-    ]
+    parts = [bytes_of(tensor).reshape(len(tensor), -1) for tensor in tensors_of(batch)]
     digests = []
     for sample in zip(*parts, strict=True):
         digest = hashlib.blake2b(digest_size=16)

@@ -96,7 +96,7 @@ class Forward:
         self._around = _Around(model)
         self._tied, self._scaled = other_names(model), _scaled_in_place(model)
         on_cpu = any(p.device.type == "cpu" for p in model.parameters())
-        if precision == "bfloat16" and on_cpu and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if precision == "bfloat16" and on_cpu and not _multiplies_bfloat16():
             warn(
                 "this processor does not multiply in bfloat16, so that passes in it take several times as long: leave "
                 "out precision='bfloat16'."
@@ -356,12 +356,7 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """What a model is called with for a batch: positional and named arguments."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise WoodfisherError(
-            "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
-            f"a {type(batch).__name__} of {len(batch)} came."
-        )
-    inputs = batch[0]
+    inputs, _ = inputs_and_targets(batch)
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
@@ -415,13 +410,28 @@ def mean_loss(loss: Callable[[Any, Any], Tensor] | None, outputs: Any, batch: Ba
     return own.mean()
 
 
+def inputs_and_targets(batch: Batch) -> tuple[Any, Any]:
+    """The two parts of a batch that is no dict; raises where it has others."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise WoodfisherError(
+            "a batch must be (inputs, targets), or a dict for a model that returns .loss; "
+            f"a {type(batch).__name__} of {len(batch)} came."
+        )
+    return batch[0], batch[1]
+
+
 def labels_of(batch: Batch) -> Any:
     """The targets of a batch; None where a dict has no labels."""
-    return batch.get("labels") if isinstance(batch, Mapping) else batch[1]
+    return batch.get("labels") if isinstance(batch, Mapping) else inputs_and_targets(batch)[1]
 
 
 def _with_targets(batch: Batch, targets: Tensor) -> Batch:
     return {**batch, "labels": targets} if isinstance(batch, Mapping) else (batch[0], targets)
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16, and torch has what lets it."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _scaled_in_place(model: nn.Module) -> list[list[str]]:

@@ -13,7 +13,7 @@ import torch
 
 from woodfisher.curvature import DiagonalFisher, Identity, WoodFisher
 from woodfisher.errors import ElsewhereError
-from woodfisher.gradients.batches import describe, fingerprints, some
+from woodfisher.gradients.batches import bytes_of, describe, fingerprints, some
 from woodfisher.gradients.isolation import generators
 from woodfisher.gradients.objective import Objective
 from woodfisher.surgeon.patterns import NM, Block, Unstructured
@@ -82,7 +82,7 @@ def alike(objective: Objective, asked: object) -> Objective:
         return objective
     digest = hashlib.blake2b()
     for tensor in (*objective.model.parameters(), objective.kept):
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(tensor).data)
     told = ranks.gather((str(objective.layout), digest.digest(), repr(asked)))
     for number, what in enumerate(("chosen parameters", "weights", "options")):
         if len({each[number] for each in told}) > 1:

@@ -152,6 +152,10 @@ class Method:
         one_block = isinstance(self.curvature, WoodFisher) and self.curvature.block_size is None
         return one_block and self.update == "joint"
 
+    def goal(self, sparsity: float | None) -> float:
+        """The sparsity to prune to: what is asked for, or else what the pattern says, or else 0.95."""
+        return (self.pattern.sparsity or USUAL_SPARSITY) if sparsity is None else sparsity
+
     def selection(self, objective: Objective) -> Selection:
         """What may stay of the objective's weights, under this pattern, scope and floor."""
         flops = objective.flops() if self.scope == "flops" else None

@@ -15,7 +15,7 @@ from woodfisher.gradients.isolation import copied, isolated, unmoved
 from woodfisher.gradients.objective import Objective
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.dealing import align_random, alike, can_be_dealt
-from woodfisher.pruning.method import USUAL_SPARSITY, method_for, replaced, use_for
+from woodfisher.pruning.method import method_for, replaced, use_for
 from woodfisher.pruning.report import report_of, warn_of_lost_layers, warnings_of
 from woodfisher.pruning.stages import pruned_through
 from woodfisher.watch import phase, warn, watching
@@ -113,8 +113,7 @@ def prune(
         )
     if max_drop is not None and metric is not None:
         return prune_within(objective, max_drop, metric, method, progress)
-    usual = method.pattern.sparsity or USUAL_SPARSITY
-    return prune_objective(objective, usual if sparsity is None else sparsity, method, progress)
+    return prune_objective(objective, method.goal(sparsity), method, progress)
 
 
 def sweep(

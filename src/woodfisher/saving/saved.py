@@ -194,20 +194,28 @@ def pack_state(
     header = {
         **tied,
         **metadata,
-        "format": "pt",
-        "woodfisher": __version__,
         COMPRESSED: json.dumps(compressed),
         MASKED: json.dumps(list(masked)),
     }
+    return Packed(_as_file(content, header), sum(map(_bytes, state.values())))
+
+
+def plain_state(tensors: Mapping[str, Any]) -> bytes:
+    """A state dict as the content of a file that has every tensor whole, under each of its names."""
+    state, tied = once(tensors)
+    return _as_file(state | {name: state[other].clone() for name, other in tied.items()})
+
+
+def _as_file(content: dict[str, Tensor], header: Mapping[str, str] = MappingProxyType({})) -> bytes:
+    """The content of a safetensors file."""
     try:
-        packed = safetensors.torch.save(content, header)
+        return safetensors.torch.save(content, {**header, "format": "pt", "woodfisher": __version__})
     except KeyError as error:  # the dtype
         names = [name for name, tensor in content.items() if tensor.dtype == error.args[0]]
         raise WoodfisherError(
             f"a safetensors file can't hold {error.args[0]}, which {names[:1]} has: convert it, or register it with "
             "persistent=False."
         ) from error
-    return Packed(packed, sum(map(_bytes, state.values())))
 
 
 def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

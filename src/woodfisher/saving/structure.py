@@ -59,8 +59,10 @@ def is_blocked(kept: Tensor, outputs: int, inputs: int, *, positions: bool = Fal
 
 
 def fits(kept: Tensor, n: int, m: int) -> bool:
-    """Whether at most n of every m neighbours along the inputs are kept."""
-    return kept.ndim > 1 and kept.shape[1] % m == 0 and int(_sets(kept, m).max()) <= n
+    """Whether there are m neighbours along the inputs, and at most n of every m are kept."""
+    if kept.ndim < 2 or not kept.numel() or kept.shape[1] % m:
+        return False
+    return int(_sets(kept, m).max()) <= n
 
 
 def _sets(kept: Tensor, m: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import pickle
 import time
 import warnings
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -23,7 +23,14 @@ from torch.nn.functional import kl_div, log_softmax
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, write_whole
-from woodfisher.gradients.forward import arguments_of, check_form, explained, full_precision, mean_loss
+from woodfisher.gradients.forward import (
+    arguments_of,
+    check_form,
+    explained,
+    full_precision,
+    inputs_and_targets,
+    mean_loss,
+)
 from woodfisher.gradients.isolation import reseed
 from woodfisher.training.gradual import Epoch, Removal
 
@@ -62,6 +69,11 @@ class Finetuning(LightningModule):
         Where a checkpoint and metrics.csv are written after every epoch; None for neither.
     options:
         What a run must have in common with the one that it resumes.
+
+    Attributes
+    ----------
+    best:
+        Number of the best epoch, and the model's state at its end; None before the last removal.
     """
 
     def __init__(
@@ -86,7 +98,7 @@ class Finetuning(LightningModule):
         self.epochs: list[Epoch] = []
         self.removals: list[Removal] = []
         self.warned: list[str] = []
-        self.best: dict[str, Tensor] | None = None
+        self.best: tuple[int, dict[str, Tensor]] | None = None
         self.seconds = 0.0
         self._since = time.perf_counter()
         self._loss: Tensor | float = 0.0
@@ -148,11 +160,9 @@ class Finetuning(LightningModule):
             )
         value = self.task.validate(self.model)
         pruned = self.pruner.steps > self.last
-        earlier = [epoch.validation for epoch in self.epochs if epoch.eligible]
-        if pruned and value >= max(earlier, default=-math.inf):
-            self.best = {
-                name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()
-            }
+        if pruned and (self.best is None or value >= self.epochs[self.best[0] - 1].validation):
+            state = self.model.state_dict()
+            self.best = number, {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
         epoch = Epoch(
             number,
             self.pruner.steps,
@@ -195,21 +205,28 @@ class Finetuning(LightningModule):
             "epochs": [asdict(epoch) for epoch in self.epochs],
             "removals": [asdict(removal) for removal in self.removals],
             "warned": self.warned,
-            "best": self.best,
+            "best_epoch": self.best,
             "seconds": self.seconds,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["woodfisher"]
-        self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
-        self.removals = [Removal(**removal) for removal in state["removals"]]
-        self.warned, self.best, self.seconds = state["warned"], state["best"], state["seconds"]
+        try:
+            self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
+            self.removals = [Removal(**removal) for removal in state["removals"]]
+            self.warned, self.best, self.seconds = state["warned"], state["best_epoch"], state["seconds"]
+        except (KeyError, TypeError) as error:
+            assert self.folder is not None
+            raise _unreadable(self.folder / CHECKPOINT, error) from error
 
     def _augmented(self, batch: Any) -> Any:
         augment = self.task.augment
         if augment is None:
             return batch
-        return augment(batch) if isinstance(batch, Mapping) else (augment(batch[0]), batch[1])
+        if isinstance(batch, Mapping):
+            return augment(batch)
+        inputs, targets = inputs_and_targets(batch)
+        return augment(inputs), targets
 
 
 class Epochs:
@@ -262,18 +279,31 @@ class WholeFiles(CheckpointIO):
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint that `Finetuning` wrote; raise on any other file."""
     try:
+        _check_whole(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
-        raise WoodfisherError(
-            f"{path} can't be read as a checkpoint ({reason}): remove it, or train without resume to start anew."
-        ) from error
+    except Exception as error:  # readers fail in many ways on foreign bytes
+        raise _unreadable(path, error) from error
     own = state.get("woodfisher") if isinstance(state, dict) else None
     if not isinstance(own, dict) or not isinstance(own.get("options"), dict):
         raise WoodfisherError(
             f"{path} is no checkpoint of a run of `train`: remove it, or choose another folder."
         )
     return state
+
+
+def _check_whole(path: Path) -> None:
+    """Raise unless all that a checkpoint holds has its checksum, which torch doesn't look at."""
+    with ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it is damaged")
+
+
+def _unreadable(path: Path, error: Exception) -> WoodfisherError:
+    reason = " ".join(str(error).split("\n", 1)[0].split()) or type(error).__name__
+    return WoodfisherError(
+        f"{path} can't be read as a checkpoint ({reason}): remove it, or train without resume to start anew."
+    )
 
 
 @contextmanager

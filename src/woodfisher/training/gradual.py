@@ -8,13 +8,11 @@ from collections.abc import Sized
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-
 from woodfisher._version import __version__
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import remove
-from woodfisher.gradients.batches import length
+from woodfisher.gradients.batches import bytes_of, length
 from woodfisher.gradients.isolation import copied, isolated, reseeded
 from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
@@ -189,16 +187,14 @@ class Trained:
     warnings: list[str]
 
     @classmethod
-    def of(cls, module: Finetuning, dense: float) -> Trained:
-        """What a training that has ended did to a network of which `dense` is the metric."""
+    def of(cls, module: Finetuning, best: Epoch, dense: float) -> Trained:
+        """What a training that has ended did to a network of which `dense` is the metric; the epoch that it kept."""
         masks = {name: mask.cpu() for name, mask in module.pruner.masks.items()}
         pruning = sum(removal.seconds for removal in module.removals)
         return cls(
             sparsity=module.pruner.sparsity,
             dense=dense,
-            best=max(
-                (epoch for epoch in module.epochs if epoch.eligible), key=lambda e: (e.validation, e.epoch)
-            ),
+            best=best,
             epochs=module.epochs,
             history=module.removals,
             layers=layers_of(masks),
@@ -319,8 +315,9 @@ def train(
         )
         _fit(module, checkpoint, precision, log)
     assert module.best is not None
-    unwrapped(task.model).load_state_dict(module.best)
-    return Trained.of(module, dense)
+    number, weights = module.best
+    unwrapped(task.model).load_state_dict(weights)
+    return Trained.of(module, module.epochs[number - 1], dense)
 
 
 def _check(
@@ -420,7 +417,7 @@ def digest(model: nn.Module) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name, tensor in model.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        found.update(bytes_of(tensor).data)
     return found.hexdigest()
 
 
