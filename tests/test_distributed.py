@@ -554,6 +554,22 @@ def _mean_loss(weights, temperature):
     return wf.Objective(model, batches(), cross_entropy).mean_loss()
 
 
+def check_another_is_written_to(rank):
+    """A sharded copy takes what was pruned, unless it differs in what was not; all ranks say so at once."""
+    model, other, plain = in_shards(Net()), in_shards(Net()), Net()
+    objective = wf.Objective(model, batches(), cross_entropy)
+    halved = objective.at(objective.weights / 2, objective.kept)
+    for each in (other, plain):
+        halved.write(each)
+        assert torch.equal(gathered(each)["first.weight"], gathered(model)["first.weight"] / 2)
+    reshard(other)
+    with torch.no_grad():
+        local(other.norm.weight)[-1] += 1 - rank  # in the shard of one rank
+    with pytest.raises(wf.WoodfisherError, match="'norm.weight' of this model differs"):
+        objective.write(other)
+    assert torch.equal(gathered(other)["first.weight"], gathered(model)["first.weight"] / 2)
+
+
 def in_one_group():
     model = Net()
     fully_shard([model.third, model.last], mesh=init_device_mesh("cpu", (2,)))
@@ -571,6 +587,7 @@ def all_of_shards(rank):
     """One start of two processes for all that takes them."""
     check_refusals(rank)
     check_what_stays(rank)
+    check_another_is_written_to(rank)
     return {
         "joint": sharded(CASES["joint"]),
         "full": sharded(CASES["full"]),

@@ -508,6 +508,47 @@ def test_write_refuses_a_model_with_other_buffers_before_the_first_change():
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+def test_write_refuses_a_model_whose_other_parameters_differ_before_the_first_change():
+    model = mlp()
+    objective = wf.Objective(model, [], cross_entropy)
+    halved = objective.at(objective.weights / 2, objective.kept)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[2].bias += 1
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        wf.WoodfisherError, match="'2.bias' of this model differs.*load the state dict of the dense"
+    ):
+        halved.write(other)
+    other.append(nn.Linear(3, 3))
+    with pytest.raises(
+        wf.WoodfisherError, match=r"'3.weight' is a parameter of shape None .* and of shape \(3, 3\)"
+    ):
+        halved.write(other)
+    assert all(
+        torch.equal(value, before[name]) for name, value in other.state_dict().items() if name in before
+    )
+    del other[3]
+    other.load_state_dict(model.state_dict())
+    halved.write(other)
+    assert torch.equal(other[2].weight, model[2].weight / 2)
+    lower = copy.deepcopy(model).bfloat16()
+    halved.write(lower)
+    assert torch.equal(lower[2].weight, other[2].weight.bfloat16())
+
+
+def test_write_takes_a_copy_of_a_model_with_nan_in_what_it_never_uses():
+    model = mlp()
+    model.register_parameter("unused", nn.Parameter(torch.full((3,), float("nan"))))
+    objective = wf.Objective(model, [], cross_entropy)
+    other = copy.deepcopy(model)
+    objective.at(objective.weights / 2, objective.kept).write(other)
+    assert torch.equal(other[2].weight, model[2].weight / 2)
+    model[2].bias.data += 1  # as training does
+    objective.at(objective.weights / 2, objective.kept).write()
+    assert torch.equal(other[2].weight, model[2].weight)
+
+
 def test_float64_weights_beside_others_keep_their_digits():
     model = mlp()
     model[2].double()

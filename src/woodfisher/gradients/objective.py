@@ -616,7 +616,7 @@ class Objective:
     def write(self, model: nn.Module | None = None) -> None:
         """Put `weights` (removed ones exactly zero) and `buffers` into the model, or into another one like it.
 
-        Raises before the first change.
+        Other parameters stay, and those of another model must be equal to this one's. Raises before the first change.
         """
         write(self, self.source if model is None else unwrapped(model))
 
