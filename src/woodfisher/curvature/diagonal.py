@@ -55,4 +55,4 @@ class DiagonalFisher(Estimator):
     def __call__(self, objective: Objective) -> DiagonalInverse:
         """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
         total, count = objective.squares(self.samples, group=self.group, labels=self.labels)
-        return DiagonalInverse(total * self.group / count + self.damping)
+        return DiagonalInverse(total * self.group / count + self.damping, self.damping)
