@@ -100,6 +100,20 @@ class DictModel(nn.Module):
         return Output(loss=loss, logits=logits)
 
 
+class Unpadded(nn.Module):
+    """Tokens that are there go through a layer; a sample without any goes another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+
+    def forward(self, x, there):
+        hidden = x.new_zeros(*there.shape, 6)
+        if there.any():
+            hidden[there] = self.layer(x[there]).tanh()
+        return self.head(hidden.sum(1))
+
+
 def samples(count=20, shape=(6,), classes=3, seed=1, dtype=torch.float32):
     """Inputs and targets."""
     generator = torch.Generator().manual_seed(seed)

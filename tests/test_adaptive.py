@@ -476,6 +476,7 @@ def test_a_sweep_is_one_run_through_all_sparsities():
     assert [p.report.kept for p in points] == [round((1 - s) * 36) for s in asked]
     assert len(points[0].report.stages) > len(points[2].report.stages) > len(points[1].report.stages)
     other = mlp()
+    other.load_state_dict(before)
     points[1].write(other)
     assert int(weights_of(other).count_nonzero()) == 25
     for name, mask in points[1].report.masks.items():

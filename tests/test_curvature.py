@@ -401,6 +401,25 @@ def test_hessians_without_damping_go_on_where_weights_are_removed(kind):
     assert report.kept == 4
 
 
+@pytest.mark.parametrize(
+    "curvature",
+    [
+        wf.WoodFisher(20, 6, 0.3),
+        wf.DiagonalFisher(20, 0.3),
+        wf.KFAC(20, 0.3),
+        wf.ExactHessian(20, 3.0),
+        wf.DiagonalHessian(20, 0.3),
+        wf.Identity(),
+    ],
+    ids=lambda curvature: type(curvature).__name__,
+)
+def test_the_report_tells_the_damping(curvature):
+    given = getattr(curvature, "damping", None)
+    report = wf.prune(mlp(), [samples(20)], cross_entropy, 0.5, curvature=curvature, stages=1)
+    assert [stage.damping for stage in report.stages] == [given]
+    assert curvature(wf.Objective(mlp(), [samples(20)], cross_entropy)).damping == given
+
+
 def test_products_with_no_columns_and_blocks_of_no_weights():
     model, data = mlp(), [samples(20)]
     for estimator in (wf.KFAC(20), wf.WoodFisher(20, 6, 0.1), wf.DiagonalFisher(20), wf.Identity()):

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
-from models import mlp, samples
+from models import Unpadded, mlp, samples
 from processes import run
 from woodfisher.distributed import Ranks, on_first_rank, together
 from woodfisher.gradients.layout import Layout
@@ -192,7 +193,23 @@ def within_a_drop(rank=0):
     return model.state_dict(), report.masks, report.to_dict()
 
 
+def left_out_padding(rank=0):
+    """A layer that sees less of the last sample, of the second process, than of others; by its squared gradients."""
+    (x, y), there = samples(24, (4, 5)), torch.ones(24, 4, dtype=torch.bool)
+    there[-1, 2:] = False
+    torch.manual_seed(0)
+    model = Unpadded()
+    curvature = wf.DiagonalFisher(24)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = wf.prune(model, [((x, there), y)], cross_entropy, 0.7, curvature=curvature, stages=2)
+    told = [str(each.message) for each in caught if "slower way from here on" in str(each.message)]
+    assert len(told) == (not distributed.is_initialized() or rank == 1)
+    return model.state_dict(), report.masks, {**report.to_dict(), "warnings": []}
+
+
 OTHERS = {
+    "padding left out": left_out_padding,
     "partly pruned": lambda rank=0: pruned("net", BLOCK, 0.4),
     "partly pruned, factors": lambda rank=0: pruned("net", CASES["rows in factors"], 0.4),
     "ties": lambda rank=0: tied(),
@@ -538,6 +555,22 @@ def _mean_loss(weights, temperature):
     return wf.Objective(model, batches(), cross_entropy).mean_loss()
 
 
+def check_another_is_written_to(rank):
+    """A sharded copy takes what was pruned, unless it differs in what was not; all ranks say so at once."""
+    model, other, plain = in_shards(Net()), in_shards(Net()), Net()
+    objective = wf.Objective(model, batches(), cross_entropy)
+    halved = objective.at(objective.weights / 2, objective.kept)
+    for each in (other, plain):
+        halved.write(each)
+        assert torch.equal(gathered(each)["first.weight"], gathered(model)["first.weight"] / 2)
+    reshard(other)
+    with torch.no_grad():
+        local(other.norm.weight)[-1] += 1 - rank  # in the shard of one rank
+    with pytest.raises(wf.WoodfisherError, match="'norm.weight' of this model differs"):
+        objective.write(other)
+    assert torch.equal(gathered(other)["first.weight"], gathered(model)["first.weight"] / 2)
+
+
 def in_one_group():
     model = Net()
     fully_shard([model.third, model.last], mesh=init_device_mesh("cpu", (2,)))
@@ -555,6 +588,7 @@ def all_of_shards(rank):
     """One start of two processes for all that takes them."""
     check_refusals(rank)
     check_what_stays(rank)
+    check_another_is_written_to(rank)
     return {
         "joint": sharded(CASES["joint"]),
         "full": sharded(CASES["full"]),

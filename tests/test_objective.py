@@ -523,6 +523,47 @@ def test_write_refuses_a_model_with_other_buffers_before_the_first_change():
     assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
 
 
+def test_write_refuses_a_model_whose_other_parameters_differ_before_the_first_change():
+    model = mlp()
+    objective = wf.Objective(model, [], cross_entropy)
+    halved = objective.at(objective.weights / 2, objective.kept)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[2].bias += 1
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(
+        wf.WoodfisherError, match="'2.bias' of this model differs.*load the state dict of the dense"
+    ):
+        halved.write(other)
+    other.append(nn.Linear(3, 3))
+    with pytest.raises(
+        wf.WoodfisherError, match=r"'3.weight' is a parameter of shape None .* and of shape \(3, 3\)"
+    ):
+        halved.write(other)
+    assert all(
+        torch.equal(value, before[name]) for name, value in other.state_dict().items() if name in before
+    )
+    del other[3]
+    other.load_state_dict(model.state_dict())
+    halved.write(other)
+    assert torch.equal(other[2].weight, model[2].weight / 2)
+    lower = copy.deepcopy(model).bfloat16()
+    halved.write(lower)
+    assert torch.equal(lower[2].weight, other[2].weight.bfloat16())
+
+
+def test_write_takes_a_copy_of_a_model_with_nan_in_what_it_never_uses():
+    model = mlp()
+    model.register_parameter("unused", nn.Parameter(torch.full((3,), float("nan"))))
+    objective = wf.Objective(model, [], cross_entropy)
+    other = copy.deepcopy(model)
+    objective.at(objective.weights / 2, objective.kept).write(other)
+    assert torch.equal(other[2].weight, model[2].weight / 2)
+    model[2].bias.data += 1  # as training does
+    objective.at(objective.weights / 2, objective.kept).write()
+    assert torch.equal(other[2].weight, model[2].weight)
+
+
 def test_float64_weights_beside_others_keep_their_digits():
     model = mlp()
     model[2].double()
@@ -827,6 +868,79 @@ def test_the_mean_loss_is_over_the_targets_that_count(size):
     torch.testing.assert_close(*columns, rtol=1e-4, atol=1e-6)
     each = wf.Objective(model, [(x, y)], nn.CrossEntropyLoss(reduction="none"))
     assert each.mean_loss() == pytest.approx(cross_entropy(model(x), y, reduction="none").mean().item())
+
+
+@pytest.mark.parametrize("ignored", [-100, 7])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda **options: partial(cross_entropy, **options),
+        lambda **options: partial(partial(cross_entropy, reduction="sum"), **options),
+        nn.CrossEntropyLoss,
+    ],
+    ids=["partial", "partial of a partial", "module"],
+)
+def test_a_loss_is_the_same_in_every_form(form, reduction, ignored):
+    x, y = samples(60)
+    y[[3, 4, *range(10, 30)]] = ignored
+    model, loss = mlp(), form(label_smoothing=0.1, reduction=reduction, ignore_index=ignored)
+    objective = wf.Objective(model, list(zip(x.split(10), y.split(10), strict=True)), loss)
+    assert objective.mean_loss() == pytest.approx(float(loss(model(x), y).mean()), rel=1e-5)
+    loss(model(x), y).mean().backward()
+    expected = torch.cat([p.grad.flatten() for p in objective.parameters.values()])
+    for workspace in (0, 2**29):
+        torch.testing.assert_close(objective.within(workspace).gradient(60), expected)
+    counted = [i for i in range(60) if y[i] != ignored]
+    rows = wf.Objective(model, [(x[counted], y[counted])], loss).rows(len(counted))
+    alone = partial(cross_entropy, label_smoothing=0.1)
+    torch.testing.assert_close(
+        rows, loop_rows(model, alone, x[counted], y[counted], list(objective.layout.shapes))
+    )
+
+
+@pytest.mark.parametrize("loss", [mse_loss, nn.functional.binary_cross_entropy_with_logits])
+def test_rows_of_a_sum_are_not_those_of_a_mean(loss):
+    x, y = samples(8)
+    targets = nn.functional.one_hot(y, 3).float()
+    summed = wf.Objective(mlp(), [(x, targets)], partial(loss, reduction="sum"))
+    module = {mse_loss: nn.MSELoss}.get(loss, nn.BCEWithLogitsLoss)(reduction="sum")
+    expected = 3 * wf.Objective(mlp(), [(x, targets)], loss).rows(8)
+    torch.testing.assert_close(summed.rows(8), expected)
+    fisher = [
+        torch.cat(list(wf.Objective(mlp(), [(x, targets)], form).iter_fisher_rows(8)))
+        for form in (partial(loss, reduction="sum"), module)
+    ]
+    torch.testing.assert_close(*fisher)
+
+
+class Halved(nn.CrossEntropyLoss):
+    """Does more than the loss that it is made of."""
+
+    def forward(self, outputs, targets):
+        return super().forward(outputs, targets) / 2
+
+
+def test_a_loss_that_does_more_than_torchs_is_called():
+    x, y = samples(20)
+    y[:5] = -100
+    half, whole = (wf.Objective(mlp(), [(x, y)], loss) for loss in (Halved(), cross_entropy))
+    assert half.mean_loss() == pytest.approx(whole.mean_loss() / 2)
+    half, whole = (wf.Objective(mlp(), [(x[5:], y[5:])], loss) for loss in (Halved(), cross_entropy))
+    torch.testing.assert_close(half.rows(15), whole.rows(15) / 2)
+
+
+def test_a_loss_of_unknown_form_is_taken_for_a_mean_over_all_samples():
+    x, y = samples(20)
+    objective = wf.Objective(mlp(), [(x, y)], lambda o, t: cross_entropy(o, t))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        objective.gradient(20)
+    ignoring = objective.on([(x, y.index_fill(0, torch.tensor([3]), -100))])
+    with pytest.warns(wf.WoodfisherWarning, match="labels of -100 came.*a mean over all samples") as caught:
+        ignoring.mean_loss()
+        ignoring.gradient(20)
+    assert len(caught) == 1
 
 
 @pytest.mark.filterwarnings("ignore:every gradient row is zero")

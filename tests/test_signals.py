@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy, mse_loss, relu_
 from torch.utils._pytree import register_pytree_node
 
 import woodfisher as wf
-from models import ConvNet, DictModel, Output, Tied, mlp, samples
+from models import ConvNet, DictModel, Output, Tied, Unpadded, mlp, samples
 from reference import loop_rows
 from woodfisher.gradients.layer_rows import LayerRows
 
@@ -321,20 +321,6 @@ def test_factor_form_of_a_layer_that_is_called_twice_is_refused():
     objective = wf.Objective(nn.Sequential(layer, nn.Tanh(), layer), [samples(6, (5,))], cross_entropy)
     with pytest.raises(wf.WoodfisherError, match="called more than once"):
         next(objective.iter_layer_rows(6))
-
-
-class Unpadded(nn.Module):
-    """Tokens that are there go through a layer; a sample without any goes another way."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
-
-    def forward(self, x, there):
-        hidden = x.new_zeros(*there.shape, 6)
-        if there.any():
-            hidden[there] = self.layer(x[there]).tanh()
-        return self.head(hidden.sum(1))
 
 
 @pytest.mark.parametrize("lengths", [[3, 3, 2, 4], [3, 3, 2, 3], [1, 1, 0, 2], [3, 3, 3, 3]])

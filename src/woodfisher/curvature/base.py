@@ -208,10 +208,14 @@ class BlockDiagonalInverse(InverseOperator):
     parts:
         Pairs of where an operator's weights lie in the flat vector (a slice, or int64 indexes) and the
         operator.
+    damping:
+        λ, where all of them have the same one.
     """
 
-    def __init__(self, parts: Sequence[tuple[slice | Tensor, InverseOperator]]) -> None:
-        self.parts = list(parts)
+    def __init__(
+        self, parts: Sequence[tuple[slice | Tensor, InverseOperator]], damping: float | None = None
+    ) -> None:
+        self.parts, self.damping = list(parts), damping
         self.size = sum(operator.size for _, operator in parts)
         self.device = parts[0][1].device
 
@@ -273,10 +277,12 @@ class DiagonalInverse(InverseOperator):
     ----------
     curvature:
         The diagonal of F, damping included, all entries positive, `(size,)`.
+    damping:
+        λ that is in it, if one is.
     """
 
-    def __init__(self, curvature: Tensor) -> None:
-        self.curvature = curvature.double()
+    def __init__(self, curvature: Tensor, damping: float | None = None) -> None:
+        self.curvature, self.damping = curvature.double(), damping
         self.size = len(curvature)
         self.device = curvature.device
 
@@ -318,7 +324,8 @@ def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
 def removed_part(kept: Tensor, damping: float) -> list[tuple[Tensor, DiagonalInverse]]:
     """Of weights outside `kept` `(d,)`, for `BlockDiagonalInverse`: they have no rows, and F is the damping alone."""
     gone = (~kept).nonzero().squeeze(1)
-    return [(gone, DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64)))] if len(gone) else []
+    curvature = torch.full_like(gone, damping, dtype=torch.float64)
+    return [(gone, DiagonalInverse(curvature, damping))] if len(gone) else []
 
 
 def spans(count: int, bytes_each: int, *, by_threads: bool = False) -> list[slice]:

@@ -55,11 +55,13 @@ class DenseInverse(InverseOperator):
         The blocks of F, damping included, symmetric, `(count, B, B)`.
     what:
         What the matrix is, for the message where it isn't positive definite.
+    damping:
+        λ that is in it, if one is.
     """
 
-    def __init__(self, matrix: Tensor, what: str) -> None:
+    def __init__(self, matrix: Tensor, what: str, damping: float | None = None) -> None:
         self._factor = cholesky(matrix.double(), what)
-        self._what = what
+        self._what, self.damping = what, damping
         self._shape = tuple(matrix.shape)
         self.size = matrix.shape[0] * matrix.shape[1]
         self.device = matrix.device
@@ -120,4 +122,4 @@ def primal_blocks(rows: Rows | Tensor, count: int, damping: float, divisor: floa
         F[blocks] = G.mT @ G
     F /= divisor
     F.diagonal(dim1=1, dim2=2).add_(damping)
-    return DenseInverse(F, "a block of the damped Fisher")
+    return DenseInverse(F, "a block of the damped Fisher", damping)

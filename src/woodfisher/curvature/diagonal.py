@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,13 +9,8 @@ import torch
 
 from woodfisher.checks import check_choice, check_count, check_positive
 from woodfisher.curvature.base import DiagonalInverse, Estimator, Labels
-from woodfisher.errors import NoFactorsError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from torch import Tensor
-
     from woodfisher.gradients.objective import Objective
 
 
@@ -60,26 +54,5 @@ class DiagonalFisher(Estimator):
 
     def __call__(self, objective: Objective) -> DiagonalInverse:
         """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
-        layout = objective.layout
-        if objective.factors(self.group).keys() == layout.shapes.keys() != set():
-            layers = objective.iter_layer_rows(self.samples, group=self.group, labels=self.labels)
-            with suppress(NoFactorsError):
-                return self._of(
-                    (
-                        layout.flatten({name: rows.squares() for name, rows in each.items()})
-                        * objective.kept,
-                        next(iter(each.values())).count,
-                    )
-                    for each in layers
-                )
-        chunks = objective.iter_rows(self.samples, group=self.group, labels=self.labels)
-        return self._of((chunk.double().square().sum(0), len(chunk)) for chunk in chunks)
-
-    def _of(self, squares: Iterable[tuple[Tensor, int]]) -> DiagonalInverse:
-        """From the squares of some rows after others, summed `(d,)`, and how many rows they are."""
-        squares = iter(squares)
-        total, count = next(squares)
-        for more, rows in squares:
-            total += more
-            count += rows
-        return DiagonalInverse(total * self.group / count + self.damping)
+        total, count = objective.squares(self.samples, group=self.group, labels=self.labels)
+        return DiagonalInverse(total * self.group / count + self.damping, self.damping)

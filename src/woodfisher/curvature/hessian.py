@@ -65,7 +65,7 @@ class ExactHessian(_HessianEstimator):
         )
         H = exact_hessian(objective, self.samples)
         H.diagonal().add_(self._shift(objective))
-        return DenseInverse(H[None], "the damped Hessian")
+        return DenseInverse(H[None], "the damped Hessian", self.damping)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class DiagonalHessian(_HessianEstimator):
                 f"{int((damped <= 0).sum())} of {len(damped)} entries of the Hessian's diagonal are not positive "
                 f"at damping {self.damping:g} (the smallest is {worst:.3g}). Take a damping above {0 - worst:.3g}."
             )
-        return DiagonalInverse(damped)
+        return DiagonalInverse(damped, self.damping)
 
 
 def exact_hessian(objective: Objective, samples: int) -> Tensor:

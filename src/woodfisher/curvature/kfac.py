@@ -39,7 +39,7 @@ class KroneckerInverse(InverseOperator):
         a, self._U = torch.linalg.eigh(A.double())
         s, self._W = torch.linalg.eigh(S.double())
         self._spectrum = s.clamp(min=0)[:, None] * a.clamp(min=0)[None] + damping
-        self.size = self._spectrum.numel()
+        self.size, self.damping = self._spectrum.numel(), damping
         self.device = A.device
 
     def _in_eigenbasis(self, V: Tensor, scale: Tensor) -> Tensor:
@@ -162,5 +162,6 @@ class KFAC(Estimator):
             [
                 (where, KroneckerInverse(A[name] / samples, S[name] / samples, self.damping))
                 for name, where in objective.layout.slices.items()
-            ]
+            ],
+            self.damping,
         )

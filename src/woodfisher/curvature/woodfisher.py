@@ -102,9 +102,7 @@ class WoodFisher(Estimator):
             parts = [(kept[where], part) for where, part in parts]
         if not objective.layout.size:  # on a rank that was dealt no weights
             parts = [(slice(0, 0), DiagonalInverse(objective.weights))]
-        inverse = BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)])
-        inverse.damping = damping
-        return inverse
+        return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)], damping)
 
     def runs(self, objective: Objective) -> list[Run]:
         """The blocks of the weights that are left."""
@@ -122,7 +120,7 @@ class WoodFisher(Estimator):
                 f"{rows.dtype} of shape {tuple(rows.shape)} came."
             )
         runs = Layout({"": (rows.shape[1],)}).runs(self.block_size)
-        return BlockDiagonalInverse(self._parts(HeldRows(rows), runs)[0])
+        return BlockDiagonalInverse(*self._parts(HeldRows(rows), runs))
 
     def _parts(
         self, rows: Rows, runs: list[Run], plan: Plan | None = None, ranks: Ranks = ALONE

@@ -8,12 +8,10 @@ import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvNd
@@ -21,7 +19,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import describe, map_tensors, samples_in, tensors_of
-from woodfisher.gradients.likelihood import IGNORED, every_target, kept_ignored, target_sampler
+from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
+from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -39,12 +38,6 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 T = TypeVar("T")
 
 _WIDE_ROW = 8
-
-_OF_ENTRIES = (F.mse_loss, F.binary_cross_entropy_with_logits)
-"""Losses of which torch gives the terms, one for each entry of the outputs."""
-
-_OF_CLASSES = (F.cross_entropy, F.nll_loss)
-"""Losses of which torch gives the terms, one for each sample."""
 
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
@@ -90,9 +83,10 @@ class Forward:
         precision: Precision,
     ) -> None:
         self.model, self.loss, self.precision, self.weighted = model, loss, precision, False
+        self._known = KnownLoss.of(loss)
         self._draw = target_sampler(loss) if sampler is None else lambda outputs, _: sampler(outputs)
         self._every = None if sampler else every_target(loss)
-        self._vectorised = True
+        self._vectorised, self._warned_of_labels = True, False
         self._around = _Around(model)
         self._tied, self._scaled = other_names(model), _scaled_in_place(model)
         on_cpu = any(p.device.type == "cpu" for p in model.parameters())
@@ -101,7 +95,7 @@ class Forward:
                 "this processor does not multiply in bfloat16, so that passes in it take several times as long: leave "
                 "out precision='bfloat16'."
             )
-        if _cancels_weights(loss):
+        if self._known is not None and self._known.cancels_weights:
             warn(
                 "class weights cancel in the loss of a single sample, which is divided by its own weight, so that "
                 "gradients of samples are as without them: use reduction='none', of which the mean is taken."
@@ -150,9 +144,11 @@ class Forward:
         model's own loss it isn't known.
         """
         check_form(self.loss, batch)
-        if self.loss is None or _cancels_weights(self.loss) or self.counted(batch) < samples_in(batch):
+        known = self._known
+        cancels = known is not None and known.cancels_weights
+        if self.loss is None or cancels or self.counted(batch) < samples_in(batch):
             return False
-        if self.loss in (*_OF_ENTRIES, *_OF_CLASSES):
+        if known is not None and known.averages:
             return True
         with torch.no_grad():
             outputs = self.outputs(state.copied(), batch)
@@ -174,17 +170,27 @@ class Forward:
     def counted(self, batch: Batch) -> float:
         """Samples of a batch that its mean loss is of: without the share of labels that the loss ignores."""
         labels = labels_of(batch)
-        if not isinstance(labels, Tensor) or labels.is_floating_point() or not self._ignores:
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
             return samples_in(batch)
-        ignored = getattr(self.loss, "ignore_index", IGNORED)
-        return samples_in(batch) * float((labels != ignored).float().mean())
+        counts = labels != self._ignored
+        if self.loss is not None and self._known is None and not counts.all():
+            self._warn_of_labels()
+        known_mean = self.loss is None if self._known is None else self._known.ignores
+        return samples_in(batch) * float(counts.float().mean()) if known_mean else samples_in(batch)
 
     @property
-    def _ignores(self) -> bool:
-        """Whether the mean is known to leave out some labels, as that of models' own losses does."""
-        if isinstance(self.loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
-            return self.loss.reduction == "mean"
-        return self.loss is None or self.loss in _OF_CLASSES
+    def _ignored(self) -> int:
+        """The label that the loss leaves out, as far as it is known."""
+        return IGNORED if self._known is None else self._known.ignored
+
+    def _warn_of_labels(self) -> None:
+        if not self._warned_of_labels:
+            self._warned_of_labels = True
+            warn(
+                f"labels of {IGNORED} came, which losses of torch leave out, and loss= is a function of its own: it is "
+                "taken to be a mean over all samples. Give F.cross_entropy, a functools.partial of it, or "
+                "nn.CrossEntropyLoss(...), in which those left out are counted."
+            )
 
     def least_loss(self, state: State, batch: Batch) -> float:
         """The smallest loss of a sample of a batch; the mean of all where the model computes its own loss."""
@@ -214,8 +220,8 @@ class Forward:
     def _plain_losses(self, outputs: Any, batch: Batch, group: int) -> Tensor:
         samples, targets = samples_in(batch), batch[1]
         if self._has_terms(outputs, targets):
-            assert self.loss is not None
-            terms = self.loss(outputs, targets, reduction="none")  # type: ignore[call-arg]
+            assert self._known is not None
+            terms: Tensor = self._known.terms(outputs, targets)
             return terms.reshape(samples // group, -1).mean(1)
         leaves, form = tree_flatten((outputs, targets))
         by_sample = [isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == samples for leaf in leaves]
@@ -240,15 +246,18 @@ class Forward:
 
     def _has_terms(self, outputs: Any, targets: Any) -> bool:
         """Whether torch gives the loss of each sample, or of each entry of the outputs, and rows are means of them."""
+        known = self._known
         if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
             return False
-        if self.loss in _OF_ENTRIES:
-            return outputs.shape == targets.shape
-        if self.loss not in _OF_CLASSES or outputs.ndim != 2:
+        if known is None or not known.averages:
             return False
-        if self.weighted or targets.is_floating_point():
+        if known.function in OF_ENTRIES:
+            return outputs.shape == targets.shape
+        if outputs.ndim != 2:
+            return False
+        if self.weighted or targets.is_floating_point() or not known.ignores:
             return True
-        return bool((targets >= 0).all())  # the others are ignored in the mean
+        return bool((targets != known.ignored).all())  # the others are left out of the mean
 
     def with_sampled_targets(self, state: State, batch: Batch) -> Batch:
         """The batch with targets drawn from the model's own distribution."""
@@ -272,7 +281,7 @@ class Forward:
         """Labels, with those of the batch's own that the loss ignores."""
         if labels.is_floating_point():
             return labels
-        return kept_ignored(labels, labels_of(batch), getattr(self.loss, "ignore_index", IGNORED))
+        return kept_ignored(labels, labels_of(batch), self._ignored)
 
     def row_gradients(self, state: State, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
@@ -326,19 +335,6 @@ class Forward:
             "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
             f"result, more slowly. ({reason})"
         )
-
-
-def _cancels_weights(loss: object) -> bool:
-    """Whether a loss divides by the class weights of the samples that it averages."""
-    if isinstance(loss, partial):
-        return (
-            loss.func in _OF_CLASSES
-            and loss.keywords.get("weight") is not None
-            and loss.keywords.get("reduction", "mean") == "mean"
-        )
-    return isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)) and (
-        loss.weight is not None and loss.reduction == "mean"
-    )
 
 
 class _Around(nn.Module):

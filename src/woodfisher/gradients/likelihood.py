@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from woodfisher.errors import UnknownDistributionError
+from woodfisher.gradients.losses import IGNORED, KnownLoss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
 
 MOST_TARGETS = 100
 """Targets of a sample beyond which the Fisher is taken over drawn ones instead of all of them."""
-
-
-IGNORED = -100
-"""The label that torch's losses of classes leave out of their mean, unless they are told another one."""
 
 
 def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, Any], Tensor]:
@@ -70,23 +67,18 @@ def every_target(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any], W
 def _known(
     loss: Callable[[Any, Any], Tensor],
 ) -> tuple[Callable[[Any, Any], Tensor], Callable[[Any], Weighted]] | None:
-    if isinstance(loss, (nn.CrossEntropyLoss, nn.NLLLoss)):
-        smoothed = isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing > 0
-        if loss.weight is not None or smoothed:
-            return None
-        classes = _classes if isinstance(loss, nn.CrossEntropyLoss) else _labels
-        return partial(classes, ignored=loss.ignore_index, reduction=loss.reduction), _every_class
-    if isinstance(loss, nn.MSELoss) and loss.reduction == "sum":
-        return partial(_normal, variance=0.5), partial(_every_normal, variance=0.5)
-    if isinstance(loss, nn.BCEWithLogitsLoss):
-        if loss.pos_weight is not None or loss.weight is not None:
-            return None
-        if loss.reduction == "sum":
-            return partial(_binary, terms=1), partial(_every_binary, terms=1)
-    for kinds, draw, every in _DISTRIBUTIONS:
-        if any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds):
-            return draw, every
-    return None
+    known = KnownLoss.of(loss)
+    if known is None or not known.is_likelihood:
+        return None
+    sums = known.reduction == "sum"
+    if known.function is F.mse_loss:
+        variance = 0.5 if sums else None
+        return partial(_normal, variance=variance), partial(_every_normal, variance=variance)
+    if known.function is F.binary_cross_entropy_with_logits:
+        terms = 1 if sums else None
+        return partial(_binary, terms=terms), partial(_every_binary, terms=terms)
+    draw = _classes if known.function is F.cross_entropy else _labels
+    return partial(draw, ignored=known.ignored, reduction=known.reduction), _every_class
 
 
 def _every_class(outputs: Tensor) -> Weighted:
@@ -192,11 +184,3 @@ def _logits(outputs: Any) -> Tensor:
             "pass sampler=, a function of the model's outputs, for any other."
         )
     return logits
-
-
-_DISTRIBUTIONS: list[tuple[tuple[Any, ...], Callable[[Any, Any], Tensor], Callable[[Any], Weighted]]] = [
-    ((F.cross_entropy,), _classes, _every_class),
-    ((F.nll_loss,), _labels, _every_class),
-    ((F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss), _binary, _every_binary),
-    ((F.mse_loss, nn.MSELoss), _normal, _every_normal),
-]

@@ -73,6 +73,17 @@ class RowMaker:
         self._check_flowing(rows, chunk, done)
         return rows
 
+    def squares(self, state: State, chunk: Batch, group: int, *, done: int, workspace: int) -> Tensor | None:
+        """Squares of the rows of a chunk, `done` rows after the first, summed over them: float64 `(d,)`.
+
+        None where a weight has no factor form.
+        """
+        flowing = self._flowing_if_possible(state, chunk, group, list(self._layout.shapes), workspace)
+        if flowing is None:
+            return None
+        self._check_flowing(flowing, chunk, done)
+        return self._layout.flatten({name: rows.squares() for name, rows in flowing.items()})
+
     def fill(
         self,
         out: Tensor,

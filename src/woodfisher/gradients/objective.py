@@ -434,6 +434,35 @@ class Objective:
             done += count
             report_progress("gradients", done, samples // group)
 
+    def squares(self, samples: int, *, group: int = 1, labels: str = "data") -> tuple[Tensor, int]:
+        """Squares of the rows of `rows`, summed over them: float64 `(d,)`, and how many rows they are."""
+        able = self.factors(group)
+        factored = able.keys() == self.layout.shapes.keys()
+        width = sum(each.floats for each in able.values()) if factored else self.layout.size
+        total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+        done = 0
+        for number, (chunk, count) in enumerate(self.row_chunks(samples, group, labels, 2 * width)):
+            if number % self.ranks.size == self.ranks.rank:
+                with phase("gradients"):
+                    total += self._squares_of(chunk, count, group, done)
+            done += count
+            report_progress("gradients", done, samples // group)
+        return self.ranks.sum(total) * self.kept, done
+
+    def _squares_of(self, chunk: Batch, count: int, group: int, done: int) -> Tensor:
+        """From factors, or from as many dense rows at a time as there is room for."""
+        found = self._maker.squares(self.state(), chunk, group, done=done, workspace=self.workspace)
+        if found is not None:
+            return found
+        total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
+        step = max(self.workspace // (2 * self.layout.size * self.dtype.itemsize), 1)
+        for first in range(0, count, step):
+            part = some(chunk, first * group, (first + step) * group)
+            rows = new_matrix(samples_in(part) // group, self.layout.size, self.dtype, self.device)
+            self.fill_rows(rows, part, group, None, done + first)
+            total += rows.double().square().sum(0)
+        return total
+
     def factors(self, group: int = 1) -> dict[str, Factors]:
         """The weights whose rows can be had in factor form, and what that takes; tried on the first samples.
 
@@ -593,7 +622,7 @@ class Objective:
     def write(self, model: nn.Module | None = None) -> None:
         """Put `weights` (removed ones exactly zero) and `buffers` into the model, or into another one like it.
 
-        Raises before the first change.
+        Other parameters stay, and those of another model must be equal to this one's. Raises before the first change.
         """
         write(self, self.source if model is None else unwrapped(model))
 

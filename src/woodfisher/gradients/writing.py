@@ -11,7 +11,7 @@ import torch
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.overlap import check_apart
-from woodfisher.gradients.sharding import local, own_part, reshard
+from woodfisher.gradients.sharding import local, own_part, reshard, whole
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,6 +24,8 @@ def write(objective: Objective, model: nn.Module) -> None:
     reshard(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     _check_architecture(objective, parameters, buffers)
+    if model is not objective.source:
+        _check_others(objective, parameters)
     check_apart({name: local(p.data) for name, p in parameters.items()}, objective.layout.shapes)
     values = {
         name: torch.where(kept, value, 0).to(parameters[name].dtype)
@@ -62,6 +64,28 @@ def _check_computed(objective: Objective) -> None:
             raise WoodfisherError(
                 f"what {module!r} computes of {name!r} is not finite at the new weights, as where weight_norm is left "
                 "a row of zeros; the model is unchanged. Ask for a lower sparsity, or remove the parametrization first."
+            )
+
+
+def _check_others(objective: Objective, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise unless the parameters that are not chosen, which stay, are those of the model that was pruned."""
+    own = dict(objective.model.named_parameters())
+    here, there = ({name: tuple(p.shape) for name, p in each.items()} for each in (parameters, own))
+    unlike = next((name for name in {**there, **here} if here.get(name) != there.get(name)), None)
+    if unlike is not None:
+        raise WoodfisherError(
+            f"{unlike!r} is a parameter of shape {there.get(unlike)} in the model that was pruned, and of shape "
+            f"{here.get(unlike)} in this one (None: there is none): write to one of the same architecture."
+        )
+    for name, p in parameters.items():
+        if name in objective.layout.shapes:
+            continue
+        value, pruned = whole(p), own[name].detach().to(p.device, p.dtype)
+        if not torch.allclose(value, pruned, rtol=0, atol=0, equal_nan=True):
+            raise WoodfisherError(
+                f"{name!r} of this model differs from that of the model that was pruned, and only chosen weights and "
+                "buffers are written, so that the network would be another one: load the state dict of the dense "
+                "model into it first (model.load_state_dict). The model is unchanged."
             )
 
 

@@ -179,6 +179,10 @@ class Part(Objective):
     def gradient(self, samples: int) -> Tensor:
         return self.whole.layout.of(self.layout, self.whole.gradient(samples))
 
+    def squares(self, samples: int, *, group: int = 1, labels: str = "data") -> tuple[Tensor, int]:
+        total, count = self.whole.squares(samples, group=group, labels=labels)
+        return self.whole.layout.of(self.layout, total), count
+
     def rows(
         self,
         samples: int,

@@ -165,7 +165,7 @@ class Pruned:
     objective: Objective
 
     def write(self, model: nn.Module | None = None) -> None:
-        """Put it into `model`, of the same architecture; by default into the one that was pruned."""
+        """Put it into the model that was pruned, or into `model`: one like it, all other parameters included."""
         self.objective.write(model)
 
     def told(self) -> tuple[Changes, Report]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from woodfisher.checks import described, metric_value
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.isolation import same_flags
-from woodfisher.gradients.likelihood import IGNORED
+from woodfisher.gradients.losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
