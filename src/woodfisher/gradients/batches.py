@@ -367,7 +367,7 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
 
 def fingerprints(batch: Batch) -> list[bytes]:
     """A digest of each sample's bytes."""
-    parts = [bytes_of(tensor).reshape(len(tensor), -1) for tensor in tensors_of(batch)]
+    parts = [bytes_of(t).reshape(len(t), t.nbytes // max(len(t), 1)) for t in tensors_of(batch)]
     digests = []
     for sample in zip(*parts, strict=True):
         digest = hashlib.blake2b(digest_size=16)
