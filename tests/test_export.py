@@ -416,6 +416,7 @@ def test_2_4_on_a_gpu_equals_the_model(tmp_path):
 # The commands
 
 TASK = """
+from types import SimpleNamespace
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -429,6 +430,17 @@ def wide(weights=None):
         load_into(model, weights)
     data = [(torch.randn(80, 64), torch.randint(4, (80,)))]
     return Task("wide", model, data, data, data, cross_entropy)
+
+class Translator(nn.Sequential):
+    config = SimpleNamespace(is_encoder_decoder=True)
+
+    def forward(self, inputs, labels=None):
+        return super().forward(inputs) + labels
+
+def translator(weights=None):
+    task = wide(weights)
+    data = [{"inputs": inputs, "labels": labels[:, None].float()} for inputs, labels in task.train]
+    return Task("translator", Translator(*task.model), data, data, data, None, lambda model, data: 0.0)
 """
 
 
@@ -554,6 +566,11 @@ def test_channels_that_are_not_silent_stay(folder, capsys):
     pytest.importorskip("torch_pruning")
     assert main([*EXPORT_IT, "--to", "channels"]) == 2
     assert "no channel of the model can be cut out" in capsys.readouterr().err
+
+
+def test_a_decoder_keeps_the_labels_that_its_inputs_are_made_of(folder):
+    arguments = ["export", "--task", "my_exports:translator", "--weights", "pruned.safetensors"]
+    assert main([*arguments, "--to", "dense"]) == 0
 
 
 def test_weights_are_asked_for(folder, capsys):

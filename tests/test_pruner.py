@@ -483,3 +483,11 @@ def test_an_objective_of_layers_that_are_gone_is_refused():
     with pytest.raises(wf.WoodfisherError, match="another tensor than when the pruner was made"):
         pruner.step()
     assert pruner.missing_in(model) == "2.weight"
+
+
+def test_weights_of_another_shape_than_their_masks_are_refused():
+    model = mlp()
+    pruner = pruner_of(model, wf.one_shot(0.5))
+    model[2].weight.data = torch.randn(5, 4)
+    with pytest.raises(wf.WoodfisherError, match=r"'2\.weight' is another tensor .* resized embeddings"):
+        pruner.step()

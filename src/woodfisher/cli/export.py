@@ -243,12 +243,16 @@ class Export:
 
 
 def _inputs(batches: Any, count: int, model: nn.Module) -> Any:
-    """What the model takes of the first samples that have one shape, without the labels, in the model's dtype."""
+    """What the model takes of the first samples that have one shape, in the model's dtype.
+
+    Labels are left out, but where a decoder's inputs are made of them.
+    """
     taken = list(take(batches, count))
     if not taken:
         raise WoodfisherError("the task's validation data is empty, and outputs are compared on it.")
-    parts = [_without_labels(batch) for batch in taken]
-    parts = list(takewhile(lambda part: _form(part) == _form(parts[0]), parts))
+    if not _decodes_labels(model, taken[0]):
+        taken = [_without_labels(batch) for batch in taken]
+    parts = list(takewhile(lambda part: _form(part) == _form(taken[0]), taken))
     parameter = next(model.parameters())
 
     def ready(*tensors: torch.Tensor) -> torch.Tensor:
@@ -256,6 +260,13 @@ def _inputs(batches: Any, count: int, model: nn.Module) -> Any:
         return joined.to(parameter.dtype) if joined.is_floating_point() else joined
 
     return map_tensors(ready, *parts)
+
+
+def _decodes_labels(model: nn.Module, batch: Any) -> bool:
+    """Whether it is a model of transformers whose decoder gets the labels, for want of `decoder_input_ids`."""
+    if not isinstance(batch, Mapping) or any(name.startswith("decoder_input") for name in batch):
+        return False
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def _without_labels(batch: Any) -> Any:

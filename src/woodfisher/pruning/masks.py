@@ -122,11 +122,11 @@ class Masks:
             reshard(model)
         now = dict(model.named_parameters())
         for name, parameter in self.parameters.items():
-            if now.get(name) is not parameter:
+            if now.get(name) is not parameter or parameter.shape != self._removed[name].shape:
                 raise WoodfisherError(
                     f"the model's parameter {name!r} is another tensor than when the pruner was made, as after "
-                    "load_state_dict(assign=True), a replaced layer, a parametrization or sharding: make the "
-                    "objective, the pruner and the optimizer from the model as it is now."
+                    "load_state_dict(assign=True), a replaced layer, resized embeddings, a parametrization or "
+                    "sharding: make the objective, the pruner and the optimizer from the model as it is now."
                 )
         if self._idle and not self._optimizers:
             raise WoodfisherError(
