@@ -304,7 +304,9 @@ def test_too_large_a_model_is_refused_before_work(monkeypatch):
 
 
 TASK = """
+import dataclasses
 import torch
+import torch.nn.utils.prune
 from torch.nn.functional import cross_entropy
 from woodfisher.tasks import Task
 
@@ -319,6 +321,11 @@ def build(bad=False):
 
 def bad():
     return build(bad=True)
+
+def masked():
+    task = build()
+    torch.nn.utils.prune.l1_unstructured(task.model[2], "weight", 5)
+    return dataclasses.replace(task, earlier={"The start": task.model.state_dict()})
 """
 
 
@@ -377,6 +384,11 @@ def test_the_command_shows_a_table_for_a_part_of_a_model(folder, capsys):
     assert "2 (15)" in shown
     assert "0 (30)" not in shown
     assert (folder / "runs" / "tour_tasks-build-tour-seed0" / "matrices.png").exists()
+
+
+def test_the_command_takes_a_masked_model_at_earlier_points(folder, capsys):
+    assert main(["tour", "--task", "tour_tasks:masked", "--samples", "30", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["metrics"]) == ["The start", "trained"]
 
 
 @pytest.mark.parametrize(

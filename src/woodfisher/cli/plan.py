@@ -18,7 +18,7 @@ class Plan:
     """Say what a pruning run would keep where, and what memory and time it would take, without doing it.
 
     Takes the options of `woodfisher prune`. Of the data only the first samples are read; times come from a
-    calibration of about a second on this machine. What cannot fit is refused, with the least memory that would do.
+    calibration of some seconds on this machine. What cannot fit is refused, with the least memory that would do.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)

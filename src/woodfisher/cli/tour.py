@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, TaskOptions
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, save_json, write_folder
+from woodfisher.gradients.isolation import copied
 from woodfisher.results.metrics import score
 from woodfisher.results.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
@@ -102,7 +102,7 @@ def _points(task: Task) -> dict[str, nn.Module]:
     """The task's model at the points that it keeps, and as it is."""
     models: dict[str, nn.Module] = {}
     for name, state in task.earlier.items():
-        model = copy.deepcopy(task.model)
+        model = copied(task.model)
         try:
             model.load_state_dict(dict(state))
         except RuntimeError as error:
