@@ -220,7 +220,9 @@ def test_kfac_is_exact_for_one_sample_through_a_linear_layer():
     torch.testing.assert_close(wf.KFAC(1, DAMPING)(objective).dense(), expected, rtol=1e-8, atol=1e-8)
 
 
-def test_kfac_of_a_convolution_follows_its_definition():
+@pytest.mark.parametrize("workspace", [1, 5000, 2**26])
+def test_kfac_of_a_convolution_follows_its_definition(workspace, monkeypatch):
+    monkeypatch.setattr("woodfisher.gradients.layer_rows._WORKSPACE", workspace)
     model, (x, y) = ConvNet().double().eval(), samples(5, (2, 6, 6), dtype=torch.float64)
     objective = wf.Objective(model, [(x, y)], cross_entropy, params=["conv.weight", "fc.weight"])
     patches = nn.functional.unfold(x, 3, padding=1)
