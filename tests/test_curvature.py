@@ -391,6 +391,15 @@ def test_kfac_with_a_loss_that_cannot_be_vectorised():
     torch.testing.assert_close(finv.dense(), exact)
 
 
+def test_the_damping_of_a_hessian_is_not_rounded():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    shift = wf.DiagonalHessian(12, 0.1)._shift(wf.Objective(model, [samples(12)], cross_entropy))
+    assert shift.dtype == torch.float64
+    assert (shift == 0.1).all()
+
+
 @pytest.mark.parametrize("kind", [wf.ExactHessian, wf.DiagonalHessian])
 def test_hessians_without_damping_go_on_where_weights_are_removed(kind):
     torch.manual_seed(0)

@@ -59,6 +59,17 @@ def test_a_prior_of_the_weights_that_are_left(workspace, seed, share):
     torch.testing.assert_close(left.submatrices(index), expected)
 
 
+def test_what_is_added_to_a_prior_is_not_rounded():
+    index = torch.arange(4)[:, None]
+    nothing = KroneckerFactors(
+        index, torch.zeros(1, 1, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    )
+    left = RestrictedPrior(
+        Prior(4, [nothing], index.device), torch.ones(4, dtype=torch.bool), torch.float64, 4
+    )
+    torch.testing.assert_close(left.diagonal() * left.curvature(), torch.ones(4).double(), rtol=1e-14, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(
     pieces=st.lists(st.integers(1, 9), min_size=1, max_size=4),

@@ -204,7 +204,7 @@ class RestrictedPrior:
                 filled, order = (t[:, :most] for t in left[some].sort(dim=1, descending=True, stable=True))
                 both = filled[:, :, None] & filled[:, None, :]
                 P = part.A[order[:, :, None], order[:, None, :]] * part.s[some, None, None] * both
-                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, 1.0))
+                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, P.new_ones(())))
                 root = triangular_inverse(cholesky(P, "the prior of an output's weights"))
                 inverse = (root.mT @ root) * both
                 places = place[part.index[some].gather(1, order)]

@@ -66,7 +66,7 @@ class RunningFisher:
 
     @property
     def divisor(self) -> float:
-        """N = N/m."""
+        """n = N/m."""
         return self._filled / self.group
 
     @property
