@@ -220,7 +220,9 @@ def test_kfac_is_exact_for_one_sample_through_a_linear_layer():
     torch.testing.assert_close(wf.KFAC(1, DAMPING)(objective).dense(), expected, rtol=1e-8, atol=1e-8)
 
 
-def test_kfac_of_a_convolution_follows_its_definition():
+@pytest.mark.parametrize("workspace", [1, 5000, 2**26])
+def test_kfac_of_a_convolution_follows_its_definition(workspace, monkeypatch):
+    monkeypatch.setattr("woodfisher.gradients.layer_rows._WORKSPACE", workspace)
     model, (x, y) = ConvNet().double().eval(), samples(5, (2, 6, 6), dtype=torch.float64)
     objective = wf.Objective(model, [(x, y)], cross_entropy, params=["conv.weight", "fc.weight"])
     patches = nn.functional.unfold(x, 3, padding=1)
@@ -387,6 +389,15 @@ def test_kfac_with_a_loss_that_cannot_be_vectorised():
     with pytest.warns(wf.WoodfisherWarning, match="can't vectorise"):
         finv = wf.KFAC(5, DAMPING)(wf.Objective(mlp(torch.float64), data, loss))
     torch.testing.assert_close(finv.dense(), exact)
+
+
+def test_the_damping_of_a_hessian_is_not_rounded():
+    model = mlp()
+    with torch.no_grad():
+        model[0].weight[0] = 0
+    shift = wf.DiagonalHessian(12, 0.1)._shift(wf.Objective(model, [samples(12)], cross_entropy))
+    assert shift.dtype == torch.float64
+    assert (shift == 0.1).all()
 
 
 @pytest.mark.parametrize("kind", [wf.ExactHessian, wf.DiagonalHessian])

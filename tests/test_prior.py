@@ -13,6 +13,7 @@ from woodfisher.curvature import base, prior
 from woodfisher.curvature.prior import KroneckerFactors, Prior, RestrictedPrior
 from woodfisher.curvature.running import ShrunkFisher
 from woodfisher.errors import NoFactorsError
+from woodfisher.gradients.layer_rows import LayerRows
 
 
 def more(rows, kept):
@@ -56,6 +57,17 @@ def test_a_prior_of_the_weights_that_are_left(workspace, seed, share):
     index = torch.randint(size, (3, 2))
     expected = torch.stack([exact[q[:, None], q] for q in index])
     torch.testing.assert_close(left.submatrices(index), expected)
+
+
+def test_what_is_added_to_a_prior_is_not_rounded():
+    index = torch.arange(4)[:, None]
+    nothing = KroneckerFactors(
+        index, torch.zeros(1, 1, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)
+    )
+    left = RestrictedPrior(
+        Prior(4, [nothing], index.device), torch.ones(4, dtype=torch.bool), torch.float64, 4
+    )
+    torch.testing.assert_close(left.diagonal() * left.curvature(), torch.ones(4).double(), rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -119,6 +131,55 @@ def test_the_prior_of_a_network_follows_its_definition(monkeypatch):
     inputs_of = torch.cat([torch.arange(6).repeat(4), torch.arange(4).repeat(3) + 100])
     near = (inputs_of[:, None] // 4 == inputs_of // 4).double()
     torch.testing.assert_close(Prior.of(objective, 30, "data").product(eye), expected * near)
+
+
+class OverPositions(nn.Module):
+    """Convolutions, of which one is in groups and one transposed, and a layer of each position of what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(2, 4, 3, padding=1, stride=(1, 2))
+        self.grouped = nn.Conv2d(4, 4, (3, 2), groups=2, dilation=(2, 1))
+        self.back = nn.ConvTranspose2d(4, 3, 2, stride=2)
+        self.last = nn.Linear(3, 4)
+
+    def forward(self, x):
+        flat = self.back(torch.tanh(self.grouped(torch.tanh(self.first(x))))).flatten(2).mT
+        return torch.tanh(self.last(flat)).mean(1)
+
+
+@pytest.mark.parametrize("limit", ["workspace", "chunk"])
+@pytest.mark.parametrize("bound", [1, 2000, 20_000])
+def test_moments_take_bounded_memory_and_are_those_of_all_terms(bound, limit, monkeypatch):
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 2, 9, 8), torch.randint(4, (4,)))]
+    objective = wf.Objective(OverPositions(), data, cross_entropy)
+    (layers,) = objective.iter_layer_rows(4)
+    expected = []
+    for name, rows in layers.items():
+        s, a = (t.double().movedim(1, 0).mT.flatten(1, 2) for t in rows.terms())
+        if name in objective.layout.transposed:
+            s, a = a, s
+        expected.append([a.mT @ a, s.square().sum(1) / rows.positions])
+    line = 8 * 12 * (3 * 2 * 2 + 4)  # of the transposed convolution, whose lines take the most
+    if limit == "workspace":
+        close = {"rtol": 1e-12, "atol": 1e-14}
+        monkeypatch.setattr("woodfisher.gradients.layer_rows._WORKSPACE", bound)
+    else:
+        close = {"rtol": 1e-3, "atol": 1e-6}  # gradients of other chunks, in float32
+        objective = objective.within(2 * bound)
+    sizes, all_terms = [], LayerRows.all_terms
+
+    def noted(self, most):
+        for terms in all_terms(self, most):
+            sizes.append(sum(t.untyped_storage().nbytes() for t in terms))
+            yield terms
+
+    monkeypatch.setattr(LayerRows, "all_terms", noted)
+    found = prior._moments(objective, 4, "data", 100)
+    assert 2 * max(sizes) <= max(bound, 2 * line)
+    for now, then in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(now, then, **close)
 
 
 def test_the_prior_of_a_transposed_layer_has_blocks_over_its_inputs():

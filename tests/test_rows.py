@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 
 import woodfisher as wf
 from models import mlp, samples
@@ -96,6 +96,22 @@ def test_rows_kept_elsewhere_are_the_rows(keep, labels, group, kind, removed):
     torch.testing.assert_close(rows.gram(), expected @ expected.T, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(rows.energies(), expected.square().sum(1), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(rows.part(slice(4, 11)).columns(slice(1, 5)), expected[:, 5:9])
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("chunk", [3000, 2**20])
+def test_targets_are_drawn_once_for_all_windows(chunk, group):
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.randn(40, 3, dtype=torch.float64)
+    at = wf.Objective(mlp(torch.float64), [(x[:7], y[:7]), (x[7:], y[7:])], mse_loss)
+    curvature = wf.WoodFisher(40, None, 1e-2, group=group, labels="model", keep="again")
+    plan = replace(planned(at, curvature), window=8, chunk=chunk)
+    torch.manual_seed(5)
+    rows = gathered(at, curvature, plan, None)
+    torch.manual_seed(5)
+    expected = at.within(chunk).rows(40, group=group, labels="model")
+    for start in (0, 8, 16, 24, 32, 0):
+        span = slice(start, min(start + 8, rows.size))
+        torch.testing.assert_close(rows.columns(span), expected[:, span], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("hold", [False, True])

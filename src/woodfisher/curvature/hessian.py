@@ -37,8 +37,8 @@ class _HessianEstimator(Estimator):
 
     def _shift(self, objective: Objective) -> Tensor:
         """λ, and 1 for removed weights without any, whose rows are zero, `(d,)`."""
-        kept = objective.kept
-        return torch.where(kept, self.damping, self.damping or 1.0).double()
+        removed = torch.tensor(self.damping or 1.0, dtype=torch.float64, device=objective.device)
+        return torch.where(objective.kept, self.damping, removed)
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,11 @@ class KFAC(Estimator):
                         f"K-FAC covers Linear and ungrouped convolution layers, and that of {name!r} has "
                         f"{rows.groups} groups. Exclude it, or use WoodFisher."
                     )
-                (s,), (a,) = rows.all_terms()
-                A[name] = A.get(name, 0) + a.mT @ a
-                S[name] = S.get(name, 0) + s.mT @ s / rows.positions
+                for (s,), (a,) in rows.all_terms(objective.workspace // 2):
+                    if name not in A:
+                        A[name], S[name] = (t.new_zeros(len(t), len(t)) for t in (a, s))
+                    A[name].addmm_(a, a.mT)
+                    S[name].addmm_(s, s.mT, alpha=1 / rows.positions)
             samples += rows.count
         return BlockDiagonalInverse(
             [

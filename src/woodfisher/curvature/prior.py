@@ -121,19 +121,34 @@ def _moments(objective: Objective, samples: int, labels: Labels, most: int) -> d
     sums: dict[str, list[Tensor]] = {}
     for layers in objective.iter_layer_rows(samples, labels=labels, names=names) if names else ():
         for name, rows in layers.items():
-            s, a = rows.all_terms()
-            if name in layout.transposed:
-                s, a = a, s
-            own = [part.mT @ part for part in a.split(most, 2)] + [s.square().sum(1) / rows.positions]
-            before = sums.get(name, [torch.zeros_like(t) for t in own])
-            sums[name] = [t + more for t, more in zip(before, own, strict=True)]
+            for s, a in rows.all_terms(objective.workspace // 2):
+                if name in layout.transposed:
+                    s, a = a, s
+                blocks = a.split(most, 1)
+                if name not in sums:
+                    sums[name] = [t.new_zeros(len(t), t.shape[1], t.shape[1]) for t in blocks]
+                    sums[name].append(s.new_zeros(s.shape[:2]))
+                *moments, energy = sums[name]
+                for moment, part in zip(moments, blocks, strict=True):
+                    moment.baddbmm_(part, part.mT)
+                energy += torch.linalg.vector_norm(s, dim=2).square() / rows.positions
     return sums
 
 
 def widest(layout: Layout) -> int:
     """Most inputs that a block of P has."""
-    inputs = (size // shape[0] for shape, size in zip(layout.shapes.values(), layout.sizes, strict=True))
-    return min(max(inputs, default=1), max(math.isqrt(MOST_OPERATIONS // max(layout.size, 1)), 1))
+    return min(max(_inputs(layout), default=1), max(math.isqrt(MOST_OPERATIONS // max(layout.size, 1)), 1))
+
+
+def bytes_held(layout: Layout, weights: int, itemsize: int) -> int:
+    """Bytes of A, and of P⁻¹ of so many weights that are left, before a stage and after it."""
+    most = widest(layout)
+    return sum(8 * inputs * min(inputs, most) for inputs in _inputs(layout)) + 2 * itemsize * weights * most
+
+
+def _inputs(layout: Layout) -> list[int]:
+    """Inputs of an output of each weight."""
+    return [size // shape[0] for shape, size in zip(layout.shapes.values(), layout.sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -189,7 +204,7 @@ class RestrictedPrior:
                 filled, order = (t[:, :most] for t in left[some].sort(dim=1, descending=True, stable=True))
                 both = filled[:, :, None] & filled[:, None, :]
                 P = part.A[order[:, :, None], order[:, None, :]] * part.s[some, None, None] * both
-                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, 1.0))
+                P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, P.new_ones(())))
                 root = triangular_inverse(cholesky(P, "the prior of an output's weights"))
                 inverse = (root.mT @ root) * both
                 places = place[part.index[some].gather(1, order)]

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.gradients.batches import take
-from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.batches import map_tensors, samples_in, take
 from woodfisher.gradients.layer_rows import LayerRows
 from woodfisher.memory import format_bytes, new_matrix
 from woodfisher.triangles import full_gram
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
     from woodfisher.curvature.planning import Plan
     from woodfisher.curvature.woodfisher import WoodFisher
+    from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.layout import Layout
     from woodfisher.gradients.objective import Objective
 
@@ -450,19 +450,22 @@ def _gathered_again(
     index: Tensor | None,
     where: tuple[int, int, torch.dtype, torch.device],
 ) -> GatheredRows:
-    """The same samples each time, and the same random numbers where targets are drawn."""
-    objective = objective.on(list(take(objective.data, curvature.samples)))
-    state = torch.get_rng_state()
-    on_device = torch.cuda.get_rng_state(objective.device) if objective.device.type == "cuda" else None
+    """The same samples each time, whose targets are drawn once: as rows in memory have them."""
+    samples, group = curvature.samples, curvature.group
+    if curvature.labels == "model":
+        batches = _labelled(objective, samples, group, plan.weights)
+        samples = sum(map(samples_in, batches))
+    else:
+        batches = list(take(objective.data, samples))
+    objective = objective.on(batches)
 
     def gather(span: slice) -> Tensor:
-        columns = _indexes(span, index, objective.device)
-        with isolated(objective.model):
-            torch.set_rng_state(state)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, objective.device)
-            return objective.rows(
-                curvature.samples, group=curvature.group, labels=curvature.labels, columns=columns
-            )
+        return objective.rows(samples, group=group, columns=_indexes(span, index, objective.device))
 
     return GatheredRows(gather, *where, plan.window)
+
+
+def _labelled(objective: Objective, samples: int, group: int, weights: int) -> list[Batch]:
+    """Samples with targets drawn from the model, in the chunks of rows of so many weights, in main memory."""
+    chunks = objective.row_chunks(samples, group, "model", 2 * weights)
+    return [map_tensors(lambda t: t.cpu(), chunk) for chunk, _ in chunks]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _WORKSPACE = 64 * 2**20
-"""Bytes of dense rows, or of products between their terms, that exist at a time where all of them are gone through."""
+"""Bytes of dense rows, of terms in float64, or of products between terms, that exist at a time where all of them are
+gone through."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +163,34 @@ class LayerRows:
         s = self.outputs.unflatten(2, (self.groups, -1))[:, :, groups]
         return s.flatten(4).movedim(1, 3).flatten(3), self._patches(groups)
 
-    def all_terms(self) -> tuple[Tensor, Tensor]:
-        """The s and a of all rows in one: float64 `(groups, NT, channels)` and `(groups, NT, width)`."""
-        s, a = (t.double().movedim(1, 0).mT.flatten(1, 2) for t in self.terms())
-        return s, a
+    def all_terms(self, most: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The s and a of all rows, n at a time: float64 `(groups, channels, n)` and `(groups, width, n)`.
+
+        These and the next ones together take at most `most` bytes, but those of a sample of a sequence, or of a line of
+        an image, at least.
+        """
+        row = 2 * 8 * self.positions * (self.channels + self.groups * self.width)
+        most = min(most, _WORKSPACE)
+        lines = self.positions if self.convolution is None else self.outputs.shape[3]
+        rows, step = max(most // row, 1), max(lines * most // row, 1)
+        for first in range(0, self.count, rows):
+            part = self.part(slice(first, first + rows))
+            for line in range(0, lines, step):
+                yield part._terms_together(slice(line, line + step))
+
+    def _terms_together(self, lines: slice) -> tuple[Tensor, Tensor]:
+        """The s and a of all rows, of some positions of a sequence or some lines of an image, as `all_terms`."""
+        if self.convolution is None:
+            s, a = (t.flatten(1, -2)[:, lines].double().flatten(0, 1).mT for t in (self.outputs, self.inputs))
+            return s[None], a[None]
+        n = len(self.convolution.kernel_size)
+        S = self.outputs.unflatten(2, (self.groups, -1))[:, :, :, :, lines]
+        A = self._windows(slice(0, self.groups)).narrow(4 + n, lines.start, S.shape[4])
+        s, a = (
+            t.movedim((0, 1), (k, k + 1)).to(torch.float64, memory_format=torch.contiguous_format).flatten(k)
+            for t, k in ((S, 2), (A, 2 + n))
+        )
+        return s, a.flatten(1, 1 + n)
 
     def unfolded(self) -> LayerRows:
         """The same rows with patches for inputs, where dense ones are made of these: for several parts of them."""
@@ -292,6 +317,12 @@ class LayerRows:
     def _patches(self, groups: slice) -> Tensor:
         """The a of a convolution, `(N, groups, width, T)`."""
         assert self.convolution is not None
+        n = len(self.convolution.kernel_size)
+        return self._windows(groups).movedim(1, 3 + n).flatten(3 + n).flatten(2, 2 + n)
+
+    def _windows(self, groups: slice) -> Tensor:
+        """The same as a view of what is padded, `(N, m, groups, in, *kernel, *out)`."""
+        assert self.convolution is not None
         x = self._padded().unflatten(1, (self.groups, -1))[:, groups]
         kernel, out = self.convolution.kernel_size, self.outputs.shape[3:]
         steps = x.stride()[3:]
@@ -304,8 +335,7 @@ class LayerRows:
             ),
             x.storage_offset(),
         )
-        n = len(kernel)
-        return windows.unflatten(0, self.inputs.shape[:2]).movedim(1, 3 + n).flatten(3 + n).flatten(2, 2 + n)
+        return windows.unflatten(0, self.inputs.shape[:2])
 
     def _padded(self) -> Tensor:
         """Inputs of a convolution as it pads them, samples in one dimension."""

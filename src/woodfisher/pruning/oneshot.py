@@ -80,7 +80,8 @@ def prune(
         to be one at least; where groups of weights go together, the most whole groups that are no more. Where
         nothing is left to remove, nothing changes.
     max_drop:
-        Instead of a sparsity: find the sparsest network with `metric ≥ (1 − max_drop) · dense metric`.
+        Instead of a sparsity: find the sparsest network with `metric ≥ dense − max_drop · |dense|`, of the metric of the
+        dense one.
     metric:
         `metric(model)`, larger is better, on validation data: what `max_drop` is about.
     criterion:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from woodfisher.curvature.damping import LEAST_ROWS
 from woodfisher.curvature.planning import VECTORS
-from woodfisher.curvature.prior import widest
+from woodfisher.curvature.prior import bytes_held, widest
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import FORWARD_BATCH
 from woodfisher.memory import Budget, Needs
@@ -217,7 +217,7 @@ def window_for(
     cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
     shrinking = [not (first_order or reads_once) for first_order in orders]
     shares = [_copies(shrinks) / cut for shrinks, cut in zip(shrinking, cuts, strict=True)]
-    held = 2 * objective.dtype.itemsize * weights * widest(objective.layout) if any(shrinking) else 0
+    held = bytes_held(objective.layout, weights, objective.dtype.itemsize) if any(shrinking) else 0
     room = _Room.of(
         objective,
         curvature,
