@@ -72,7 +72,7 @@ class RunningFisher:
 
     @property
     def divisor(self) -> float:
-        """n = N/m."""
+        """What n is here, N/m."""
         return self._filled / self.group
 
     def add(self, *parts: Tensor) -> None:

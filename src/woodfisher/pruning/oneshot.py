@@ -80,7 +80,7 @@ def prune(
         to be one at least; where groups of weights go together, the most whole groups that are no more. Where
         nothing is left to remove, nothing changes.
     max_drop:
-        Instead of a sparsity: find the sparsest network with `metric ≥ dense − max_drop · |dense|`, of the metric of the
+        Instead of a sparsity: find the sparsest network with `metric ≥ m − max_drop · |m|`, where m is that of the
         dense one.
     metric:
         `metric(model)`, larger is better, on validation data: what `max_drop` is about.
