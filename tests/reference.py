@@ -24,13 +24,13 @@ def fisher(rows: Tensor, damping: float, divisor: float, blocks: list[tuple[int,
     return F
 
 
-def cut(sizes: list[int], block_size: int | None, across: bool = False) -> list[tuple[int, int]]:
+def cut(sizes: list[int], block_size: int | None) -> list[tuple[int, int]]:
     """Blocks as (start, stop), counted by hand."""
     if block_size is None:
         return [(0, sum(sizes))]
     blocks = []
     start = 0
-    for size in [sum(sizes)] if across else sizes:
+    for size in sizes:
         blocks += [
             (first, min(first + block_size, start + size)) for first in range(start, start + size, block_size)
         ]

@@ -166,16 +166,15 @@ def test_triangular_inverse(n):
 
 
 @pytest.mark.parametrize("group", [1, 3])
-@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("block_size", [1, 5, 10, 1000, None])
-def test_woodfisher_is_the_recursion_on_every_block(block_size, across, group):
+def test_woodfisher_is_the_recursion_on_every_block(block_size, group):
     model, (x, y) = mlp(torch.float64), samples(12, dtype=torch.float64)
-    estimator = wf.WoodFisher(12, block_size, DAMPING, group=group, across_layers=across)
+    estimator = wf.WoodFisher(12, block_size, DAMPING, group=group)
     finv = estimator(wf.Objective(model, [(x, y)], cross_entropy))
     G = loop_rows(model, cross_entropy, x, y, ["0.weight", "2.weight"], group)
     N = 12 // group
     expected = torch.zeros(36, 36, dtype=torch.float64)
-    for a, b in cut([24, 12], block_size, across):
+    for a, b in cut([24, 12], block_size):
         expected[a:b, a:b] = recursion(G[:, a:b], DAMPING, N / group)
     torch.testing.assert_close(finv.dense(), expected, rtol=1e-8, atol=1e-8)
 

@@ -417,7 +417,7 @@ def test_which_methods_are_dealt_out():
     block = METHODS["woodfisher-block"]
     for change in ({"pattern": wf.Channels()}, {"refine": 1}):
         assert not can_be_dealt(replace(block, **change))
-    for change in ({"across_layers": True}, {"keep": "again"}, {"labels": "model"}, {"block_size": None}):
+    for change in ({"keep": "again"}, {"labels": "model"}, {"block_size": None}):
         assert not can_be_dealt(replace(block, curvature=replace(block.curvature, **change)))
 
 

@@ -72,7 +72,7 @@ class RunningFisher:
 
     @property
     def divisor(self) -> float:
-        """What n is here, N/m."""
+        """What the sum over rows is divided by, n = N/m."""
         return self._filled / self.group
 
     def add(self, *parts: Tensor) -> None:

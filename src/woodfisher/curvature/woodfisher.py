@@ -54,8 +54,6 @@ class WoodFisher(Estimator):
         m, the samples that a row averages.
     labels:
         `data` for the empirical Fisher, `model` to sample targets from the model's own predictions.
-    across_layers:
-        Cut blocks across the whole vector instead of inside each layer.
     keep:
         Where the rows are kept: `memory` (of the model's device), `factors` (as inputs and output gradients of their
         layers), `host` (main memory, for a model on a GPU), `disk` (a temporary file), `again` (nowhere: gradients are
@@ -75,7 +73,6 @@ class WoodFisher(Estimator):
     damping: Damping = 1e-5
     group: int = 1
     labels: Labels = "data"
-    across_layers: bool = False
     keep: Keep | Literal["auto"] = "auto"
     memory: int | str | None = None
 
@@ -106,8 +103,7 @@ class WoodFisher(Estimator):
 
     def runs(self, objective: Objective) -> list[Run]:
         """The blocks of the weights that are left."""
-        left = objective.layout.restricted(objective.kept)
-        return left.runs(self.block_size, across_layers=self.across_layers)
+        return objective.layout.restricted(objective.kept).runs(self.block_size)
 
     def of_rows(self, rows: Tensor) -> BlockDiagonalInverse:
         """F⁻¹ of gradient rows that are there already, float32 or float64 `(N, d)`, whatever `samples` says.

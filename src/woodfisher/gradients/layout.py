@@ -52,8 +52,6 @@ class Layout:
     (8, slice(6, 8, None))
     >>> layout.runs(4)
     [Run(start=0, count=1, size=4), Run(start=4, count=1, size=2), Run(start=6, count=1, size=2)]
-    >>> layout.runs(4, across_layers=True)
-    [Run(start=0, count=2, size=4)]
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -166,16 +164,15 @@ class Layout:
                 f"{what} must be a tensor of {self.size} entries, one for each chosen weight; a {came} came."
             )
 
-    def runs(self, block_size: int | None, *, across_layers: bool = False) -> list[Run]:
+    def runs(self, block_size: int | None) -> list[Run]:
         """Cut the vector into blocks of at most `block_size` weights, as runs of equal blocks.
 
-        Blocks follow the flat order and never cross from one tensor into the next unless `across_layers`;
-        the last block of a tensor holds what is left over. `block_size=None` is one block over all weights.
+        Blocks follow the flat order and never cross from one tensor into the next; the last block of a tensor holds
+        what is left over. `block_size=None` is one block over all weights.
         """
         if block_size is None:
             return [Run(0, 1, self.size)] if self.size else []
-        spans = [slice(0, self.size)] if across_layers else self.slices.values()
-        return [run for span in spans for run in _cut(span.start, span.stop, block_size)]
+        return [run for span in self.slices.values() for run in _cut(span.start, span.stop, block_size)]
 
 
 def _cut(start: int, stop: int, block_size: int) -> Iterator[Run]:

@@ -42,10 +42,7 @@ def can_be_dealt(method: Method) -> bool:
     """Whether what a method does with a parameter needs no other parameter, but for scores, the damping and sums."""
     curvature = method.curvature
     apart = isinstance(curvature, (Identity, DiagonalFisher)) or (
-        isinstance(curvature, WoodFisher)
-        and curvature.block_size is not None
-        and not curvature.across_layers
-        and curvature.keep != "again"
+        isinstance(curvature, WoodFisher) and curvature.block_size is not None and curvature.keep != "again"
     )
     return (
         apart

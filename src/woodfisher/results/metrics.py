@@ -7,7 +7,7 @@ def score(value: float, metric: str) -> str:
     """The value of a metric of that name: to two decimals in per cent, and to four digits otherwise.
 
     >>> score(98.881, "accuracy, %"), score(-0.05, "R²"), score(-0.0001234, "loss")
-    ('98.88', '−0.0500', '−0.0001234')
+    ('98.88', '−0.05000', '−0.0001234')
     """
     digits = f"{value:.2f}" if "%" in metric else f"{value:#.4g}"
     return digits.replace("-", "−")
