@@ -42,17 +42,17 @@ def uncertainty(G: Tensor, x: Tensor) -> Tensor:
 
 def roundoff(device: torch.device) -> float:
     """2u of a float32 product as torch is set: TF32 has ten bits behind the leading one, and bfloat16 seven."""
+    lowered = {"tf32": 2.0**-10} if device.type == "cuda" else {"bf16": 2.0**-7}
+    return lowered.get(_multiplied_in(device), torch.finfo(torch.float32).eps)
+
+
+def _multiplied_in(device: torch.device) -> str:
+    """What torch is set to multiply float32 matrices in."""
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):  # torch 2.9
-        multiplied = backend.matmul.fp32_precision
-    else:
-        setting = torch.get_float32_matmul_precision()
-        multiplied = {"highest": "ieee", "high": "tf32"}.get(
-            setting, "tf32" if device.type == "cuda" else "bf16"
-        )
-    if device.type == "cpu" and multiplied == "tf32":  # which processors don't have
-        multiplied = "ieee"
-    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(multiplied, torch.finfo(torch.float32).eps)
+        return str(backend.matmul.fp32_precision)
+    lowest = "tf32" if device.type == "cuda" else "bf16"
+    return {"highest": "ieee", "high": "tf32", "medium": lowest}[torch.get_float32_matmul_precision()]
 
 
 class LowRankInverse(InverseOperator):

@@ -172,11 +172,12 @@ class Forward:
         labels = labels_of(batch)
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             return samples_in(batch)
-        counts = labels != self._ignored
-        if self.loss is not None and self._known is None and not counts.all():
+        share = float((labels != self._ignored).float().mean())
+        if self.loss is None or (self._known is not None and self._known.ignores):
+            return samples_in(batch) * share
+        if self._known is None and share < 1:
             self._warn_of_labels()
-        known_mean = self.loss is None if self._known is None else self._known.ignores
-        return samples_in(batch) * float(counts.float().mean()) if known_mean else samples_in(batch)
+        return samples_in(batch)
 
     @property
     def _ignored(self) -> int:

@@ -26,7 +26,7 @@ def write(objective: Objective, model: nn.Module) -> None:
     _check_architecture(objective, parameters, buffers)
     if model is not objective.source:
         _check_others(objective, parameters)
-    check_apart({name: local(p.data) for name, p in parameters.items()}, objective.layout.shapes)
+        check_apart({name: local(p.data) for name, p in parameters.items()}, objective.layout.shapes)
     values = {
         name: torch.where(kept, value, 0).to(parameters[name].dtype)
         for (name, value), kept in zip(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.parameters import unwrapped
 from woodfisher.pruning.pruner import Pruner
 
 try:
@@ -111,9 +111,10 @@ class PruningCallback(Callback):
         for average in averages:
             if average is None:
                 continue
-            module = average.module if isinstance(average, AveragedModel) else average
             with torch.no_grad():
-                for own, averaged in zip(pl_module.parameters(), module.parameters(), strict=True):
+                for own, averaged in zip(
+                    pl_module.parameters(), unwrapped(average).parameters(), strict=True
+                ):
                     if id(own) in kept:
                         averaged.masked_fill_(~kept[id(own)].to(averaged.device), 0)
 

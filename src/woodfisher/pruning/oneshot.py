@@ -305,10 +305,10 @@ def _within(
 
         search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
         best, value = search(reached, counts, tried, least)
-        if len(values) > 1 and set(values) == {dense}:
+        if best is not None and len(values) > 1 and set(values) == {dense}:
             raise WoodfisherError(
                 f"metric(model) is {dense:g} for the dense model and for all {len(values)} sparser ones, down to "
-                f"{values and best and best.report.sparsity:.2%}: it has to measure the model that it is called with, "
+                f"{best.report.sparsity:.2%}: it has to measure the model that it is called with, "
                 "a copy of the one to prune. The model is unchanged."
             )
         if best is None and not counts:
