@@ -90,7 +90,7 @@ def test_scaling_and_fractions():
     cases = [Case(10, 20, 100), Case(10, 20, 200), Case(10, 20, 400), Case(20, 20, 100)]
     seconds = [0.1, 0.2, 0.4, 0.4]
     measured = tuple(map(measurement, cases, seconds))
-    bench = Bench(Grid(tuple(cases)), "cpu", 1, "highest", None, measured)
+    bench = Bench(Grid(tuple(cases)), "cpu", 1, "float32", None, measured)
     weights, rows = bench.scaling
     assert (weights.over, weights.fixed, weights.sizes) == (
         "weights",
@@ -202,7 +202,7 @@ def test_command_writes_and_prints(tmp_path, capsys):
 
 def test_picture_without_peers(tmp_path):
     case = Case(10, 20, 100)
-    bench = Bench(Grid((case,), peers=False), "cpu", 1, "highest", None, (measurement(case, 0.1),))
+    bench = Bench(Grid((case,), peers=False), "cpu", 1, "float32", None, (measurement(case, 0.1),))
     plot_roofline(bench, tmp_path / "roofline.png")
     assert (tmp_path / "roofline.png").stat().st_size > 10_000
 

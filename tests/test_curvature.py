@@ -332,6 +332,11 @@ def test_what_does_not_fit_is_refused_before_any_gradient(monkeypatch):
         wf.WoodFisher(400, 20)(objective)
     with pytest.raises(wf.WoodfisherError, match="the Hessian of 36 weights"):
         wf.ExactHessian()(objective)
+    monkeypatch.setattr("woodfisher.memory.available_memory", lambda _: 2000)
+    with pytest.raises(
+        wf.WoodfisherError, match=r"second moments of what layers take and give 616 B.*exclude=.*WoodFisher"
+    ):
+        wf.KFAC()(objective)
 
 
 def test_woodfisher_of_labels_from_the_model_is_repeatable():

@@ -36,6 +36,15 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path):
             write_whole(path, lambda draft: draft.write_text("whole"))
 
 
+def test_a_link_stays_one_and_what_it_leads_to_is_written(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link, target = tmp_path / "weights", tmp_path / "elsewhere" / "file"
+    link.symlink_to(target)
+    write_whole(link, lambda draft: draft.write_text("whole"))
+    assert link.is_symlink() and target.read_text() == "whole"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
 def test_a_place_that_is_no_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for place in (tmp_path / "file", tmp_path / "file" / "deeper"):

@@ -789,11 +789,13 @@ def test_targets_of_a_summed_square():
         nn.BCEWithLogitsLoss(weight=torch.tensor([5.0] * 4)),
         nn.CrossEntropyLoss(label_smoothing=0.1),
         nn.CrossEntropyLoss(weight=torch.ones(4), reduction="none"),
+        partial(partial(nn.functional.huber_loss, delta=2.0), reduction="sum"),
     ],
 )
 def test_losses_that_are_no_likelihoods_need_a_sampler(loss):
     objective = wf.Objective(nn.Linear(3, 4), [(torch.randn(9, 3), torch.zeros(9, 4))], loss)
-    with pytest.raises(wf.WoodfisherError, match="pass sampler="):
+    name = "huber_loss" if isinstance(loss, partial) else type(loss).__name__
+    with pytest.raises(wf.WoodfisherError, match=f"for the loss {name}: pass sampler="):
         objective.rows(8, labels="model")
 
 

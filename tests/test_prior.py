@@ -200,6 +200,8 @@ def test_the_prior_of_a_transposed_layer_has_blocks_over_its_inputs():
         order = objective.layout.index("0.weight").flatten()
         products.append(P[order[:, None], order])
     torch.testing.assert_close(*products)
+    narrow = wf.Objective(nn.Sequential(nn.ConvTranspose1d(30, 1, 1), nn.Flatten()), data, cross_entropy)
+    assert prior.widest(narrow.layout) == 30
 
 
 @pytest.mark.parametrize(

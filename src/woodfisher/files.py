@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
-    from pathlib import Path
 
 
 def unreadable(path: Path, expected: str, error: Exception) -> WoodfisherError:
@@ -52,9 +52,13 @@ def remove(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file that is there whole or not at all, whenever the process ends; an old one is replaced."""
+    """Write a file that is there whole or not at all, whenever the process ends; an old one is replaced.
+
+    A link stays one: what it leads to is written.
+    """
     if os.path.isdir(path):  # noqa: PTH112  False for names that are too long
         raise WoodfisherError(f"{path} is a folder, and a file is to be written: name one in it.")
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114  as above
     draft = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from woodfisher.bench.spread import Spread
 from woodfisher.checks import check_count, check_positive
 from woodfisher.curvature import WoodFisher
 from woodfisher.curvature.base import WORKSPACE
+from woodfisher.curvature.lowrank import multiplied_in
 from woodfisher.curvature.machine import seconds_of
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import Budget
@@ -266,8 +267,8 @@ class Bench:
 
     Attributes
     ----------
-    matmul_precision:
-        torch's, for float32: anything but `highest` allows TF32 or less.
+    multiplied_in:
+        What float32 matrices are multiplied in: `float32`, or as torch is set to, `tf32` or `bf16`.
     processor_share:
         Of the processor time that the threads could have had during the matrix products, what they got: the median.
         None on other devices.
@@ -276,7 +277,7 @@ class Bench:
     grid: Grid
     device: str
     threads: int
-    matmul_precision: str
+    multiplied_in: str
     processor_share: float | None
     measurements: tuple[Measurement, ...]
 
@@ -315,7 +316,7 @@ class Bench:
             "device": self.device,
             "threads": self.threads,
             "processes": 1,
-            "float32_matmul_precision": self.matmul_precision,
+            "float32_matmul_precision": self.multiplied_in,
             "processor_share": self.processor_share,
             "damping": self.grid.damping,
             "repetitions": self.grid.repetitions,
@@ -365,7 +366,7 @@ def run_bench(
             grid,
             _device_name(device),
             torch.get_num_threads(),
-            torch.get_float32_matmul_precision(),
+            multiplied_in(device),
             share,
             tuple(measurements),
         )

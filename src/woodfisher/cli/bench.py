@@ -108,7 +108,7 @@ def _show(bench: Bench) -> None:
     console = out()
     console.print(
         f"{bench.device}, {bench.threads} threads: float32 matrix product {bench.matrix_rate / 1e9:.0f} GFLOP/s "
-        f"({bench.matmul_precision} precision), copy {bench.bandwidth / 1e9:.1f} GB/s",
+        f"(in {bench.multiplied_in}), copy {bench.bandwidth / 1e9:.1f} GB/s",
         soft_wrap=True,
     )
     own = _table("factor and score", ("seconds", "GFLOP/s", "of matrix rate, % (range)", "peak"))

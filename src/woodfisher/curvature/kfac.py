@@ -11,6 +11,7 @@ from torch import Tensor
 from woodfisher.checks import check_choice, check_count, check_positive
 from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, Labels, spans
 from woodfisher.errors import WoodfisherError
+from woodfisher.memory import Budget
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -144,6 +145,7 @@ class KFAC(Estimator):
                 "K-FAC's factors take removed weights for free to make up for others, so that scores come out too "
                 "low on a network that is sparse already: prune in one stage from the dense one, or use WoodFisher."
             )
+        _check_memory(objective)
         A: dict[str, Tensor] = {}
         S: dict[str, Tensor] = {}
         samples = 0
@@ -162,8 +164,26 @@ class KFAC(Estimator):
             samples += rows.count
         return BlockDiagonalInverse(
             [
-                (where, KroneckerInverse(A[name] / samples, S[name] / samples, self.damping))
+                (where, KroneckerInverse(A.pop(name) / samples, S.pop(name) / samples, self.damping))
                 for name, where in objective.layout.slices.items()
             ],
             self.damping,
         )
+
+
+def _check_memory(objective: Objective) -> None:
+    """Raise unless there is memory for the moments, which become eigenvectors layer by layer, and the eigenvalues."""
+    layout = objective.layout
+    moments = [
+        8 * (shape[0] ** 2 + (size // shape[0]) ** 2)
+        for shape, size in zip(layout.shapes.values(), layout.sizes, strict=True)
+    ]
+    Budget.of(objective.device, base=objective.base, share=objective.ranks.local_size).check(
+        [
+            ("second moments of what layers take and give", sum(moments)),
+            ("eigenvectors of the widest layer while they are found", 4 * max(moments)),
+            ("eigenvalues", 8 * layout.size),
+        ],
+        "leave the widest layers out with exclude=, or use WoodFisher, whose memory grows with the weights and not "
+        "with the squares of layers' widths",
+    )

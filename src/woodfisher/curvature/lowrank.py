@@ -42,17 +42,19 @@ def uncertainty(G: Tensor, x: Tensor) -> Tensor:
 
 def roundoff(device: torch.device) -> float:
     """2u of a float32 product as torch is set: TF32 has ten bits behind the leading one, and bfloat16 seven."""
-    lowered = {"tf32": 2.0**-10} if device.type == "cuda" else {"bf16": 2.0**-7}
-    return lowered.get(_multiplied_in(device), torch.finfo(torch.float32).eps)
+    return {"tf32": 2.0**-10, "bf16": 2.0**-7}.get(multiplied_in(device), torch.finfo(torch.float32).eps)
 
 
-def _multiplied_in(device: torch.device) -> str:
-    """What torch is set to multiply float32 matrices in."""
-    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+def multiplied_in(device: torch.device) -> str:
+    """What torch is set to multiply float32 matrices in: `float32`, or less, `tf32` on a GPU or `bf16` on a CPU."""
+    backend, lowest = (
+        (torch.backends.cuda, "tf32") if device.type == "cuda" else (torch.backends.mkldnn, "bf16")
+    )
     if hasattr(backend, "matmul") and hasattr(backend.matmul, "fp32_precision"):  # torch 2.9
-        return str(backend.matmul.fp32_precision)
-    lowest = "tf32" if device.type == "cuda" else "bf16"
-    return {"highest": "ieee", "high": "tf32", "medium": lowest}[torch.get_float32_matmul_precision()]
+        allowed = str(backend.matmul.fp32_precision)
+    else:
+        allowed = {"highest": "ieee", "high": "tf32", "medium": lowest}[torch.get_float32_matmul_precision()]
+    return lowest if allowed == lowest else "float32"
 
 
 class LowRankInverse(InverseOperator):

@@ -147,8 +147,11 @@ def bytes_held(layout: Layout, weights: int, itemsize: int) -> int:
 
 
 def _inputs(layout: Layout) -> list[int]:
-    """Inputs of an output of each weight."""
-    return [size // shape[0] for shape, size in zip(layout.shapes.values(), layout.sizes, strict=True)]
+    """Inputs of an output of each weight, at most."""
+    return [
+        shape[0] if name in layout.transposed else size // shape[0]
+        for (name, shape), size in zip(layout.shapes.items(), layout.sizes, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -267,13 +268,23 @@ class LayerRows:
             for _, G in self._tiles(self.dtype.itemsize):
                 K += full_gram(G)
             return K
-        S, A = (t.double().movedim(0, 1).mT.flatten(1, 2) for t in self.terms())
-        rows = max(_WORKSPACE // (16 * self.groups * T * T * N), 1)
-        for first in range(0, N, rows):
-            here = slice(first * T, (first + rows) * T)
-            products = (S[:, here] @ S.mT) * (A[:, here] @ A.mT)
-            K[first : first + rows] = products.unflatten(2, (N, T)).unflatten(1, (-1, T)).sum((0, 2, 4))
+        of_products = math.isqrt(_WORKSPACE // (32 * self.groups)) // T
+        of_terms = _WORKSPACE // (32 * T * (self.channels + self.groups * self.width))
+        step = max(min(of_products, of_terms), 1)
+        parts = [slice(first, min(first + step, N)) for first in range(0, N, step)]
+        for i, here in enumerate(parts):
+            S, A = self.part(here)._all_terms_of_groups()
+            for other in parts[i:]:
+                Z, B = (S, A) if other is here else self.part(other)._all_terms_of_groups()
+                products = (S @ Z.mT).mul_(A @ B.mT)
+                block = products.unflatten(2, (-1, T)).unflatten(1, (-1, T)).sum((0, 2, 4))
+                K[here, other], K[other, here] = block, block.mT
         return K
+
+    def _all_terms_of_groups(self) -> tuple[Tensor, Tensor]:
+        """The s and a of all rows in float64, `(groups, N·T, channels)` and `(groups, N·T, width)`."""
+        S, A = (t.double().movedim(0, 1).mT.flatten(1, 2) for t in self.terms())
+        return S, A
 
     def most_norms(self) -> Tensor:
         """Norms of the rows at most, `(N,)`: those of what flows in times those of what flows back."""

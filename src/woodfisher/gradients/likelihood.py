@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from woodfisher.errors import UnknownDistributionError
-from woodfisher.gradients.losses import IGNORED, KnownLoss
+from woodfisher.gradients.losses import IGNORED, KnownLoss, name_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,7 +37,7 @@ def target_sampler(loss: Callable[[Any, Any], Tensor] | None) -> Callable[[Any, 
         return known[0]
 
     def unknown(outputs: Any, targets: Any) -> Tensor:
-        raise _unknown(getattr(loss, "__name__", type(loss).__name__))
+        raise _unknown(name_of(loss))
 
     return unknown
 

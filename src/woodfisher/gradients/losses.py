@@ -27,6 +27,13 @@ _MODULES: dict[type[nn.Module], Callable[..., Any]] = {
 _OPTIONS = ("weight", "pos_weight", "ignore_index", "label_smoothing", "reduction")
 
 
+def name_of(loss: object) -> str:
+    """How a message calls a loss: by the function's name, also where some of its arguments are set."""
+    if isinstance(loss, partial):
+        return name_of(loss.func)
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
 @dataclass(frozen=True)
 class KnownLoss:
     """A loss of torch, given as the function, as a `functools.partial` of it, or as the module.
