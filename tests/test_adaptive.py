@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import re
 import warnings
@@ -948,7 +949,12 @@ def test_sparsities_and_stages_may_be_numpys():
     point.write(wrapped)
     assert int((weights_of(wrapped) != 0).sum()) == point.report.kept == 18
     curvature = wf.WoodFisher(20, 6, 1e-2)
-    assert wf.prune(mlp(), batches(), cross_entropy, 0.5, curvature=curvature, stages=np.int64(2)).kept == 18
+    report = wf.prune(
+        mlp(), batches(), cross_entropy, 0.5, curvature=curvature, stages=np.int64(2), floor=np.float32(0.1)
+    )
+    assert report.kept == 18
+    written = json.loads(json.dumps(report.to_dict()))
+    assert written["method"]["floor"] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("first_order", [True, False])

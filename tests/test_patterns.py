@@ -194,7 +194,7 @@ def test_group_energies_are_those_of_the_dense_inverse(count, rows, width, large
     kept[torch.cumsum(kept, 0) > size] = False
     kept[(~kept).nonzero()[: size - int(kept.sum())]] = True
     held = wf.WoodFisher(block_size=size // count, damping=damping).of_rows(torch.randn(rows, size))
-    finv = BlockDiagonalInverse([(kept.nonzero().squeeze(1), held), *removed_part(kept, damping)])
+    finv = BlockDiagonalInverse([(kept.nonzero().squeeze(1), held), removed_part(kept, damping)])
     index = torch.stack([torch.randperm(48)[:width] for _ in range(5)])
     w = torch.randn(5, width, dtype=torch.float64)
     dense = finv.dense()

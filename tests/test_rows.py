@@ -1,5 +1,6 @@
 """Rows kept anywhere are the rows in memory, and so is everything that is made of them."""
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -137,6 +138,31 @@ def test_operators_of_rows_kept_elsewhere(keep, block_size, removed, hold, monke
     )
     index = torch.randperm(at.layout.size)[:6].reshape(2, 3)
     torch.testing.assert_close(finv.submatrices(index), expected.submatrices(index), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("block_size", [5, 20, None])
+def test_where_factors_are_not_held_no_block_has_any(block_size, monkeypatch):
+    at = objective("conv")
+    curvature = wf.WoodFisher(12, block_size, 1e-2)
+    plan = planned(at, curvature)
+    made = []
+    for where in ("dense", "lowrank"):
+        factored = sys.modules[f"woodfisher.curvature.{where}"].cholesky
+        monkeypatch.setattr(
+            f"woodfisher.curvature.{where}.cholesky",
+            lambda K, what, factored=factored: made.append(len(K)) or factored(K, what),
+        )
+    blocks = sum(run.count for run in curvature.runs(at))
+    for hold, expected in ((True, 0), (False, blocks)):
+        monkeypatch.setattr(
+            "woodfisher.curvature.woodfisher.planned", lambda *_, hold=hold: replace(plan, hold=hold)
+        )
+        finv = curvature(at)
+        v = torch.ones(at.layout.size, dtype=torch.float64)
+        for again in (blocks, expected):
+            made.clear()
+            finv @ v
+            assert sum(made) == again
 
 
 def test_bfloat16_rows_say_what_they_lose():

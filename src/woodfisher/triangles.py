@@ -27,8 +27,12 @@ def gram_triangles(G: Tensor, out: Tensor) -> Tensor:
 
 def full_gram(G: Tensor) -> Tensor:
     """All of GGᵀ, multiplied in the dtype of G: `(N, d)` → float64 `(N, N)`."""
-    lower = gram_triangles(G[None], G.new_empty(1, len(G), len(G)))[0].double().tril_()
-    return lower + lower.tril(-1).mT
+    return mirrored(gram_triangles(G[None], G.new_empty(1, len(G), len(G)))[0].double())
+
+
+def mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix of which this is the lower triangle, whatever stands above."""
+    return lower.tril() + lower.tril(-1).mT
 
 
 def column_energies(G: Tensor, scratch: Scratch, lower: Tensor | None = None) -> Tensor:

@@ -321,11 +321,11 @@ def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, vectors, upper=False).square().sum((1, 2))
 
 
-def removed_part(kept: Tensor, damping: float) -> list[tuple[Tensor, DiagonalInverse]]:
+def removed_part(kept: Tensor, damping: float) -> tuple[Tensor, DiagonalInverse]:
     """Of weights outside `kept` `(d,)`, for `BlockDiagonalInverse`: they have no rows, and F is the damping alone."""
     gone = (~kept).nonzero().squeeze(1)
     curvature = torch.full_like(gone, damping, dtype=torch.float64)
-    return [(gone, DiagonalInverse(curvature, damping))] if len(gone) else []
+    return gone, DiagonalInverse(curvature, damping)
 
 
 def spans(count: int, bytes_each: int, *, by_threads: bool = False) -> list[slice]:

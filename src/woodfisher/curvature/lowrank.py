@@ -73,32 +73,28 @@ class LowRankInverse(InverseOperator):
         λ > 0.
     divisor:
         n: the number of rows, divided by the samples that each row averages.
-    gram:
-        GGᵀ, float64 `(count, N, N)`, where the caller has it already.
-    single:
-        Multiply vectors by the rows in the rows' own dtype, which reads them once, rather than in float64. For
-        steps that are checked afterwards: at small damping they lose the digits that float64 keeps.
     """
 
     damping: float
 
-    def __init__(
-        self,
-        rows: Rows | Tensor,
-        count: int,
-        damping: float,
-        divisor: float,
-        *,
-        gram: Tensor | None = None,
-        single: bool = False,
-    ) -> None:
+    def __init__(self, rows: Rows | Tensor, count: int, damping: float, divisor: float) -> None:
         self._rows = as_rows(rows)
         self.size, self.device = self._rows.size, self._rows.device
         self.damping, self.divisor = damping, divisor
-        self._products = self._rows.dtype if single else torch.float64
+        self._products = torch.float64
         self._shape = (count, self._rows.count, self.size // count)
-        if gram is not None:
-            self._factor = self._inverted(gram.clone())
+
+    @classmethod
+    def of_gram(cls, rows: Tensor, gram: Tensor, damping: float, divisor: float) -> LowRankInverse:
+        """One block whose GGᵀ is known, float64 `(N, N)`; vectors are multiplied by rows in the rows' own dtype.
+
+        That reads the rows once. It is for steps that are checked afterwards: at small damping they lose the digits
+        that float64 keeps.
+        """
+        made = cls(rows, 1, damping, divisor)
+        made._products = rows.dtype
+        made._factor = made._inverted(gram[None].clone())
+        return made
 
     @cached_property
     def _factor(self) -> Tensor:

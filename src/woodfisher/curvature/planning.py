@@ -85,7 +85,9 @@ class Plan(Needs):
     traffic: float
 
     def tile(self, run: Run) -> int:
-        """Blocks of a run that are factored together where factors are not held."""
+        """Blocks of a run that are factored together: all of it where factors are held."""
+        if self.hold:
+            return run.count
         factors = 3 * 8 * min(self.rows, run.size) ** 2
         return max(min(self.window // run.size, TILE // factors), 1)
 

@@ -14,7 +14,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import map_tensors, samples_in, take
 from woodfisher.gradients.layer_rows import LayerRows
 from woodfisher.memory import format_bytes, new_matrix
-from woodfisher.triangles import full_gram
+from woodfisher.triangles import gram_triangles, mirrored
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -71,9 +71,10 @@ class Rows(ABC):
     def gram(self) -> Tensor:
         """Inner products GGᵀ, float64 `(N, N)`: of each span in the rows' dtype, added up in float64."""
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
+        product = torch.empty(1, *total.shape, dtype=self.dtype, device=self.device)
         for span in self.spans():
-            total += full_gram(self.columns(span))
-        return total
+            total += gram_triangles(self.columns(span)[None], product)[0]
+        return mirrored(total)
 
     def energies(self) -> Tensor:
         """Squared norms of the rows, float64 `(N,)`."""

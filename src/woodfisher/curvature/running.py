@@ -121,7 +121,7 @@ class RunningFisher:
 
     def inverse(self, damping: float) -> InverseOperator:
         """F⁻¹ with λ = `damping`: a factorisation of N×N, and nothing of the size of the rows."""
-        return LowRankInverse(self.rows, 1, damping, self.divisor, gram=self.gram[None], single=True)
+        return LowRankInverse.of_gram(self.rows, self.gram, damping, self.divisor)
 
 
 class ShrunkFisher(RunningFisher):

@@ -10,7 +10,6 @@ import torch
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature.base import (
     BlockDiagonalInverse,
-    DiagonalInverse,
     Estimator,
     InverseOperator,
     Labels,
@@ -97,9 +96,7 @@ class WoodFisher(Estimator):
         parts, damping = self._parts(rows, self.runs(objective), plan, objective.ranks)
         if kept is not None:
             parts = [(kept[where], part) for where, part in parts]
-        if not objective.layout.size:  # on a rank that was dealt no weights
-            parts = [(slice(0, 0), DiagonalInverse(objective.weights))]
-        return BlockDiagonalInverse([*parts, *removed_part(objective.kept, damping)], damping)
+        return BlockDiagonalInverse([*parts, removed_part(objective.kept, damping)], damping)
 
     def runs(self, objective: Objective) -> list[Run]:
         """The blocks of the weights that are left."""
@@ -126,12 +123,10 @@ class WoodFisher(Estimator):
         hold = plan is None or plan.hold
         parts: list[tuple[slice | Tensor, InverseOperator]] = []
         for run in runs:
-            step = run.count if plan is None or plan.hold else plan.tile(run)
+            step = run.count if plan is None else plan.tile(run)
             for first in range(0, run.count, step):
                 count = min(step, run.count - first)
                 where = slice(run.start + first * run.size, run.start + (first + count) * run.size)
-                blocks = FisherBlocks(
-                    rows.part(where), count, damping, rows.count / self.group, hold=hold or run.count == 1
-                )
+                blocks = FisherBlocks(rows.part(where), count, damping, rows.count / self.group, hold=hold)
                 parts.append((where, blocks))
         return parts, damping

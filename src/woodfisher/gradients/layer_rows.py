@@ -14,7 +14,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.parameters import inputs_first
-from woodfisher.triangles import full_gram
+from woodfisher.triangles import gram_triangles, mirrored
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -265,9 +265,10 @@ class LayerRows:
         K = torch.zeros(N, N, dtype=torch.float64, device=self.outputs.device)
         by_terms = N * T * T * (self.channels + self.groups * self.width)
         if by_terms > (N + T) * self.size:
+            product = torch.empty(1, N, N, dtype=self.dtype, device=K.device)
             for _, G in self._tiles(self.dtype.itemsize):
-                K += full_gram(G)
-            return K
+                K += gram_triangles(G[None], product)[0]
+            return mirrored(K)
         of_products = math.isqrt(_WORKSPACE // (32 * self.groups)) // T
         of_terms = _WORKSPACE // (32 * T * (self.channels + self.groups * self.width))
         step = max(min(of_products, of_terms), 1)

@@ -163,16 +163,22 @@ class Method:
 
     def to_dict(self) -> dict[str, Any]:
         """All options, as JSON takes them."""
-        options = {name: _plain(option) for name, option in asdict(cast("Any", self.curvature)).items()}
-        curvature = {"kind": type(self.curvature).__name__, **options}
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        curvature = {"kind": type(self.curvature).__name__, **asdict(cast("Any", self.curvature))}
         stages = self.staging if isinstance(self.staging, int) else asdict(self.staging)
-        return {**parts, "curvature": curvature, "pattern": str(self.pattern), "stages": stages}
+        return _plain({**parts, "curvature": curvature, "pattern": str(self.pattern), "stages": stages})
 
 
-def _plain(option: Any) -> Any:
-    """NumPy's numbers as Python's, which JSON takes."""
-    return option.item() if isinstance(option, np.generic) else option
+def _plain(options: Mapping[str, Any]) -> dict[str, Any]:
+    """NumPy's numbers among options as Python's, which JSON takes."""
+    return {
+        name: _plain(value)
+        if isinstance(value, dict)
+        else value.item()
+        if isinstance(value, np.generic)
+        else value
+        for name, value in options.items()
+    }
 
 
 FIXED_STAGES = 16

@@ -458,7 +458,7 @@ def _shares(count: int, parts: int) -> list[int]:
 
 def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
     """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
-    return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), *removed_part(kept, damping)], damping)
+    return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), removed_part(kept, damping)], damping)
 
 
 def loss_on(held_out: Sequence[Batch], objective: Objective, *, rounded: bool = False) -> float:

@@ -2,99 +2,73 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+from woodfisher.distributed import ALONE
+from woodfisher.gradients.layout import Layout
 
+if TYPE_CHECKING:
     from torch import Tensor
 
     from woodfisher.distributed import Ranks
-    from woodfisher.gradients.layout import Layout
 
 DIGIT = 16
 """Bits of a score that a round of the search for the threshold settles."""
 
 
 class Standing:
-    """Where the layers of this process stand among those of all; here they are all there are.
-
-    Attributes
-    ----------
-    sizes:
-        Weights of each layer, of all processes.
-    """
-
-    def __init__(self, sizes: Sequence[int] = ()) -> None:
-        self.sizes = list(sizes)
-
-    def total(self, number: int) -> int:
-        """Sum over the processes."""
-        return number
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The same for a tensor."""
-        return values
-
-    def running(self, values: Tensor) -> Tensor:
-        """Cumulative sums over the units of all layers in their order, at those of this process; int64 `(u,)`."""
-        return values.cumsum(0)
-
-    def of_all(self, numbers: list[int]) -> list[int]:
-        """A number for each layer of this process → for each of all."""
-        return numbers
-
-    def own(self, numbers: list[int]) -> list[int]:
-        """A number for each of all layers → for each of this process."""
-        return numbers
-
-
-class StandingAmong(Standing):
-    """That of some layers among several processes.
+    """Where the layers of this process stand among those of all.
 
     Parameters
     ----------
     whole, part:
-        All weights, and those of this process, in the same order.
+        All weights, and those of this process, in the same order; by default the same.
     ranks:
         The processes.
     width:
-        Weights in a unit; units follow the order of the layout.
+        Weights in a unit, where there are several; units follow the order of the layout.
     """
 
-    def __init__(self, whole: Layout, part: Layout, ranks: Ranks, width: int) -> None:
-        super().__init__(whole.sizes)
+    def __init__(
+        self, whole: Layout, part: Layout | None = None, ranks: Ranks = ALONE, width: int = 1
+    ) -> None:
+        part = whole if part is None else part
         places = {name: place for place, name in enumerate(whole.shapes)}
+        self.sizes, self._ranks = whole.sizes, ranks
         self._places = [places[name] for name in part.shapes]
         self._units = [size // width for size in part.sizes]
-        self._ranks = ranks
 
     def total(self, number: int) -> int:
+        """Sum over the processes."""
         return sum(self._ranks.gather(number))
 
     def sum(self, values: Tensor) -> Tensor:
+        """The same for a tensor."""
         return self._ranks.sum(values)
 
-    def running(self, values: Tensor) -> Tensor:
-        sums = [each.cumsum(0) for each in values.split(self._units)] if self._units else []
-        totals = torch.tensor(self.of_all([int(each[-1]) for each in sums]))
-        before = (totals.cumsum(0) - totals).tolist()
-        return torch.cat(
-            [values[:0], *(each + before[place] for each, place in zip(sums, self._places, strict=True))]
-        )
-
     def of_all(self, numbers: list[int]) -> list[int]:
-        every = torch.zeros(len(self.sizes), dtype=torch.int64)
-        every[self._places] = torch.tensor(numbers, dtype=torch.int64)
-        return self._ranks.sum(every).tolist()
+        """A number for each layer of this process → for each of all."""
+        told = self._ranks.gather(list(zip(self._places, numbers, strict=True)))
+        return [number for _, number in sorted(chain.from_iterable(told))]
 
     def own(self, numbers: list[int]) -> list[int]:
+        """A number for each of all layers → for each of this process."""
         return [numbers[place] for place in self._places]
 
+    def running(self, values: Tensor) -> Tensor:
+        """Cumulative sums over the units of all layers in their order, at those of this process; int64 `(u,)`."""
+        if self._ranks.size == 1:
+            return values.cumsum(0)
+        layers = values.split(self._units) if self._units else ()
+        before = list(accumulate(self.of_all([int(layer.sum()) for layer in layers]), initial=0))
+        here = (before[place] for place in self._places)
+        return torch.cat([values[:0], *(layer.cumsum(0) + b for layer, b in zip(layers, here, strict=True))])
 
-ALL = Standing()
+
+ALL = Standing(Layout({}))
 """For units that no other process has."""
 
 

@@ -10,7 +10,7 @@ import torch
 from woodfisher.checks import check_fraction, check_sparsity
 from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.surgeon.patterns import Unstructured
-from woodfisher.surgeon.ranking import Standing, StandingAmong, survivors
+from woodfisher.surgeon.ranking import Standing, survivors
 from woodfisher.surgeon.units import Singles, units_of
 from woodfisher.watch import warn
 
@@ -47,7 +47,7 @@ class Selection:
     Attributes
     ----------
     total:
-        All there is, in what the scope counts: weights, or FLOPs a sample.
+        All there is in all processes, in what the scope counts: weights, or FLOPs a sample.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Selection:
         check_fraction("floor", floor)
         self.layout, self.pattern, self.scope, self.floor = layout, pattern, scope, floor
         self._flops = flops
-        self.total = layout.size if flops is None else int(flops.sum())
-        self._standing = standing or Standing(layout.sizes)
+        self._standing = standing or Standing(layout)
+        self.total = self._standing.total(layout.size if flops is None else int(flops.sum()))
         only = pattern.sparsity
         if only is not None and floor > 1 - only + 1e-9:
             raise WoodfisherError(
@@ -87,10 +87,8 @@ class Selection:
         if ranks.size == 1:
             return self
         flops = None if self._flops is None else self.layout.of(part, self._flops)
-        standing = StandingAmong(self.layout, part, ranks, self._units.width)
-        selection = Selection(part, self.pattern, self.scope, self.floor, flops, standing)
-        selection.total = self.total
-        return selection
+        standing = Standing(self.layout, part, ranks, self._units.width)
+        return Selection(part, self.pattern, self.scope, self.floor, flops, standing)
 
     @property
     def _spans_tensors(self) -> bool:
