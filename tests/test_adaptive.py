@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler, TensorDataset
 
 import woodfisher as wf
@@ -1028,3 +1028,87 @@ def test_products_of_fewer_digits_are_told(setting):
         assert [("fewer digits" in str(each.message)) for each in told] == [True] * lowered
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_a_point_of_a_sweep_is_not_mixed_with_what_training_made_of_the_rest():
+    model, other = mlp(), mlp()
+    dense = copy.deepcopy(model.state_dict())
+    points = wf.sweep(model, batches(), cross_entropy, (0.5, 0.75), criterion="magnitude")
+    points[0].write()
+    with torch.no_grad():
+        model[0].bias += 0.1
+    pruned = weights_of(model)
+    with pytest.raises(
+        wf.WoodfisherError,
+        match=r"'0.bias' of this model differs from that of the model that was pruned, as it was then",
+    ):
+        points[1].write()
+    assert torch.equal(weights_of(model), pruned)
+    points[1].write(other)
+    model.load_state_dict(dense)
+    points[1].write()
+    assert torch.equal(weights_of(model), weights_of(other))
+    with torch.no_grad():
+        model[0].bias += 0.1
+    with pytest.raises(wf.WoodfisherError, match=r"'0.bias' of this model differs"):
+        points[1].write(copy.deepcopy(model))
+
+
+class Reshaped(torch.nn.Module):
+    """Outputs whose first dimension is not, or not only, that of the samples."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        self.net, self.outputs = mlp(), outputs
+
+    def forward(self, x):
+        return self.outputs(self.net(x))
+
+
+@pytest.mark.parametrize("length", [5, 16])
+@pytest.mark.parametrize(
+    ("outputs", "loss"),
+    [
+        (lambda z: z.flatten(0, 1), lambda o, y: cross_entropy(o, y.flatten())),
+        (
+            lambda z: z.transpose(0, 1),
+            lambda o, y: cross_entropy(o.transpose(0, 1).flatten(0, 1), y.flatten()),
+        ),
+        (
+            lambda z: SimpleNamespace(logits=z),
+            lambda o, y: cross_entropy(o.logits.flatten(0, 1), y.flatten()),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::woodfisher.WoodfisherWarning")
+def test_outputs_need_not_begin_with_the_samples(outputs, loss, length):
+    torch.manual_seed(0)
+    x, y = torch.randn(96, length, 6), torch.randint(3, (96, length))
+    stages = wf.Adaptive(stages=4, window=32, held_out=16)
+    report = wf.prune(Reshaped(outputs), [(x, y)], loss, 0.5, stages=stages)
+    assert report.kept == 18
+
+
+def test_a_last_batch_of_one_sample_may_be_a_column_of_a_table():
+    torch.manual_seed(0)
+    data = [(rows[:, :6], rows[:, 6]) for rows in torch.randn(43, 7).split(7)]
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1), torch.nn.Flatten(0)
+    )
+    assert wf.prune(model, data, mse_loss, 0.5).kept == 14
+
+
+def test_a_loader_that_keeps_its_workers_is_read_beside_itself():
+    torch.manual_seed(0)
+    table = TensorDataset(*samples(120))
+    models = []
+    for options in ({}, {"num_workers": 1, "persistent_workers": True}):
+        model = mlp()
+        loader = DataLoader(table, 10, **options)
+        inside = iter(loader)
+        next(inside)
+        stages = wf.Adaptive(stages=4, window=30, held_out=20)
+        wf.prune(model, loader, cross_entropy, 0.5, stages=stages)
+        assert torch.equal(next(inside)[0], table.tensors[0][10:20])
+        models.append(weights_of(model))
+    assert torch.equal(*models)

@@ -4,6 +4,7 @@ import json
 import random
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -1054,7 +1055,7 @@ def test_flops_of_modules_that_do_more_than_multiply_with_a_weight_are_refused()
 def test_class_weights_that_cancel_are_warned_of(loss):
     model, (x, y) = mlp(), samples(8)
     with pytest.warns(wf.WoodfisherWarning, match="class weights cancel.*reduction='none'"):
-        wf.Objective(model, [(x, y)], loss)
+        wf.Objective(model, [(x, y)], loss).rows(8)
     weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]), reduction="none")
     objective = wf.Objective(model, [(x, y)], weighted)
     plain = wf.Objective(model, [(x, y)], cross_entropy).rows(8)
@@ -1151,3 +1152,132 @@ def test_stages_draw_other_targets_each():
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(torch.stack(drawn[:3]), torch.stack(drawn[3:]))
     assert len(torch.stack(drawn[:3]).unique(dim=0)) == 3
+
+
+def test_class_weights_count_where_a_sample_has_labels_of_several_classes():
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 50.0, 0.1]))
+    model, x, y = nn.Conv2d(2, 3, 1), torch.randn(6, 2, 4, 4), torch.randint(3, (6, 4, 4))
+    rows = wf.Objective(model, [(x, y)], loss).rows(6)  # a warning would be an error
+    torch.testing.assert_close(rows, loop_rows(model, loss, x, y, ["weight"]), check_dtype=False)
+
+
+class Changing(nn.Module):
+    """Changes its inputs in place, as fresh batches of a training loop may be."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp(torch.float64)
+
+    def forward(self, x):
+        x -= 0.5
+        x *= 2
+        return self.net(x)
+
+
+def test_inputs_and_targets_may_be_changed_in_place():
+    def loss(outputs, targets):
+        targets += 1
+        return cross_entropy(outputs, targets - 1)
+
+    x, y = samples(24, dtype=torch.float64)
+    before = x.clone(), y.clone()
+    model = Changing()
+    objective = wf.Objective(model, [(x, y)], loss)
+    expected = loop_rows(model.net, cross_entropy, (x - 0.5) * 2, y, ["0.weight", "2.weight"])
+    for _ in range(2):
+        torch.testing.assert_close(objective.rows(24), expected)
+        torch.testing.assert_close(objective.gradient(24), expected.mean(0))
+    wf.prune(model, [(x, y)], loss, 0.5)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])
+
+
+class Centred(nn.Module):
+    """A loss that keeps a running centre of outputs, in a new tensor or in place."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("centre", torch.ones(3, dtype=torch.float64))
+
+    def forward(self, outputs, targets):
+        if self.training:
+            raise AssertionError("a loss is in evaluation mode, as the model is")
+        loss = mse_loss(outputs - self.centre, nn.functional.one_hot(targets, 3).double())
+        with torch.no_grad():
+            moved = 0.9 * self.centre + outputs.mean(0)
+            if self.in_place:
+                self.centre.copy_(moved)
+            else:
+                self.centre = moved
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:torch.func can't vectorise this model or its loss")
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_a_loss_keeps_is_as_before_each_row(in_place):
+    model, (x, y), loss = mlp(torch.float64), samples(8, dtype=torch.float64), Centred(in_place)
+
+    def alone(outputs, targets):
+        return mse_loss(outputs - 1, nn.functional.one_hot(targets, 3).double())
+
+    rows = wf.Objective(model, [(x, y)], loss).rows(8)
+    torch.testing.assert_close(rows, loop_rows(model, alone, x, y, ["0.weight", "2.weight"]))
+    assert loss.training and torch.equal(loss.centre, torch.ones(3, dtype=torch.float64))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_torchscript_is_refused():
+    with pytest.raises(wf.WoodfisherError, match="TorchScript made can't be pruned"):
+        wf.Objective(torch.jit.trace(mlp(), torch.randn(2, 6)), [samples(8)], cross_entropy)
+
+
+def test_a_model_of_which_a_part_has_no_values_is_refused():
+    model = mlp()
+    model[0].to("meta")
+    with pytest.raises(wf.WoodfisherError, match=r"'0.weight' is on the device meta"):
+        wf.Objective(model, [samples(8)], cross_entropy, exclude="0")
+
+
+def test_batches_may_hold_named_tuples():
+    class Target(NamedTuple):
+        label: torch.Tensor
+        weight: torch.Tensor
+
+    x, y = samples(8)
+
+    def loss(outputs, target):
+        return (cross_entropy(outputs, target.label, reduction="none") * target.weight).mean()
+
+    objective = wf.Objective(mlp(), [(x, Target(y, 1.0 + y))], loss)
+    plain = wf.Objective(mlp(), [(x, y)], cross_entropy).rows(8)
+    torch.testing.assert_close(objective.rows(8), plain * (1.0 + y)[:, None])
+
+
+class WithBuffer(nn.Module):
+    def __init__(self, buffer):
+        super().__init__()
+        self.net, self.norm = nn.Linear(6, 4), nn.BatchNorm1d(4)
+        self.register_buffer("buffer", buffer(self.net.weight))
+
+    def forward(self, x):
+        return self.norm(self.net(x))[:, :3] * self.buffer.flatten()[0]
+
+
+def test_a_buffer_in_the_memory_of_a_weight_is_refused():
+    with pytest.raises(wf.WoodfisherError, match="the buffer 'buffer' lies in the memory of 'net.weight'"):
+        wf.Objective(WithBuffer(lambda weight: weight.detach()[1:3]), [samples(8)], cross_entropy)
+
+
+def test_buffers_that_nothing_changed_are_not_written():
+    model = WithBuffer(lambda _: torch.ones(1).expand(4))
+    wf.prune(model, [samples(20)], cross_entropy, 0.5, criterion="magnitude")
+    assert int((model.net.weight != 0).sum()) == 12 and bool((model.norm.running_mean != 0).any())
+
+
+def test_buffers_that_can_not_be_written_are_found_before_the_first_change():
+    model = WithBuffer(lambda _: torch.ones(4))
+    model.norm.running_mean = torch.zeros(1).expand(4)
+    before = model.net.weight.detach().clone()
+    with pytest.raises(wf.WoodfisherError, match=r"entries of the buffer 'norm.running_mean' are one number"):
+        wf.prune(model, [samples(20)], cross_entropy, 0.5, criterion="magnitude")
+    assert torch.equal(model.net.weight, before)

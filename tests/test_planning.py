@@ -231,6 +231,8 @@ def test_methods_are_planned_by_their_stages():
     assert isinstance(block, wf.Plan) and block.rows == 60
     with pytest.raises(wf.WoodfisherError, match=r"the rows of a wf.WoodFisher, and Identity\(\) keeps none"):
         wf.plan(objective, wf.METHODS["magnitude"])
+    with pytest.raises(wf.WoodfisherError, match=r"wf.plan\(objective, wf.METHODS.*0.5 came"):
+        wf.plan(objective, 0.5)
     without_length = wf.Objective(mlp(), Unsized([samples(60)]), cross_entropy)
     state = torch.get_rng_state()
     assert wf.plan(without_length, method).courses == window.courses

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sized
 from itertools import chain
@@ -53,13 +54,23 @@ def check_data(data: object) -> None:
         raise WoodfisherError(f"data must be an iterable of batches; a {type(data).__name__} came: {hint}.")
 
 
+def apart(data: Iterable[Batch]) -> Iterable[Batch]:
+    """The same data, for another reader: a loader that keeps its workers has one iterator, which each starts over."""
+    if not isinstance(data, DataLoader) or not data.persistent_workers:
+        return data
+    other = copy.copy(data)
+    vars(other).update(persistent_workers=False, _iterator=None)
+    return other
+
+
 def map_tensors(function: Callable[..., Tensor], *batches: Batch) -> Batch:
     """Apply `function` to the corresponding tensors of batches of the same structure."""
     first = batches[0]
     if isinstance(first, Mapping):
         return {key: map_tensors(function, *(batch[key] for batch in batches)) for key in first}
     if isinstance(first, (tuple, list)):
-        return tuple(map_tensors(function, *parts) for parts in zip(*batches, strict=True))
+        parts = (map_tensors(function, *each) for each in zip(*batches, strict=True))
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
     if isinstance(first, (Tensor, np.ndarray)):
         return function(*(torch.as_tensor(batch) for batch in batches))
     raise WoodfisherError(
@@ -362,7 +373,13 @@ class Stream:
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
     """A tensor's bytes, uint8 `(bytes,)`, for a digest."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    whole = tensor.detach().cpu().contiguous()
+    return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+def digest(tensor: Tensor) -> bytes:
+    """Of a tensor's bytes, sixteen that no other ones have."""
+    return hashlib.blake2b(bytes_of(tensor).data, digest_size=16).digest()
 
 
 def fingerprints(batch: Batch) -> list[bytes]:
@@ -370,8 +387,8 @@ def fingerprints(batch: Batch) -> list[bytes]:
     parts = [bytes_of(t).reshape(len(t), t.nbytes // max(len(t), 1)) for t in tensors_of(batch)]
     digests = []
     for sample in zip(*parts, strict=True):
-        digest = hashlib.blake2b(digest_size=16)
+        its = hashlib.blake2b(digest_size=16)
         for part in sample:
-            digest.update(part.data)
-        digests.append(digest.digest())
+            its.update(part.data)
+        digests.append(its.digest())
     return digests

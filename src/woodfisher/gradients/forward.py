@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import describe, map_tensors, samples_in, tensors_of
+from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
 from woodfisher.watch import warn
@@ -82,11 +83,14 @@ class Forward:
         sampler: Callable[[Any], Tensor] | None,
         precision: Precision,
     ) -> None:
-        self.model, self.loss, self.precision, self.weighted = model, loss, precision, False
+        self.model, self.precision, self.weighted = model, precision, False
         self._known = KnownLoss.of(loss)
+        plain = self._known is not None and not self._known.extended
+        self.loss = loss if loss is None or plain else without_traces(loss)
         self._draw = target_sampler(loss) if sampler is None else lambda outputs, _: sampler(outputs)
         self._every = None if sampler else every_target(loss)
-        self._vectorised, self._warned_of_labels = True, False
+        self._vectorised = True
+        self._warned: set[str] = set()
         self._around = _Around(model)
         self._tied, self._scaled = other_names(model), _scaled_in_place(model)
         on_cpu = any(p.device.type == "cpu" for p in model.parameters())
@@ -94,11 +98,6 @@ class Forward:
             warn(
                 "this processor does not multiply in bfloat16, so that passes in it take several times as long: leave "
                 "out precision='bfloat16'."
-            )
-        if self._known is not None and self._known.cancels_weights:
-            warn(
-                "class weights cancel in the loss of a single sample, which is divided by its own weight, so that "
-                "gradients of samples are as without them: use reduction='none', of which the mean is taken."
             )
 
     def at(self, state: State, compute: Callable[[], T]) -> T:
@@ -123,8 +122,8 @@ class Forward:
         return self.at(state, lambda: self.called(batch, precision))
 
     def called(self, batch: Batch, precision: Precision = "float32") -> Any:
-        """What the model returns for a batch as it is now."""
-        arguments, named = arguments_of(batch)
+        """What the model returns for a batch as it is now, of whose tensors it gets copies, to change as it likes."""
+        arguments, named = map_tensors(torch.clone, arguments_of(batch))
         lower = precision == "bfloat16"
         device = tensors_of(batch)[0].device.type
         with torch.autocast(device, torch.bfloat16, enabled=lower, cache_enabled=False):
@@ -143,7 +142,7 @@ class Forward:
         It isn't where labels are ignored, class weights count, or the loss compares samples with each other; and of a
         model's own loss it isn't known.
         """
-        check_form(self.loss, batch)
+        self._check_form(batch)
         known = self._known
         cancels = known is not None and known.cancels_weights
         if self.loss is None or cancels or self.counted(batch) < samples_in(batch):
@@ -152,12 +151,19 @@ class Forward:
             return True
         with torch.no_grad():
             outputs = self.outputs(state.copied(), batch)
-            together, alone = mean_loss(self.loss, outputs, batch), self._losses(outputs, batch, 1).mean()
-        return torch.allclose(together, alone, rtol=1e-3)
+            together, alone = mean_loss(self.loss, outputs, batch), self._losses_of_samples(outputs, batch)
+        return alone is not None and torch.allclose(together, alone.mean(), rtol=1e-3)
+
+    def _losses_of_samples(self, outputs: Any, batch: Batch) -> Tensor | None:
+        """The loss of each sample, `(n,)`; None where it can't be had from the outputs of all."""
+        try:
+            return self._losses(outputs, batch, 1)
+        except (WoodfisherError, *_VMAP_ERRORS):
+            return None
 
     def mean_loss(self, state: State, batch: Batch, precision: Precision = "float32") -> Tensor:
         """Mean loss of the samples of a batch; `state` is left as it is."""
-        check_form(self.loss, batch)
+        self._check_form(batch)
 
         def loss() -> Tensor:
             outputs = self.called(batch, precision)
@@ -176,29 +182,43 @@ class Forward:
         if self.loss is None or (self._known is not None and self._known.ignores):
             return samples_in(batch) * share
         if self._known is None and share < 1:
-            self._warn_of_labels()
+            self._warn_once(
+                f"labels of {IGNORED} came, which losses of torch leave out, and loss= is a function of its own: it is "
+                "taken to be a mean over all samples. Give F.cross_entropy, a functools.partial of it, or "
+                "nn.CrossEntropyLoss(...), in which those left out are counted."
+            )
         return samples_in(batch)
+
+    def _check_form(self, batch: Batch) -> None:
+        """As `check_form`, with a warning of class weights that come to nothing."""
+        check_form(self.loss, batch)
+        cancels = self._known is not None and self._known.cancels_weights
+        if cancels and isinstance(labels := labels_of(batch), Tensor) and labels.ndim == 1:
+            self._warn_once(
+                "class weights cancel in the loss of a single sample, which is divided by its own weight, so that "
+                "gradients of samples are as without them: use reduction='none', of which the mean is taken."
+            )
 
     @property
     def _ignored(self) -> int:
         """The label that the loss leaves out, as far as it is known."""
         return IGNORED if self._known is None else self._known.ignored
 
-    def _warn_of_labels(self) -> None:
-        if not self._warned_of_labels:
-            self._warned_of_labels = True
-            warn(
-                f"labels of {IGNORED} came, which losses of torch leave out, and loss= is a function of its own: it is "
-                "taken to be a mean over all samples. Give F.cross_entropy, a functools.partial of it, or "
-                "nn.CrossEntropyLoss(...), in which those left out are counted."
-            )
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warn(message)
 
     def least_loss(self, state: State, batch: Batch) -> float:
-        """The smallest loss of a sample of a batch; the mean of all where the model computes its own loss."""
-        check_form(self.loss, batch)
+        """The smallest loss of a sample of a batch; the mean of all where samples have none of their own."""
+        self._check_form(batch)
         if self.loss is None:
             return float(self.mean_loss(state, batch))
-        return float(self._losses(self.outputs(state.copied(), batch), batch, 1).nan_to_num(math.inf).min())
+        outputs = self.outputs(state.copied(), batch)
+        losses = self._losses_of_samples(outputs, batch)
+        if losses is None:
+            return float(mean_loss(self.loss, outputs, batch))
+        return float(losses.nan_to_num(math.inf).min())
 
     def sum_of_losses(self, state: State, batch: Batch, group: int = 1) -> Tensor:
         """Sum of the mean losses of rows of `group` samples, from one forward pass of all of them.
@@ -207,7 +227,7 @@ class Forward:
         """
         if self.loss is None:
             return self.mean_loss(state, batch, self.precision) * (samples_in(batch) // group)
-        check_form(self.loss, batch)
+        self._check_form(batch)
         return self._losses(self.outputs(state.copied(), batch, self.precision), batch, group).sum()
 
     def _losses(self, outputs: Any, batch: Batch, group: int) -> Tensor:
@@ -240,7 +260,8 @@ class Forward:
 
         if self._vectorised:
             try:
-                return vmap(one)(*grouped)
+                with _without_torchs_advice():
+                    return vmap(one)(*grouped)
             except _VMAP_ERRORS as error:
                 self._give_up_vectorising(error)
         return torch.stack([one(*row) for row in zip(*grouped, strict=True)])
@@ -293,8 +314,7 @@ class Forward:
         refused = None
         if self._vectorised and not self._faster_one_by_one(rows):
             try:
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", "There is a performance drop")
+                with _without_torchs_advice():
                     return vmap(grad(loss), in_dims=(None, 0))(state.weights, rows)
             except _VMAP_ERRORS as error:
                 refused = error
@@ -336,6 +356,14 @@ class Forward:
             "torch.func can't vectorise this model or its loss, so they are taken sample by sample: the same "
             f"result, more slowly. ({reason})"
         )
+
+
+@contextmanager
+def _without_torchs_advice() -> Iterator[None]:
+    """Without torch's warnings of operations that it vectorises slowly, which its makers want to hear of."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield
 
 
 class _Around(nn.Module):
@@ -467,7 +495,8 @@ def explained(batch: Batch) -> Iterator[None]:
         raise WoodfisherError(
             f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), where a tuple or dict of inputs is unpacked "
-            "into the model's arguments, or dicts for a model that returns .loss."
+            "into the model's arguments, or dicts for a model that returns .loss. Gradients are taken in evaluation "
+            "mode, in which some models return other outputs than in training."
         ) from error
 
 

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import random
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
-
-    from torch import nn
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
 
 _entered: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
@@ -36,12 +35,7 @@ def isolated(model: nn.Module) -> Iterator[None]:
     An error may leave a generator suspended in here that ends after what it was called in: it has nothing to
     bring back any more.
     """
-    attributes = {module: dict(vars(module)) for module in model.modules()}
-    registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
-        (registry, dict(registry))
-        for module in model.modules()
-        for registry in (module._parameters, module._buffers, module._modules)
-    ]
+    restore = _restoring(model)
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is what users seed
     parameters = list(model.parameters())
     devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
@@ -58,17 +52,52 @@ def isolated(model: nn.Module) -> Iterator[None]:
     finally:
         if own in entered:
             del entered[entered.index(own) :]
-            for module, before in attributes.items():
-                vars(module).clear()
-                vars(module).update(before)
-            for registry, members in registered:
-                registry.clear()
-                registry.update(members)
+            restore()
             random.setstate(python)
             np.random.set_state(numpy)  # noqa: NPY002
             torch.set_rng_state(on_cpu)
             for device, state in on_devices.items():
                 torch.cuda.set_rng_state(state, device)
+
+
+def _restoring(model: nn.Module) -> Callable[[], None]:
+    """What brings back every module's attributes as they are now, and its parameters, buffers and modules."""
+    attributes = {module: dict(vars(module)) for module in model.modules()}
+    registered: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        (registry, dict(registry))
+        for module in model.modules()
+        for registry in (module._parameters, module._buffers, module._modules)
+    ]
+
+    def restore() -> None:
+        for module, before in attributes.items():
+            vars(module).clear()
+            vars(module).update(before)
+        for registry, members in registered:
+            registry.clear()
+            registry.update(members)
+
+    return restore
+
+
+def without_traces(loss: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+    """The loss on copies of targets; a module is in evaluation mode, and forgets what it keeps of a call."""
+
+    def called(outputs: Any, targets: Any) -> Tensor:
+        targets = tree_map_only(Tensor, torch.clone, targets)
+        if not isinstance(loss, nn.Module):
+            return loss(outputs, targets)
+        restore = _restoring(loss)
+        try:
+            for module in loss.eval().modules():
+                module._buffers.update(
+                    {name: b.clone() for name, b in module._buffers.items() if b is not None}
+                )
+            return cast("Tensor", loss(outputs, targets))
+        finally:
+            restore()
+
+    return called
 
 
 def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:

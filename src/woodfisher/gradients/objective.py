@@ -15,6 +15,7 @@ from woodfisher.distributed import ALONE
 from woodfisher.errors import NoFactorsError, WoodfisherError
 from woodfisher.gradients.batches import (
     FORWARD_BATCH,
+    apart,
     check_data,
     length,
     map_tensors,
@@ -126,10 +127,14 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise WoodfisherError(
+                "a module that TorchScript made can't be pruned: give the one that it was made from."
+            )
         check_choice("precision", precision, PRECISIONS)
         self.loss, self._sampler, self._precision = loss, sampler, precision
-        self.data: Iterable[Batch] = [] if data is None else data
-        check_data(self.data)
+        check_data([] if data is None else data)
+        self.data: Iterable[Batch] = [] if data is None else apart(data)
         self.source = unwrapped(model)
         self._sharded = is_sharded(self.source)
         with watching() as watch:
@@ -214,9 +219,10 @@ class Objective:
         """Take everything that training changes from the model."""
         own = self.parameters.values()
         self.device = next(iter(own)).device
-        if self.device.type == "meta":
+        absent = next((name for name, p in self.model.named_parameters() if p.is_meta), None)
+        if absent is not None:
             raise WoodfisherError(
-                "the model's weights are on the device meta, without values: load them first."
+                f"{absent!r} is on the device meta, without values: load the weights first."
             )
         self.dtype = torch.float64 if any(p.dtype == torch.float64 for p in own) else torch.float32
         self.buffers = dict(self.model.named_buffers())
@@ -624,7 +630,7 @@ class Objective:
 
         Other parameters stay, and those of another model must be equal to this one's. Raises before the first change.
         """
-        write(self, self.source if model is None else unwrapped(model))
+        write(self, model)
 
     def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Named tensors → `(d,)` in the dtype and on the device of the flat weights."""

@@ -1,4 +1,4 @@
-"""Parameters that lie in the same memory, of which torch knows nothing: writing one would change another."""
+"""Tensors of a model that lie in the same memory, of which torch knows nothing: writing one would change another."""
 
 from __future__ import annotations
 
@@ -10,38 +10,47 @@ import torch
 from torch import Tensor, nn
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.sharding import is_shard, local
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
 
-def check_apart(parameters: Mapping[str, Tensor], chosen: Collection[str]) -> None:
-    """Raise where an entry of a parameter in `chosen` is also another one of it, or one of another parameter.
+def check_apart(model: nn.Module, chosen: Collection[str]) -> None:
+    """Raise where an entry of a parameter in `chosen` is also another one of it, or one of another parameter or buffer.
 
     Such parameters are not tied: a gradient goes to each, as if the others did not move with it.
     """
+    parameters = {name: local(p.data) for name, p in model.named_parameters()}
+    buffers = {name: buffer for name, buffer in model.named_buffers() if not is_shard(buffer)}
     stored: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
-    for name, parameter in parameters.items():
-        if type(parameter) in (Tensor, nn.Parameter) and parameter.numel():
-            stored[parameter.untyped_storage().data_ptr()].append((name, parameter))
+    for name, tensor in {**buffers, **parameters}.items():
+        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
+            stored[tensor.untyped_storage().data_ptr()].append((name, tensor))
     stored.pop(0, None)  # without memory, as on the device meta
     for there in stored.values():
-        for name, parameter in there:
-            if name in chosen and _covers_itself(parameter):
+        for name, tensor in there:
+            if name in chosen and covers_itself(tensor):
                 raise WoodfisherError(
                     f"several entries of {name!r} are one number in memory (expand makes such tensors), so that they "
                     "can't be pruned one by one: give it memory of its own with p.data = p.data.clone()."
                 )
         for (one, a), (other, b) in combinations(there, 2):
-            if (one in chosen or other in chosen) and _overlap(a, b):
+            if not (one in chosen or other in chosen) or not _overlap(a, b):
+                continue
+            if one in buffers:
                 raise WoodfisherError(
-                    f"{one!r} and {other!r} are two parameters in the same memory, so that to change one changes the "
-                    "other: assign one parameter to both modules (b.weight = a.weight), which ties them, or give each "
-                    "memory of its own with p.data = p.data.clone()."
+                    f"the buffer {one!r} lies in the memory of {other!r}, so that each changes with the other: "
+                    "register a copy of it (clone()), or leave the parameter out with exclude=."
                 )
+            raise WoodfisherError(
+                f"{one!r} and {other!r} are two parameters in the same memory, so that to change one changes the "
+                "other: assign one parameter to both modules (b.weight = a.weight), which ties them, or give each "
+                "memory of its own with p.data = p.data.clone()."
+            )
 
 
-def _covers_itself(tensor: Tensor) -> bool:
+def covers_itself(tensor: Tensor) -> bool:
     """Whether steps along its dimensions come to the same place."""
     reach = 0
     for step, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

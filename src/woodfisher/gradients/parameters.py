@@ -78,7 +78,7 @@ def choose(
                 f"{name!r} is an embedding with sparse gradients, of which rows can't be made: make it with "
                 "sparse=False, or leave it out with exclude=."
             )
-    check_apart({name: p.data for name, p in model.named_parameters()}, chosen)
+    check_apart(model, chosen)
     if not chosen:
         raise WoodfisherError(
             "no weights are left to prune: name them with params=. "

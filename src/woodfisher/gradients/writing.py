@@ -9,24 +9,35 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.batches import digest
 from woodfisher.gradients.isolation import isolated
-from woodfisher.gradients.overlap import check_apart
+from woodfisher.gradients.overlap import check_apart, covers_itself
+from woodfisher.gradients.parameters import unwrapped
 from woodfisher.gradients.sharding import local, own_part, reshard, whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
     from woodfisher.gradients.objective import Objective
 
 
-def write(objective: Objective, model: nn.Module) -> None:
-    """Put the weights (removed ones exactly zero) and buffers of an objective into a model."""
+def write(objective: Objective, model: nn.Module | None, others: Mapping[str, bytes] | None = None) -> None:
+    """Put the weights (removed ones exactly zero) and buffers of an objective into its model or another one like it.
+
+    Parameters
+    ----------
+    others:
+        What `digests` made of the parameters that are not chosen, where the objective's own model may have moved on.
+    """
+    model = objective.source if model is None else unwrapped(model)
     reshard(model)
     parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     _check_architecture(objective, parameters, buffers)
-    if model is not objective.source:
-        _check_others(objective, parameters)
-        check_apart({name: local(p.data) for name, p in parameters.items()}, objective.layout.shapes)
+    if model is not objective.source or others is not None:
+        _check_others(objective, parameters, others or {})
+        check_apart(model, objective.layout.shapes)
     values = {
         name: torch.where(kept, value, 0).to(parameters[name].dtype)
         for (name, value), kept in zip(
@@ -42,12 +53,28 @@ def write(objective: Objective, model: nn.Module) -> None:
                 "Raise the damping, or prune in more stages."
             )
     _check_computed(objective)
+    fresh = {name: buffer for name, buffer in buffers.items() if not _same(buffer, objective.buffers[name])}
+    for name, buffer in fresh.items():
+        if covers_itself(buffer):
+            raise WoodfisherError(
+                f"several entries of the buffer {name!r} are one number in memory (expand makes such tensors), so that "
+                "new ones can't be written to it: register a copy of it (contiguous()). The model is unchanged."
+            )
     with torch.no_grad():
         for name, value in values.items():
             local(parameters[name]).copy_(own_part(value, parameters[name]))
-        for name, buffer in buffers.items():
-            if objective.buffers[name] is not buffer:
-                buffer.copy_(objective.buffers[name])
+        for name, buffer in fresh.items():
+            buffer.copy_(objective.buffers[name])
+
+
+def digests(objective: Objective) -> dict[str, bytes]:
+    """Name → a digest of each parameter that is not chosen, as it is now."""
+    parameters = objective.model.named_parameters()
+    return {name: digest(p) for name, p in parameters if name not in objective.layout.shapes}
+
+
+def _same(buffer: Tensor, own: Tensor) -> bool:
+    return buffer is own or (buffer.layout == torch.strided and torch.equal(buffer, own.to(buffer)))
 
 
 def _check_computed(objective: Objective) -> None:
@@ -67,7 +94,9 @@ def _check_computed(objective: Objective) -> None:
             )
 
 
-def _check_others(objective: Objective, parameters: dict[str, nn.Parameter]) -> None:
+def _check_others(
+    objective: Objective, parameters: dict[str, nn.Parameter], known: Mapping[str, bytes]
+) -> None:
     """Raise unless the parameters that are not chosen, which stay, are those of the model that was pruned."""
     own = dict(objective.model.named_parameters())
     here, there = ({name: tuple(p.shape) for name, p in each.items()} for each in (parameters, own))
@@ -80,12 +109,16 @@ def _check_others(objective: Objective, parameters: dict[str, nn.Parameter]) -> 
     for name, p in parameters.items():
         if name in objective.layout.shapes:
             continue
-        value, pruned = whole(p), own[name].detach().to(p.device, p.dtype)
-        if not torch.allclose(value, pruned, rtol=0, atol=0, equal_nan=True):
+        value, pruned = whole(p), own[name].detach()
+        if name in known and digest(value) == known[name]:
+            continue
+        moved = name in known and digest(pruned) != known[name]
+        if moved or not torch.allclose(value, pruned.to(p.device, p.dtype), rtol=0, atol=0, equal_nan=True):
             raise WoodfisherError(
-                f"{name!r} of this model differs from that of the model that was pruned, and only chosen weights and "
-                "buffers are written, so that the network would be another one: load the state dict of the dense "
-                "model into it first (model.load_state_dict). The model is unchanged."
+                f"{name!r} of this model differs from that of the model that was pruned, as it was then, and only "
+                "chosen weights and buffers are written, so that the network would be another one: load the state "
+                "dict of the dense model into it first (model.load_state_dict), or write to a copy that was made "
+                "before training. The model is unchanged."
             )
 
 

@@ -6,6 +6,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from woodfisher.errors import WoodfisherError
@@ -15,7 +16,7 @@ from woodfisher.gradients.sharding import is_shard, local, own_part, reshard
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from torch.optim import Optimizer
     from torch.utils.hooks import RemovableHandle
 
@@ -102,6 +103,11 @@ class Masks:
 
     def apply(self, model: nn.Module) -> None:
         """Zero the removed weights of a copy of the model, such as a moving average of it."""
+        if not isinstance(model, nn.Module):
+            raise WoodfisherError(
+                f"masks are applied to a model, and a {type(model).__name__} came: load its weights into one, or zero "
+                "them by `masks`."
+            )
         model = unwrapped(model)
         reshard(model)
         parameters = dict(model.named_parameters())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.checks import check_fraction, metric_value
@@ -13,6 +13,7 @@ from woodfisher.distributed import ALONE, together
 from woodfisher.errors import TooSparseError, WoodfisherError
 from woodfisher.gradients.isolation import copied, isolated, unmoved
 from woodfisher.gradients.objective import Objective
+from woodfisher.gradients.writing import digests, write
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.dealing import align_random, alike, can_be_dealt
 from woodfisher.pruning.method import method_for, replaced, use_for
@@ -21,7 +22,7 @@ from woodfisher.pruning.stages import pruned_through
 from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor, nn
     from typing_extensions import Unpack
@@ -147,7 +148,8 @@ def sweep(
             model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
         )
     asked = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
-    return sweep_objective(objective, asked, method, progress)
+    others = digests(objective)
+    return [replace(each, others=others) for each in sweep_objective(objective, asked, method, progress)]
 
 
 @dataclass(frozen=True)
@@ -160,14 +162,20 @@ class Pruned:
         How it came about.
     objective:
         The objective at the pruned weights, with its mask and the buffers that belong to them.
+    others:
+        Digests of the parameters that are not chosen, where these may change before it is written.
     """
 
     report: Report
     objective: Objective
+    others: Mapping[str, bytes] | None = field(default=None, repr=False)
 
     def write(self, model: nn.Module | None = None) -> None:
-        """Put it into the model that was pruned, or into `model`: one like it, all other parameters included."""
-        self.objective.write(model)
+        """Put it into the model that was pruned, or into `model`: one like it, all other parameters included.
+
+        Of a sweep, also into the former if that was trained since: not before it has its dense state dict again.
+        """
+        write(self.objective, model, self.others)
 
     def told(self) -> tuple[Changes, Report]:
         """What another process needs to have the same."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from woodfisher.curvature import WoodFisher
+from woodfisher.curvature.base import Estimator
 from woodfisher.curvature.machine import calibrated
 from woodfisher.curvature.planning import planned
 from woodfisher.errors import WoodfisherError
@@ -53,6 +54,10 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
     if not hasattr(objective, "layout"):
         raise WoodfisherError(
             f"a plan is for an Objective(model, data, loss); a {type(objective).__name__} came."
+        )
+    if not isinstance(how, (Method, Estimator)):
+        raise WoodfisherError(
+            f"a plan is for a curvature or a method, as in wf.plan(objective, wf.METHODS['woodfisher']); {how!r} came."
         )
     curvature = how.curvature if isinstance(how, Method) else how
     if not isinstance(curvature, WoodFisher):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from woodfisher.checks import check_count
 from woodfisher.distributed import on_first_rank
@@ -117,8 +116,11 @@ class Pruner:
             )
         self.method = replaced(method_for(criterion, use=use_for(parts, training=True)), parts)
         self.schedule, self.seed, self.progress = schedule, seed, progress
-        if self.method.curvature.samples:
-            _check_rereadable(objective.data)
+        if self.method.curvature.samples and objective.reads_once:
+            raise WoodfisherError(
+                "rows are taken anew each time that weights are removed, and the objective's data can be read only "
+                "once: give a list of batches or a DataLoader."
+            )
         with isolated(objective.model), reseeded(objective.data, seed):
             self.selection = self.method.selection(objective)
         self.selection.final(schedule.goal)
@@ -262,16 +264,3 @@ class Pruner:
 
 def _described(shape: tuple[int, ...] | None) -> str:
     return "no mask" if shape is None else f"a mask of shape {shape}"
-
-
-def _check_rereadable(data: object) -> None:
-    if isinstance(data, Iterator):
-        raise WoodfisherError(
-            "rows are taken anew each time that weights are removed, and the objective's data can be read only "
-            "once: give a list of batches or a DataLoader."
-        )
-    if isinstance(data, DataLoader) and data.persistent_workers:
-        raise WoodfisherError(
-            "a DataLoader with persistent_workers=True has a single iterator, so that taking rows from it would start "
-            "the training loop's epoch over: give the objective one without them."
-        )
