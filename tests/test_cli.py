@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+import woodfisher as wf
 from woodfisher.cli import main
+from woodfisher.cli.options import MethodOptions
 from woodfisher.cli.prune import _stages
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.report import Stage
@@ -359,6 +361,14 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--block-size", "0"], "block_size must be"),
         (["prune", "--samples", "0"], "samples must be"),
         (["train", "--stages", "0", "--task", "no:task"], "stages must be a whole number of at least 1"),
+        *(
+            ([command, *options, "--stages", "auto"], "stages that adapt carry the rows of one block along")
+            for command in ("prune", "plan", "train", "compare")
+            for options in (["--block-size", "50"], ["--update", "independent"], ["--preset", "paper"])
+        ),
+        (["prune", "--criterion", "kfac", "--stages", "auto"], "stages that adapt carry"),
+        (["prune", "--recalibrate", "-1"], "recalibrate must be a whole number of at least 0; -1 came"),
+        (["prune", "--refine", "-1"], "refine must be a whole number of at least 0; -1 came"),
         (["prune", "--params", "decoder.*"], "matches no parameter"),
         (["prune", "--exclude", "decoder"], "matches no parameter"),
         (["prune", "--task", "cifar100"], "there is no task"),
@@ -449,6 +459,12 @@ def test_blocks_and_swaps_are_for_a_fixed_number_of_stages(folder, capsys):
     assert main(["plan", "--block-size", "500", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == fixed["curvature"]["samples"] == 400
     assert main(["prune", "--criterion", "magnitude", "--refine", "0", "--out", "out"]) == 0
+
+
+def test_in_a_comparison_those_stages_adapt_that_can():
+    options = MethodOptions(stages="auto", samples=30_000)
+    stages = {name: options.method(name, strict=False).staging for name in ("magnitude", "obd", "woodfisher")}
+    assert stages == {"magnitude": 1, "obd": 1, "woodfisher": wf.Adaptive()}
 
 
 @pytest.mark.parametrize("memory", ["8GiB", "100MiB"])

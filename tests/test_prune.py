@@ -186,6 +186,10 @@ def test_a_late_failure_leaves_the_model_as_it_was(how):
         ({"update": "all"}, "update must be one of independent, joint, none"),
         ({"scope": "channel"}, "scope must be one of global, layer"),
         ({"stages": 0}, "stages must be a whole number"),
+        (
+            {"stages": "auto", "criterion": "woodfisher-block"},
+            "stages that adapt carry the rows of one block",
+        ),
         ({"params": "3.*"}, "matches no parameter"),
         ({"data": []}, "the data holds no batch"),
         ({"data": samples(4)}, "one batch came: put it into a list"),

@@ -161,7 +161,7 @@ class MethodOptions:
         """Build the method of that name with these options.
 
         Options that its curvature doesn't have raise if `strict`, and are passed over otherwise, as are update
-        and stages for methods that take no samples.
+        and stages for methods that take no samples, and stages that adapt for methods that have none.
         """
         parts: MethodParts = {
             "update": self.update,
@@ -199,6 +199,8 @@ class MethodOptions:
             parts["refine"] = None
             if not strict:
                 parts["update"] = parts["stages"] = None
+        if self.stages == "auto" and not strict and METHODS[criterion].stages != "auto":
+            parts["stages"] = None
         return replaced(replace(method, curvature=curvature), parts)
 
 

@@ -120,7 +120,7 @@ class Method:
                 f"keep={keep!r} came. Leave it out, or give a number of stages."
             )
         if self.refine:
-            check_count("refine", self.refine)
+            check_count("refine", self.refine, least=0)
             if self.scope != "global" or self.pattern != Unstructured() or isinstance(self.staging, Adaptive):
                 raise WoodfisherError(
                     "refine swaps single weights across layers after ranking, for a fixed number of stages and the "
@@ -131,7 +131,7 @@ class Method:
                     "refine swaps weights across layers without regard to a floor: leave one of them out."
                 )
         if self.recalibrate:
-            check_count("recalibrate", self.recalibrate)
+            check_count("recalibrate", self.recalibrate, least=0)
 
     @property
     def staging(self) -> int | Adaptive:
@@ -318,6 +318,6 @@ def replaced(method: Method, parts: MethodParts) -> Method:
             f"there is no argument {sorted(unknown)[0]!r}; the parts of a method are {known}."
         )
     others = given(**parts)
-    if others.get("stages") == "auto" and isinstance(method.stages, Adaptive):
-        del others["stages"]
+    if others.get("stages") == "auto":
+        others["stages"] = method.stages if isinstance(method.stages, Adaptive) else Adaptive()
     return replace(method, **others)
