@@ -653,7 +653,7 @@ def test_what_has_no_prior_plans_none():
     rows = "20 gradient rows of 36 weights"
     assert named[True, False] == named[False, True] == [(rows, 20 * 36 * 4)]
     (doubled, prior) = named[False, False]
-    assert doubled == (rows, 2 * 20 * 36 * 4)
+    assert doubled == (f"{rows} with their copies", 2 * 20 * 36 * 4)
     assert prior == (
         "the prior that F shrinks to, before a stage and after it",
         8 * (6**2 + 4**2) + 2 * 4 * 36 * 6,

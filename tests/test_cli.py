@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import subprocess
 import sys
 from io import StringIO
@@ -126,6 +127,19 @@ def test_prune_shows_a_table_and_writes_its_results(folder, capsys):
     assert (out / "report.html").read_bytes() == page
     again = load_task("digits", weights=out / "model.safetensors")
     assert again.metric(again.model, again.test) == pytest.approx(report["pruned"]["metric"])
+
+
+def test_a_network_that_is_sparse_already_is_shown_as_it_was_given(folder, capsys):
+    arguments = ["prune", "--task", "my_tasks:good", "--criterion", "magnitude"]
+    assert main([*arguments, "--sparsity", "0.5", "--out", "half"]) == 0
+    assert capsys.readouterr().err.count("magnitude: accuracy") == 1
+    assert (
+        main([*arguments, "--sparsity", "0.75", "--out", "more", "--weights", "half/model.safetensors"]) == 0
+    )
+    row = next(line for line in capsys.readouterr().out.splitlines() if "as given" in line)
+    assert row.split("│")[3].strip() == "36"
+    row = re.search(r"as given.*?</tr>", (folder / "more" / "report.html").read_text(), re.DOTALL)
+    assert "50.00 %" in row[0] and "36" in row[0]
 
 
 def test_json_is_one_object_and_nothing_else(folder, capsys):

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import sys
+from contextlib import suppress
 from types import SimpleNamespace
 
 import pytest
@@ -34,9 +35,9 @@ from woodfisher.export import (
     to_semi_structured,
     to_sparse,
 )
-from woodfisher.export.stored import EXPORT
 from woodfisher.gradients.forward import outputs_of
-from woodfisher.saving.saved import read
+from woodfisher.saving.contents import contents_of
+from woodfisher.saving.saved import EXPORT, read
 
 
 def prune_(model, sparsity=0.8, **options):
@@ -128,6 +129,12 @@ def test_sparse_models_come_back_from_files(layers, tmp_path):
             "semi_structured": [],
         }
     )
+    wf.save_weights(model, tmp_path / "pruned.safetensors")
+    held, pruned = (contents_of(tmp_path / f"{name}.safetensors") for name in ("model", "pruned"))
+    assert [(e.name, e.shape, e.kept, e.pattern, e.dense) for e in held.entries] == [
+        (e.name, e.shape, e.kept, e.pattern, e.dense) for e in pruned.entries
+    ]
+    assert 0 < sum(entry.stored for entry in held.entries) < size
 
 
 def ConvNetLike():
@@ -175,6 +182,7 @@ def listed(text):
         (listed('{"sparse": {"5": [300, 300]}}'), "5.weight is larger in the file"),
         (listed('{"sparse": ["5"]}'), "must hold shapes by name"),
         (listed('{"sparse": {"5": 3}}'), "must hold shapes by name"),
+        (listed('{"sparse": {"5": []}}'), "must hold shapes by name"),
         (listed('{"semi_structured": [5]}'), "must hold shapes by name"),
         (listed("[]"), "must hold shapes by name"),
         (listed("{"), "Expecting property name"),
@@ -193,6 +201,8 @@ def test_tampered_exports_end_in_one_error(tamper, message, tmp_path):
     with pytest.raises(wf.WoodfisherError, match=message):
         load_export(model, path)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with suppress(wf.WoodfisherError):
+        contents_of(path)
 
 
 @pytest.mark.parametrize(

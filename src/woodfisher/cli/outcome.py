@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from woodfisher.cli.origin import origin
 from woodfisher.files import save_json, write_folder
+from woodfisher.pruning.report import layers_of
 from woodfisher.results.examine import examine
 from woodfisher.results.page import save_page
 from woodfisher.saving.saved import packed_model
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from woodfisher.pruning.report import Report
     from woodfisher.tasks import Task
     from woodfisher.training.gradual import Trained
+
+
+def layers_given(objective: Objective) -> list[dict[str, Any]]:
+    """What an objective keeps of each layer, as JSON takes it."""
+    return [layer.to_dict() for layer in layers_of(objective.layout.split(objective.kept))]
+
+
+def before(content: Mapping[str, Any]) -> tuple[str, int]:
+    """What a table calls the network that a command was given, and how many weights it keeps."""
+    kept = sum(layer["kept"] for layer in content["dense"]["layers"])
+    return "dense" if kept == content["size"] else "as given", kept
 
 
 @dataclass(frozen=True)

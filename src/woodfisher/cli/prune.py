@@ -13,7 +13,7 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, process_group, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
-from woodfisher.cli.outcome import Outcome
+from woodfisher.cli.outcome import Outcome, before, layers_given
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
@@ -127,8 +127,9 @@ class Prune:
         """Evaluate, write, show."""
         task = outcome.task
         pruned = _evaluate(task, task.model, self.criterion)
+        same = self.criterion == "magnitude"
         by_size = {
-            "metric": _evaluate(task, baseline, "magnitude"),
+            "metric": pruned if same else _evaluate(task, baseline, "magnitude"),
             "sparsity": magnitude.sparsity,
             "layers": [layer.to_dict() for layer in magnitude.layers],
         }
@@ -136,7 +137,11 @@ class Prune:
         content = outcome.write(
             report,
             objective,
-            {"dense": {"metric": dense}, "magnitude": by_size, "pruned": {"metric": pruned}},
+            {
+                "dense": {"metric": dense, "layers": layers_given(objective)},
+                "magnitude": by_size,
+                "pruned": {"metric": pruned},
+            },
             ("layers.png", lambda path: plot_layers(curves, report.sparsity, path)),
         )
         if self.json:
@@ -176,7 +181,8 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     summary = Table(title=f"{content['task']}: {report.sparsity:.2%} of {report.size:,} weights removed")
     for column in ("", f"test {task.metric_name}", "kept weights", "time"):
         summary.add_column(column, justify="right" if column else "left")
-    summary.add_row("dense", score(content["dense"]["metric"], task.metric_name), f"{report.size:,}", "")
+    name, kept = before(content)
+    summary.add_row(name, score(content["dense"]["metric"], task.metric_name), f"{kept:,}", "")
     rows = {"magnitude": (content["magnitude"]["metric"], magnitude)}
     rows[content["criterion"]] = (content["pruned"]["metric"], report)
     for name, (metric, run) in rows.items():

@@ -11,7 +11,7 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
-from woodfisher.cli.outcome import Outcome
+from woodfisher.cli.outcome import Outcome, before, layers_given
 from woodfisher.pruning.method import METHODS, Method
 from woodfisher.pruning.schedule import Polynomial
 from woodfisher.results.metrics import score
@@ -128,7 +128,7 @@ class Train:
         content = Outcome(self.model, task, method, folder, asked).write(
             trained,
             objective,
-            {"dense": {"metric": dense}, "pruned": {"metric": pruned}},
+            {"dense": {"metric": dense, "layers": layers_given(objective)}, "pruned": {"metric": pruned}},
             ("training.png", lambda path: plot_training(trained, task.metric_name, path)),
         )
         if self.json:
@@ -155,11 +155,12 @@ def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
     summary = Table(title=f"{content['task']}: {trained.sparsity:.2%} of {content['size']:,} weights removed")
     for column in ("", f"test {task.metric_name}", "validation", "kept weights"):
         summary.add_column(column, justify="right" if column else "left")
+    name, kept = before(content)
     summary.add_row(
-        "dense",
+        name,
         score(content["dense"]["metric"], task.metric_name),
         score(trained.dense, task.metric_name),
-        f"{content['size']:,}",
+        f"{kept:,}",
     )
     summary.add_row(
         f"{content['criterion']}, epoch {trained.best.epoch}",

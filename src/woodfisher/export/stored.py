@@ -17,15 +17,21 @@ from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
 from woodfisher.gradients.isolation import copied
 from woodfisher.gradients.parameters import unwrapped
-from woodfisher.saving.saved import EXPECTED, check_suffix, pack_state, plain_state, read
+from woodfisher.saving.saved import (
+    EXPECTED,
+    EXPORT,
+    SPARSE_PARTS,
+    check_suffix,
+    exported_in,
+    pack_state,
+    plain_state,
+    read,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
-
-EXPORT = "woodfisher.export"
-"""Key in a file's header: JSON of the shapes of `sparse` layers' weights by name, and of `semi_structured` names."""
 
 
 def save_dense(model: nn.Module, path: str | Path) -> None:
@@ -81,32 +87,18 @@ def load_export(model: nn.Module, path: str | Path) -> nn.Module:
     tensors = saved.tensors
     exported = copied(unwrapped(model))
     try:
-        sparse, semi_structured = _listed(saved.metadata)
+        sparse, semi_structured = exported_in(saved.metadata)
         forms = {f"{name}.weight": torch.empty(shape, device="meta") for name, shape in sparse.items()}
         _fit(exported, {**tensors, **forms})
         for name in sparse:
             layer = layer_named(exported, name)
-            parts = {part: tensors[f"{name}.{part}"] for part in ("crow_indices", "col_indices", "values")}
+            parts = {part: tensors[f"{name}.{part}"] for part in SPARSE_PARTS}
             exported.set_submodule(name, sparse_from(layer, parts))
         exported.load_state_dict(tensors)
     except (KeyError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         told = f"{error.args[0]} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise unreadable(path, f"{EXPECTED} of this {type(model).__name__}", ValueError(told)) from error
     return to_semi_structured(exported, semi_structured) if semi_structured else exported
-
-
-def _listed(metadata: Mapping[str, str]) -> tuple[dict[str, list[int]], list[str]]:
-    """Shapes of the sparse layers' weights by name, and names of the semi-structured ones."""
-    content = json.loads(metadata.get(EXPORT, "{}"))
-    if isinstance(content, dict):
-        sparse, names = content.get("sparse", {}), content.get("semi_structured", [])
-        if isinstance(sparse, dict) and isinstance(names, list):
-            shapes = [shape if isinstance(shape, list) else [None] for shape in sparse.values()]
-            if all(isinstance(n, int) and n > 0 for shape in shapes for n in shape) and all(
-                isinstance(name, str) for name in names
-            ):
-                return sparse, names
-    raise ValueError(f"{EXPORT} in its header must hold shapes by name, and a list of names")
 
 
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -262,8 +262,9 @@ def window_for(
         chunk = min(chunk, largest.rows * (2 * objective.row_bytes(largest.group) + 2 * row))
     rows = [course.rows for course in courses]
     copies = [course.copies * course.rows for course in courses]
+    with_copies = " with their copies" if held else ""
     bill: list[tuple[str, int]] = [
-        (f"{sum(rows)} gradient rows of {weights} weights", sum(copies) * row),
+        (f"{sum(rows)} gradient rows of {weights} weights{with_copies}", sum(copies) * row),
         ("a copy of theirs while a stage is tried", max(copies) * row),
         ("Gram matrices", 2 * 8 * sum(count**2 for count in [*rows, largest.rows])),
         (_BESIDES, max(chunk, room.vectors)),

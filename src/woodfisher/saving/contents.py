@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.saving.saved import read
+import torch
+
+from woodfisher.files import unreadable
+from woodfisher.saving.saved import EXPECTED, SPARSE_PARTS, exported_in, read
 from woodfisher.saving.structure import structure_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from woodfisher.saving.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -86,13 +92,37 @@ class Contents:
 
 
 def contents_of(path: str | Path) -> Contents:
-    """Look into a `.safetensors` file, compressed or plain, or a state dict in a `.pt` file."""
-    saved = read(Path(path))
+    """Look into a `.safetensors` file, compressed, plain or exported, or a state dict in a `.pt` file."""
+    path = Path(path)
+    saved = read(path)
+    try:
+        tensors, stored = _with_weights(saved)
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise unreadable(path, EXPECTED, error) from error
     entries = [
-        _entry(name, tensor, saved.kept.get(name), saved.stored[name], turned=name in saved.inputs_first)
-        for name, tensor in sorted(saved.tensors.items())
+        _entry(name, tensor, saved.kept.get(name), stored[name], turned=name in saved.inputs_first)
+        for name, tensor in sorted(tensors.items())
     ]
     return Contents(entries, saved.size, saved.metadata.get("woodfisher"))
+
+
+def _with_weights(saved: Saved) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Tensors and their bytes in the file by name, where sparse layers have the weight that theirs are of."""
+    tensors, stored = dict(saved.tensors), dict(saved.stored)
+    for layer, shape in exported_in(saved.metadata)[0].items():
+        parts = [f"{layer}.{part}" for part in SPARSE_PARTS]
+        rows, columns, values = (tensors.pop(part) for part in parts)
+        matrix = torch.sparse_compressed_tensor(
+            rows,
+            columns,
+            values,
+            (shape[0], math.prod(shape[1:])),
+            layout=torch.sparse_csr if values.ndim == 1 else torch.sparse_bsr,
+            check_invariants=True,
+        )
+        tensors[f"{layer}.weight"] = matrix.to_dense().reshape(shape)
+        stored[f"{layer}.weight"] = sum(stored.pop(part) for part in parts)
+    return tensors, stored
 
 
 def _entry(name: str, tensor: Tensor, mask: Tensor | None, stored: int, *, turned: bool) -> Entry:

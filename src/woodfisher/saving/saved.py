@@ -36,6 +36,12 @@ MASKED = "woodfisher.masked"
 INPUTS_FIRST = "woodfisher.inputs_first"
 """Key in a file's header: JSON list of weights whose first dimension is the inputs, as of transposed convolutions."""
 
+EXPORT = "woodfisher.export"
+"""Key in a file's header: JSON of the shapes of `sparse` layers' weights by name, and of `semi_structured` names."""
+
+SPARSE_PARTS = ("crow_indices", "col_indices", "values")
+"""Tensors that a file has of a sparse layer, instead of its weight."""
+
 EXPECTED = "network weights (a state dict in a .pt file, or .safetensors)"
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -323,6 +329,20 @@ def _listed(metadata: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:
         ):
             raise ValueError(f"{COMPRESSED} in its header must hold a name and a shape for each prefix")
     return listed
+
+
+def exported_in(metadata: Mapping[str, str]) -> tuple[dict[str, list[int]], list[str]]:
+    """Shapes of the sparse layers' weights by name, and names of the semi-structured ones; ValueError if malformed."""
+    content = json.loads(metadata.get(EXPORT, "{}"))
+    if isinstance(content, dict):
+        sparse, names = content.get("sparse", {}), content.get("semi_structured", [])
+        if isinstance(sparse, dict) and isinstance(names, list):
+            shapes = [shape if isinstance(shape, list) and shape else [None] for shape in sparse.values()]
+            if all(isinstance(n, int) and n > 0 for shape in shapes for n in shape) and all(
+                isinstance(name, str) for name in names
+            ):
+                return sparse, names
+    raise ValueError(f"{EXPORT} in its header must hold shapes by name, and a list of names")
 
 
 def _prefixes(tensors: Mapping[str, Any]) -> list[str]:

@@ -46,14 +46,9 @@ class Record(BaseModel):
 
 
 class Measured(Record):
-    """A network's metric."""
+    """A network's metric, and what it keeps of its layers where that was recorded."""
 
     metric: float
-
-
-class ByMagnitude(Measured):
-    """What removing the smallest weights gives at the same sparsity."""
-
     layers: list[Layer] | None = None
 
 
@@ -109,7 +104,7 @@ class Pruning(Task, Staged):
 
     criterion: str
     pruned: Measured
-    magnitude: ByMagnitude | None = None
+    magnitude: Measured | None = None
     max_drop: float | None = None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from woodfisher.results.metrics import difference, score
@@ -67,9 +68,8 @@ def time_card(seconds: Mapping[str, float]) -> Card:
 def result_section(report: Pruning) -> Section:
     """Dense, magnitude and the method side by side."""
     columns = ["", "test", "against dense", "weights left", "removed", *_flops_column(report), "time"]
-    rows = [
-        ["dense", score(report.dense.metric, report.metric), "", *_weights(report, report.size, None), ""]
-    ]
+    name, weights = _given(report)
+    rows = [[name, score(report.dense.metric, report.metric), "", *weights, ""]]
     by_size = report.magnitude
     if by_size is not None and by_size.layers is not None and report.criterion != "magnitude":
         rows.append(_row("magnitude", by_size.metric, report, by_size.layers, ""))
@@ -81,35 +81,42 @@ def result_section(report: Pruning) -> Section:
 def trained_section(report: Gradual) -> Section:
     """Dense and trained side by side, on test and validation data."""
     columns = ["", "test", "validation", "weights left", "removed", *_flops_column(report)]
+    name, weights = _given(report)
     rows = [
         [
-            "dense",
+            name,
             score(report.dense.metric, report.metric),
             score(report.validation.dense, report.metric),
-            *_weights(report, report.size, None),
+            *weights,
         ],
         [
             f"{report.criterion}, epoch {report.best_epoch}",
             score(report.pruned.metric, report.metric),
             score(report.validation.metric, report.metric),
-            *_weights(report, report.kept, report.layers),
+            *_weights(report, report.layers),
         ],
     ]
     return Section("result", "Result", tables=[Table(report.metric, columns, rows)])
 
 
 def _row(name: str, metric: float, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
-    kept = sum(layer.kept for layer in layers)
     change = difference(metric - report.dense.metric, report.metric)
-    return [name, score(metric, report.metric), change, *_weights(report, kept, layers), took]
+    return [name, score(metric, report.metric), change, *_weights(report, layers), took]
 
 
-def _weights(report: Pruning | Gradual, kept: int, layers: Sequence[Layer] | None) -> list[str]:
-    """Weights left, their sparsity, and FLOPs left where they are known; the dense network's without layers."""
+def _given(report: Pruning | Gradual) -> tuple[str, list[str]]:
+    """What the network that was given is called, and its weights; reports of early versions don't have its layers."""
+    layers = report.dense.layers or [replace(layer, kept=layer.size) for layer in report.layers]
+    dense = all(layer.kept == layer.size for layer in layers)
+    return "dense" if dense else "as given", _weights(report, layers)
+
+
+def _weights(report: Pruning | Gradual, layers: Sequence[Layer]) -> list[str]:
+    """Weights left, their sparsity, and FLOPs left where they are known."""
+    kept = sum(layer.kept for layer in layers)
     cells = [count(kept), per_cent(1 - kept / report.size, 2)]
-    flops = known_flops(report)
-    if flops:
-        left = (sum(flops.values()), 0) if layers is None else flops_left(report, layers)
+    if known_flops(report):
+        left = flops_left(report, layers)
         cells.append("" if left is None else amount(left[0]))
     return cells
 
