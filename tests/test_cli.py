@@ -22,7 +22,7 @@ from woodfisher.cli.prune import _stages
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.report import Stage
 from woodfisher.saving.saved import read
-from woodfisher.tasks import load_task
+from woodfisher.tasks import Task, load_task
 
 QUICK = ["--stages", "2", "--samples", "50"]
 
@@ -73,6 +73,15 @@ def shuffling():
 def failing_metric():
     task = build()
     return Task("mine", task.model, task.train, [], task.test, task.loss, lambda model, data: 1 / 0)
+
+def none_by_magnitude():
+    # The metric is infinite for a pruned network whose kept weights have not moved.
+    task = build()
+    before = task.model[0].weight.detach().clone()
+    def metric(model, data):
+        weight, kept = model[0].weight, model[0].weight != 0
+        return float("-inf") if not kept.all() and bool((weight == before)[kept].all()) else 1.0
+    return Task("mine", task.model, task.train, [], task.test, task.loss, metric)
 
 def no_model():
     return Task("mine", None, [], [], [], None)
@@ -323,6 +332,49 @@ def test_compare_goes_on_after_a_failure(folder, capsys):
     assert "not positive definite" in shown.err
     results = json.loads((folder / "out" / "report.json").read_text())["results"]
     assert ["error" in result for result in results] == [True, False]
+
+
+def test_a_network_without_a_metric_costs_no_other_its_result(folder, capsys):
+    arguments = ["--task", "my_tasks:none_by_magnitude", "--out", "out", "--json", "--damping", "1"]
+    assert main(["prune", "--sparsity", "0.5", "--stages", "1", *arguments]) == 0
+    shown = capsys.readouterr()
+    assert "magnitude has no metric: the metric of the task mine must be a finite float" in shown.err
+    content = json.loads(shown.out)
+    assert content["magnitude"]["metric"] is None and content["pruned"]["metric"] == 1
+    page = (folder / "out" / "report.html").read_text()
+    assert "magnitude failed" in page
+    assert main(["report", "out"]) == 0 and (folder / "out" / "report.html").read_text() == page
+    capsys.readouterr()
+    methods = ["--methods", "magnitude,woodfisher-full", "--sparsity", "0.0", "0.5"]
+    assert main(["compare", *methods, "--stages", "1", *arguments]) == 0
+    shown = capsys.readouterr()
+    assert [cell["mean"] for cell in json.loads(shown.out)["summary"]] == [1, None, 1, 1]
+    assert "magnitude at 0.5 failed: the metric of the task mine must be a finite float" in shown.err
+
+
+def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkeypatch):
+    evaluate, measured = Task.evaluate, []
+
+    def interrupted(*arguments):
+        measured.append(arguments)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(Task, "evaluate", interrupted)
+    arguments = ["compare", "--task", "my_tasks:good", "--methods", "magnitude-layer,magnitude"]
+    assert main([*arguments, "--sparsity", "0.5", "0.7", "--seeds", "2", "--out", "out"]) == 130
+    shown = capsys.readouterr()
+    assert "interrupted; the results lack 6 of 8 networks" in shown.err.splitlines()[-1]
+    assert "70 %" in shown.out and "failed" in shown.out
+    content = json.loads((folder / "out" / "report.json").read_text())
+    assert ["metric" in result for result in content["results"]] == [True] * 2 + [False] * 6
+    assert [cell["runs"] for cell in content["summary"]] == [1, 1, 0, 0]
+    assert "magnitude at 70 %, seed 1, failed: interrupted" in (folder / "out" / "report.html").read_text()
+    measured[:] = [()] * 2
+    assert main([*arguments, "--out", "other"]) == 130
+    assert "no results were written" in capsys.readouterr().err
+    assert not (folder / "other").exists()
 
 
 def test_interruption_is_one_line(folder, capsys, monkeypatch):

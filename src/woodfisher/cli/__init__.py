@@ -89,8 +89,8 @@ def main(args: Sequence[str] | None = None) -> int:
         ):  # what is left for standard output would fail again as the process ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
-    except KeyboardInterrupt:
-        note("woodfisher: interrupted; no results were written")
+    except KeyboardInterrupt as error:
+        note(f"woodfisher: {error.args[0] if error.args else 'interrupted; no results were written'}")
         return 130
     return 0
 

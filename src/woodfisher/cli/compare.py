@@ -26,7 +26,7 @@ from woodfisher.results.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
@@ -86,17 +86,26 @@ class Compare:
         dense: list[float] = []
         first: set[bytes] = set()
         results: list[dict[str, Any]] = []
-        for seed in range(self.model.seed, self.model.seed + self.seeds):
-            note(f"loading {self.model.task}, seed {seed}")
-            task = replace(self.model, seed=seed).load()
-            objective = self.model.objective(task, task.model).on(Replay(task.train))
-            dense.append(task.evaluate(task.model))
-            note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
-            first.update(*map(fingerprints, take(objective.data, 1)))
-            for name, method in methods.items():
-                cells = self._results(task, objective, name, method, family)
-                results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
-        if self.seeds > 1 and len(first) == 1:
+        seeds = range(self.model.seed, self.model.seed + self.seeds)
+        missing: list[dict[str, Any]] = []
+        try:
+            for seed in seeds:
+                note(f"loading {self.model.task}, seed {seed}")
+                task = replace(self.model, seed=seed).load()
+                objective = self.model.objective(task, task.model).on(Replay(task.train))
+                dense.append(task.evaluate(task.model))
+                note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
+                first.update(*map(fingerprints, take(objective.data, 1)))
+                for name, method in methods.items():
+                    cells = self._results(task, objective, name, method, family)
+                    results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
+        except KeyboardInterrupt:
+            missing = _missing(results, seeds, names, family)
+            if all("error" in result for result in results) or not missing:
+                raise
+            note("interrupted: what has ended is summed up")
+            results += missing
+        if len(dense) > 1 and len(first) == 1:
             warn(
                 "the samples come in the same order whatever the seed, so that the spread over seeds tells little: "
                 "have the task take seed, or shuffle its training data."
@@ -142,6 +151,8 @@ class Compare:
             print_json(content)
         else:
             _show(content, names)
+        if missing:
+            raise KeyboardInterrupt(f"interrupted; the results lack {len(missing)} of {len(results)} networks")
 
     def _results(
         self, task: Task, objective: Objective, name: str, method: Method, family: tuple[float, ...]
@@ -164,11 +175,30 @@ class Compare:
                     continue
                 model = copied(task.model)
                 pruned.write(model)
-                metric = task.evaluate(model)
+                try:
+                    metric = task.evaluate(model)
+                except WoodfisherError as problem:
+                    note(f"{name} at {sparsity:g} failed: {problem}")
+                    yield {**cell, "error": str(problem)}
+                    continue
                 note(
                     f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {score(metric, task.metric_name)}"
                 )
                 yield {**cell, "metric": metric, **pruned.report.to_dict()}
+
+
+def _missing(
+    results: list[dict[str, Any]], seeds: Iterable[int], names: list[str], family: tuple[float, ...]
+) -> list[dict[str, Any]]:
+    """Entries for the runs that an interruption left undone."""
+    done = {(result["seed"], result["criterion"], result["requested_sparsity"]) for result in results}
+    return [
+        {"criterion": name, "requested_sparsity": sparsity, "seed": seed, "error": "interrupted"}
+        for seed in seeds
+        for name in names
+        for sparsity in family
+        if (seed, name, sparsity) not in done
+    ]
 
 
 def _summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.oneshot import prune_objective, prune_within
-from woodfisher.results.metrics import score
+from woodfisher.results.metrics import score, score_if_any
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_layers, require_plots
 
@@ -129,7 +129,7 @@ class Prune:
         pruned = _evaluate(task, task.model, self.criterion)
         same = self.criterion == "magnitude"
         by_size = {
-            "metric": pruned if same else _evaluate(task, baseline, "magnitude"),
+            "metric": pruned if same else _evaluate_if_possible(task, baseline, "magnitude"),
             "sparsity": magnitude.sparsity,
             "layers": [layer.to_dict() for layer in magnitude.layers],
         }
@@ -176,6 +176,14 @@ def _evaluate(task: Task, model: Any, name: str) -> float:
     return value
 
 
+def _evaluate_if_possible(task: Task, model: Any, name: str) -> float | None:
+    try:
+        return _evaluate(task, model, name)
+    except WoodfisherError as error:
+        note(f"{name} has no metric: {error}")
+        return None
+
+
 def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report) -> None:
     console = out()
     summary = Table(title=f"{content['task']}: {report.sparsity:.2%} of {report.size:,} weights removed")
@@ -187,7 +195,7 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     rows[content["criterion"]] = (content["pruned"]["metric"], report)
     for name, (metric, run) in rows.items():
         summary.add_row(
-            name, score(metric, task.metric_name), f"{run.kept:,}", f"{run.seconds['total']:.1f} s"
+            name, score_if_any(metric, task.metric_name), f"{run.kept:,}", f"{run.seconds['total']:.1f} s"
         )
     console.print(summary)
 

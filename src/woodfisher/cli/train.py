@@ -117,8 +117,13 @@ class Train:
                     **parts,
                 )
         except KeyboardInterrupt:
-            note("the same command with --resume goes on from the last epoch that ended")
-            raise
+            from woodfisher.training.finetuning import CHECKPOINT
+
+            if not (folder / CHECKPOINT).exists():
+                raise
+            raise KeyboardInterrupt(
+                "interrupted; the same command with --resume goes on from the last epoch that ended"
+            ) from None
         pruned = task.evaluate(task.model)
         asked = {
             "criterion": self.criterion,

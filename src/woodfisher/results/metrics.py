@@ -13,6 +13,11 @@ def score(value: float, metric: str) -> str:
     return digits.replace("-", "−")
 
 
+def score_if_any(value: float | None, metric: str) -> str:
+    """The same, of a network whose metric may have failed."""
+    return "failed" if value is None else score(value, metric)
+
+
 def difference(value: float, metric: str) -> str:
     """A difference between two values of such a metric, with its sign.
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 _COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
 
 
+_MARKERS = "oDs^vPX"
+
+
 def require_plots() -> None:
     """Raise, before any work, where matplotlib is missing."""
     new_figure((1, 1))
@@ -57,6 +60,8 @@ def plot_accuracy(
 ) -> None:
     """Lines of the metric against sparsity, one for each method, with the dense model's as a line.
 
+    Each is thinner than the ones that it may hide.
+
     Parameters
     ----------
     curves:
@@ -65,15 +70,18 @@ def plot_accuracy(
     figure, axes = _figure((7.2, 4.4))
     for row, (method, points) in enumerate(curves.items()):
         if not points:
+            axes.plot([], [], " ", label=f"{method}: failed")
             continue
+        above = 1 - row / len(curves)
         sparsities, values, spreads = zip(*sorted(points), strict=True)
         axes.errorbar(
             [100 * s for s in sparsities],
             values,
             [spread or 0.0 for spread in spreads],
             capsize=2,
-            marker="o",
-            markersize=4,
+            marker=_MARKERS[row % len(_MARKERS)],
+            markersize=3 + 4 * above,
+            linewidth=1 + 2 * above,
             label=method,
             color=_COLOURS[row % len(_COLOURS)],
             linestyle="-" if row < len(_COLOURS) else "--",

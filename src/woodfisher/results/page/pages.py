@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.results.metrics import difference, score
+from woodfisher.results.metrics import difference, score, score_if_any
 from woodfisher.results.page.layers import Pruned, flops_section, sparsity_section, spectrum_section
 from woodfisher.results.page.numbers import count, duration, per_cent, significant
 from woodfisher.results.page.parts import Card, Page, Section, Table
@@ -55,8 +55,9 @@ def _pruning(report: Pruning) -> Page:
     methods = [Pruned(report.criterion, report.layers)]
     told, beside = verdict(report), ""
     if by_size is not None:
-        told += f" Removing the smallest weights instead gives {score(by_size.metric, report.metric)}."
-        beside = f", magnitude {score(by_size.metric, report.metric)}"
+        if by_size.metric is not None:
+            told += f" Removing the smallest weights instead gives {score(by_size.metric, report.metric)}."
+        beside = f", magnitude {score_if_any(by_size.metric, report.metric)}"
         if by_size.layers is not None:
             methods.append(Pruned("magnitude", by_size.layers, _GREY))
     if report.max_drop is not None:

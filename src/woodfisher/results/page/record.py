@@ -52,6 +52,13 @@ class Measured(Record):
     layers: list[Layer] | None = None
 
 
+class ByMagnitude(Record):
+    """What removing the smallest weights gives at the same sparsity; no metric where that failed."""
+
+    metric: float | None
+    layers: list[Layer] | None = None
+
+
 class Validated(Measured):
     """The metric on validation data, pruned and dense."""
 
@@ -104,7 +111,7 @@ class Pruning(Task, Staged):
 
     criterion: str
     pruned: Measured
-    magnitude: Measured | None = None
+    magnitude: ByMagnitude | None = None
     max_drop: float | None = None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import difference, score
+from woodfisher.results.metrics import difference, score, score_if_any
 from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.results.page.layers import flops_left, known_flops
 from woodfisher.results.page.numbers import amount, count, duration, fewer, per_cent
@@ -99,9 +99,9 @@ def trained_section(report: Gradual) -> Section:
     return Section("result", "Result", tables=[Table(report.metric, columns, rows)])
 
 
-def _row(name: str, metric: float, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
-    change = difference(metric - report.dense.metric, report.metric)
-    return [name, score(metric, report.metric), change, *_weights(report, layers), took]
+def _row(name: str, metric: float | None, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
+    change = "" if metric is None else difference(metric - report.dense.metric, report.metric)
+    return [name, score_if_any(metric, report.metric), change, *_weights(report, layers), took]
 
 
 def _given(report: Pruning | Gradual) -> tuple[str, list[str]]:
