@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -219,6 +220,27 @@ def test_a_page_goes_into_a_folder_too(folder, capsys):
     (folder / "pages").mkdir()
     assert main(["report", "out", "--out", "pages"]) == 0
     assert (folder / "pages" / "report.html").exists()
+
+
+def test_what_is_read_is_not_replaced_by_what_is_made_of_it(folder, capsys):
+    assert main(["prune", "--task", "my_tasks:good", "--criterion", "magnitude", "--out", "out"]) == 0
+    before = {file: file.read_bytes() for file in (folder / "out").iterdir()}
+    assert main(["report", "out", "--out", "out/report.json"]) == 2
+    export = ["export", "--task", "my_tasks:good", "--to", "dense", "--weights", "out/model.safetensors"]
+    assert main([*export, "--out", "out"]) == 2
+    assert capsys.readouterr().err.count("is the file that is read: name another place with --out") == 2
+    assert {file: file.read_bytes() for file in (folder / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(("name", "shown"), [(b"bad\xff", "bad�"), ("für".encode(), "für")])
+def test_names_that_are_no_text_cost_no_results(name, shown, folder):
+    command = [sys.executable, "-m", "woodfisher", "prune", "--task", "my_tasks:good", "--out", name]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([*command, "--criterion", "magnitude"], env={**os.environ, **ascii_only}, check=True)
+    out = folder / os.fsdecode(name)
+    report = json.loads((out / "report.json").read_text())
+    assert report["out"] == shown and shown in report["origin"]["command"]
+    assert shown in (out / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_reader_that_has_enough_ends_the_command_quietly(folder):
@@ -459,6 +481,9 @@ def test_help_reads_like_a_manual(command, capsys):
             "--refine does not apply to the criterion magnitude",
         ),
         (["prune", "--out", "long" * 80], "can't be made"),
+        (["prune", "--out", "dangling/deeper"], "dangling is not a folder that can be written to"),
+        (["prune", "--seed", "9" * 30], "seed must be a whole number below 2^63"),
+        (["compare", "--seed", f"{2**63 - 1}", "--seeds", "2"], "seed must be a whole number below 2^63"),
         (["prune", "--task", "my_tasks:read_once"], "accuracy of no samples"),
         (["compare", "--task", "my_tasks:nan", "--methods", "woodfisher"], "every run failed"),
         (["compare", "--sparsity", "--methods", "magnitude"], "name at least one sparsity"),
@@ -479,6 +504,7 @@ def test_bad_input_is_one_message_and_code_2(arguments, message, folder, capsys)
     state = load_task("digits").model.state_dict()
     save_file({**state, "conv1.weight": torch.zeros(3, 3)}, folder / "other.safetensors")
     (folder / "truncated.safetensors").write_bytes((folder / "other.safetensors").read_bytes()[:1000])
+    (folder / "dangling").symlink_to("nowhere")
     before = sorted(folder.iterdir())
     assert main(arguments) == 2
     shown = capsys.readouterr()

@@ -29,6 +29,13 @@ def check_count(name: str, value: object, *, least: int = 1, or_none: str = "") 
         raise WoodfisherError(f"{name} must be a whole number of at least {least}{allowed}; {value!r} came.")
 
 
+def check_seed(value: object) -> None:
+    """Raise unless `value` is a whole number that random generators take."""
+    check_count("seed", value, least=0)
+    if isinstance(value, numbers.Integral) and int(value) >= 2**63:
+        raise WoodfisherError(f"seed must be a whole number below 2^63; {value} came.")
+
+
 def check_positive(name: str, value: object, why: str) -> None:
     """Raise unless `value` is a finite number above zero."""
     if not _is_number(value) or not math.isfinite(value) or value <= 0:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,15 +33,31 @@ def save_json(content: Any, path: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """Raise, before any work, if `write_folder` could not put a folder there."""
+    parents = [folder, *folder.absolute().parents]
     try:
-        existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+        existing = next(parent for parent in parents if parent.exists() or parent.is_symlink())
     except OSError as error:
         raise WoodfisherError(f"the folder {folder} can't be made: {error}.") from error
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+    try:
+        with tempfile.TemporaryDirectory(dir=existing):
+            pass
+    except OSError as error:
         raise WoodfisherError(
             f"results go into the folder {folder}, and {existing} is not a folder that can be written to. "
             "Choose another with --out."
-        )
+        ) from error
+
+
+def check_apart(target: Path, source: Path) -> None:
+    """Raise if writing `target` would replace `source`, which it is made of."""
+    with suppress(OSError):
+        if target.samefile(source):
+            raise WoodfisherError(f"{target} is the file that is read: name another place with --out.")
+
+
+def text_of(path: object) -> str:
+    """A path, or a command with some, as text that UTF-8 can hold, whatever bytes it has."""
+    return str(path).encode(errors="surrogateescape").decode(errors="replace")
 
 
 def remove(path: Path) -> None:

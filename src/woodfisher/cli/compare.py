@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from woodfisher.checks import check_count, check_sparsity
+from woodfisher.checks import check_count, check_seed, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
 from woodfisher.cli.origin import origin
@@ -73,6 +73,7 @@ class Compare:
         for sparsity in self.sparsity or ():
             check_sparsity(sparsity)
         check_count("seeds", self.seeds)
+        check_seed(self.model.seed + self.seeds - 1)
         names = parse_methods(self.methods)
         methods = {name: self.method.method(name, strict=False) for name in names}
         pattern = methods[names[0]].pattern
@@ -152,7 +153,9 @@ class Compare:
         else:
             _show(content, names)
         if missing:
-            raise KeyboardInterrupt(f"interrupted; the results lack {len(missing)} of {len(results)} networks")
+            raise KeyboardInterrupt(
+                f"interrupted; the results lack {len(missing)} of {len(results)} networks"
+            )
 
     def _results(
         self, task: Task, objective: Objective, name: str, method: Method, family: tuple[float, ...]

@@ -33,7 +33,7 @@ from woodfisher.export import (
     to_semi_structured,
     to_sparse,
 )
-from woodfisher.files import check_folder, save_json, write_folder
+from woodfisher.files import check_apart, check_folder, save_json, text_of, write_folder
 from woodfisher.gradients.batches import map_tensors, samples_in, take, tensors_of
 from woodfisher.gradients.forward import outputs_of
 from woodfisher.surgeon.channels import cost_of, shrink
@@ -120,6 +120,8 @@ class Export:
             )
         folder = self.out or self.weights.parent / self.to.replace(":", "-")
         check_folder(folder)
+        name = "model.onnx" if self.to == "onnx" else "model.safetensors"
+        check_apart(folder / name, self.weights)
         note(f"loading {self.task}")
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights)
         model = task.model.eval()
@@ -127,7 +129,6 @@ class Export:
             model = model.half()
         inputs = _inputs(task.validation, max(self.samples, self.batch), model)
         layers = self._layers(model, _first(inputs, 1))
-        name = "model.onnx" if self.to == "onnx" else "model.safetensors"
         with tempfile.TemporaryDirectory() as scratch:
             draft = Path(scratch) / name
             exported = self._exported(model, inputs, layers, draft)
@@ -142,7 +143,7 @@ class Export:
             content: dict[str, Any] = {
                 "task": self.task,
                 "to": self.to,
-                "weights": str(self.weights),
+                "weights": text_of(self.weights),
                 "samples": samples_in(checked),
                 "difference": apart,
                 "tolerance": tolerance,
@@ -152,7 +153,7 @@ class Export:
                 },
                 "layers": [layer.to_dict() for layer in layers],
                 "measured": self._measured(model, exported, inputs) if self.measure else [],
-                "out": str(folder),
+                "out": text_of(folder),
             }
             write_folder(
                 folder,

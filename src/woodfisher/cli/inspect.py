@@ -11,6 +11,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from woodfisher.cli.console import out, print_json, size_on_disk
+from woodfisher.files import text_of
 from woodfisher.saving.contents import contents_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Inspect:
         """Read and show."""
         contents = contents_of(self.file)
         if self.json:
-            print_json({"file": str(self.file), **contents.to_dict()})
+            print_json({"file": text_of(self.file), **contents.to_dict()})
         else:
             _show(self.file, contents)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import torch
 from tyro.conf import arg
 
-from woodfisher.checks import check_choice, check_count
+from woodfisher.checks import check_choice, check_count, check_seed
 from woodfisher.curvature import Damping, Relative
 from woodfisher.curvature.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
@@ -75,7 +75,7 @@ class TaskOptions:
 
     def load(self) -> Task:
         """Load the task onto the device."""
-        check_count("seed", self.seed, least=0)
+        check_seed(self.seed)
         reseed([], self.seed)
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights, seed=self.seed)
         reseed([], self.seed)  # since many a task sets a seed of its own

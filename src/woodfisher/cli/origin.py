@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from woodfisher._version import __version__
+from woodfisher.files import text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -39,8 +40,8 @@ def origin(device: str) -> dict[str, Any]:
     arguments = _arguments.get()
     variables = [f"{name}={shlex.quote(os.environ[name])}" for name in _ENVIRONMENT if os.environ.get(name)]
     return {
-        "command": " ".join(
-            [*variables, "woodfisher", shlex.join(sys.argv[1:] if arguments is None else arguments)]
+        "command": text_of(
+            " ".join([*variables, "woodfisher", shlex.join(sys.argv[1:] if arguments is None else arguments)])
         ).rstrip(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "versions": {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.cli.origin import origin
-from woodfisher.files import save_json, write_folder
+from woodfisher.files import save_json, text_of, write_folder
 from woodfisher.pruning.report import layers_of
 from woodfisher.results.examine import examine
 from woodfisher.results.page import save_page
@@ -89,7 +89,7 @@ class Outcome:
             "examined": examined.to_dict(),
             "origin": origin(self.options.device),
             "bytes": weights.to_dict(),
-            "out": str(self.folder),
+            "out": text_of(self.folder),
         }
         name, draw = figure
         write_folder(

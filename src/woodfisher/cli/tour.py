@@ -11,7 +11,7 @@ from woodfisher.checks import check_count
 from woodfisher.cli.console import note, out, print_json, progress
 from woodfisher.cli.options import Folder, TaskOptions
 from woodfisher.errors import WoodfisherError
-from woodfisher.files import save_csv, save_json, write_folder
+from woodfisher.files import save_csv, save_json, text_of, write_folder
 from woodfisher.gradients.isolation import copied
 from woodfisher.results.metrics import score
 from woodfisher.results.plots import require_plots
@@ -81,7 +81,7 @@ class Tour:
             "seed": self.model.seed,
             "metrics": {name: task.evaluate(model) for name, model in models.items()},
             **seen.to_dict(),
-            "out": str(folder),
+            "out": text_of(folder),
         }
         note("drawing")
         write_folder(
