@@ -65,6 +65,12 @@ def loud():
     print("hello from the task")
     return build()
 
+def loud_below_python():
+    import os
+    os.write(1, b"from the task\\n")
+    os.system("echo from a child")
+    return build()
+
 def shuffling():
     task = build()
     data = torch.utils.data.TensorDataset(*task.train[0])
@@ -180,6 +186,20 @@ def test_what_a_task_prints_stays_out_of_the_results(folder, capsys):
     shown = capsys.readouterr()
     assert json.loads(shown.out)["kept"] == 36
     assert "hello from the task" in shown.err
+
+
+def test_what_a_task_writes_below_python_stays_out_of_the_results(folder):
+    command = [sys.executable, "-m", "woodfisher", "prune", "--task", "my_tasks:loud_below_python"]
+    options = ["--criterion", "magnitude", "--sparsity", "0.5", "--json", "--out", "out"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["kept"] == 36
+    assert "from the task\nfrom a child\n" in done.stderr
+
+
+def test_help_is_shown_whatever_the_terminal_can_show(folder):
+    command = [sys.executable, "-m", "woodfisher", "prune", "--help"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    assert b"--sparsity X" in subprocess.run(command, env=environment, capture_output=True, check=True).stdout
 
 
 def test_seeds_order_the_data_of_tasks_that_know_of_none(folder, capsys):
@@ -422,10 +442,10 @@ def test_help_reads_like_a_manual(command, capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert "usage: woodfisher" in text
+    assert "{None" not in text
+    assert "(default: None)" not in text
     if command == ["prune"]:
         assert all(name in text for name in METHODS)
-        assert "{None" not in text
-        assert "(default: None)" not in text
 
 
 @pytest.mark.parametrize(
@@ -515,12 +535,20 @@ def test_bad_input_is_one_message_and_code_2(arguments, message, folder, capsys)
 
 
 @pytest.mark.parametrize(
-    "arguments", [["prune", "--sparsty", "0.5"], ["prune", "--sparsity", "half"], ["pune"]]
+    "arguments",
+    [
+        ["prune", "--sparsty", "0.5"],
+        ["prune", "--sparsity", "half"],
+        ["compare", "--sparsity", "0.5", "half"],
+        ["prune", "--stages", "half"],
+        ["pune"],
+    ],
 )
 def test_unknown_options_exit_with_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2
+    assert "NoneType" not in capsys.readouterr().err
 
 
 def test_blocks_that_do_not_fit_the_memory_are_refused(folder, capsys, monkeypatch):

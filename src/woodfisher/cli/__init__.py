@@ -13,7 +13,7 @@ import tyro
 from woodfisher._version import __version__
 from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
-from woodfisher.cli.console import note, results_apart, several
+from woodfisher.cli.console import note, replace_what_cannot_be_shown, results_apart, several
 from woodfisher.cli.export import Export
 from woodfisher.cli.inspect import Inspect
 from woodfisher.cli.origin import given
@@ -60,6 +60,7 @@ COMMANDS: dict[str, Any] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: the entry point of `woodfisher`."""
+    replace_what_cannot_be_shown()
     args = sys.argv[1:] if args is None else list(args)
     if args == ["--version"]:
         sys.stdout.write(f"woodfisher {__version__}\n")

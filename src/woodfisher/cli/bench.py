@@ -107,8 +107,8 @@ class BenchCommand:
 def _show(bench: Bench) -> None:
     console = out()
     console.print(
-        f"{bench.device}, {bench.threads} threads: float32 matrix product {bench.matrix_rate / 1e9:.0f} GFLOP/s "
-        f"(in {bench.multiplied_in}), copy {bench.bandwidth / 1e9:.1f} GB/s",
+        f"{bench.device}, {bench.threads} thread{'s' * (bench.threads > 1)}: float32 matrix product "
+        f"{bench.matrix_rate / 1e9:.0f} GFLOP/s (in {bench.multiplied_in}), copy {bench.bandwidth / 1e9:.1f} GB/s",
         soft_wrap=True,
     )
     own = _table("factor and score", ("seconds", "GFLOP/s", "of matrix rate, % (range)", "peak"))

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from woodfisher.checks import check_count, check_seed, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress
-from woodfisher.cli.options import Folder, MethodOptions, TaskOptions, parse_methods
+from woodfisher.cli.options import Folder, MethodOptions, Numbers, TaskOptions, parse_methods
 from woodfisher.cli.origin import origin
 from woodfisher.curvature import WoodFisher
 from woodfisher.errors import WoodfisherError
@@ -51,7 +51,7 @@ class Compare:
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: tuple[float, ...] | None = None
+    sparsity: Numbers = None
     """Fractions of the weights to remove, each in [0, 1) (default: seven from 0.5 to 0.98, or that of the pattern)."""
 
     methods: str = "magnitude,obd,woodfisher"

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import sys
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
@@ -74,20 +74,43 @@ _results: ContextVar[TextIO | None] = ContextVar("woodfisher_results", default=N
 
 @contextmanager
 def results_apart() -> Iterator[None]:
-    """Keep standard output for results: what else is printed, as by a user's task, goes to standard error.
+    """Keep standard output for results: what else is printed, as by a user's task, goes to standard error."""
+    with _descriptor_apart() as stream:
+        token = _results.set(stream)
+        try:
+            with redirect_stdout(sys.stderr):
+                yield
+            stream.flush()
+        finally:
+            _results.reset(token)
 
-    Characters that it can't show are replaced.
-    """
+
+@contextmanager
+def _descriptor_apart() -> Iterator[TextIO]:
+    """Standard output, while its descriptor leads to standard error for what goes past Python; where it has one."""
+    stdout = sys.stdout
+    try:
+        descriptor, errors = stdout.fileno(), sys.stderr.fileno()
+        stdout.flush()
+        own = os.dup(descriptor)
+    except (OSError, ValueError):  # as of streams in memory
+        yield stdout
+        return
+    os.dup2(errors, descriptor)
+    stream = open(own, "w", encoding=stdout.encoding, errors="replace")  # noqa: PTH123, SIM115
+    try:
+        yield stream
+    finally:
+        os.dup2(own, descriptor)
+        with suppress(OSError):  # it has been flushed, or can't be
+            stream.close()
+
+
+def replace_what_cannot_be_shown() -> None:
+    """Have standard streams put a mark for characters that they can't show."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    token = _results.set(sys.stdout)
-    try:
-        with redirect_stdout(sys.stderr):
-            yield
-        results().flush()
-    finally:
-        _results.reset(token)
 
 
 def results() -> TextIO:

@@ -17,7 +17,7 @@ from tyro.conf import arg
 
 from woodfisher.checks import check_count, check_positive
 from woodfisher.cli.console import note, out, print_json
-from woodfisher.cli.options import File, Folder, load_on
+from woodfisher.cli.options import File, Folder, Number, load_on
 from woodfisher.errors import WoodfisherError
 from woodfisher.export import (
     OnnxModel,
@@ -92,7 +92,7 @@ class Export:
     samples: int = 64
     """Samples on which outputs are compared."""
 
-    tolerance: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    tolerance: Number = None
     """Largest difference of outputs, as a fraction of the largest output (default: 1e-5; 1e-2 for 2:4, which computes
     in half precision)."""
 

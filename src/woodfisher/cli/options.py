@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from woodfisher.checks import check_choice, check_count, check_seed
 from woodfisher.curvature import Damping, Relative
@@ -36,9 +37,37 @@ from woodfisher.pruning.method import (
 from woodfisher.surgeon.patterns import parse_pattern
 from woodfisher.tasks import Task, load_task
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 Folder = Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="")]
 File = Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]
-Count = Annotated[int | None, arg(metavar="N", help_behavior_hint="")]
+
+
+def _parsed(
+    parse: Callable[[str], Any], metavar: str, *, several: bool = False
+) -> PrimitiveConstructorSpec[Any]:
+    """How an option is read that is None where it is left out: a `parse` alone gives plainer messages than a union."""
+    return PrimitiveConstructorSpec(
+        nargs="*" if several else 1,
+        metavar=metavar,
+        instance_from_str=lambda texts: tuple(map(parse, texts)) if several else parse(texts[0]),
+        is_instance=lambda _: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _count_or(word: str) -> Callable[[str], int | str]:
+    return lambda text: text if text == word else int(text)
+
+
+_UNSAID = arg(help_behavior_hint="")
+Count = Annotated[int | None, _parsed(int, "N"), _UNSAID]
+CountOrAll = Annotated[Literal["all"] | int | None, _parsed(_count_or("all"), "N|all"), _UNSAID]
+CountOrAuto = Annotated[Literal["auto"] | int | None, _parsed(_count_or("auto"), "N|auto"), _UNSAID]
+Number = Annotated[float | None, _parsed(float, "X"), _UNSAID]
+Numbers = Annotated[tuple[float, ...] | None, _parsed(float, "X [X ...]", several=True), _UNSAID]
+Epochs = Annotated[float | None, _parsed(float, "EPOCHS"), _UNSAID]
 Patterns = Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")]
 
 
@@ -115,7 +144,7 @@ class MethodOptions:
     group: Count = None
     """Samples whose gradients are averaged into one row."""
 
-    block_size: Annotated[Literal["all"] | int | None, arg(metavar="N|all", help_behavior_hint="")] = None
+    block_size: CountOrAll = None
     """Most weights in a block of the Fisher; all for one block over all weights."""
 
     damping: Annotated[str | None, arg(metavar="X|Xx|auto", help_behavior_hint="")] = None
@@ -144,10 +173,10 @@ class MethodOptions:
     """What is removed together: unstructured, 2:4 (any N:M along the inputs, at the sparsity 1 − N/M), 1x4 or 4x4
     (blocks of outputs × inputs), channels (whole outputs), or 12heads."""
 
-    floor: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    floor: Number = None
     """Fraction of every layer's weights that stays at least."""
 
-    stages: Annotated[Literal["auto"] | int | None, arg(metavar="N|auto", help_behavior_hint="")] = None
+    stages: CountOrAuto = None
     """Rounds of gradients, curvature and removal on the way to the sparsity; auto for many small ones that are
     checked on held-out samples."""
 

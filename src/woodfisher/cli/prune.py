@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, process_group, progress, size_on_disk
-from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.cli.options import Folder, MethodOptions, Number, TaskOptions
 from woodfisher.cli.outcome import Outcome, before, layers_given
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
@@ -52,7 +52,7 @@ class Prune:
     model: TaskOptions = field(default_factory=TaskOptions)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    sparsity: Number = None
     """Fraction of the weights to remove, in [0, 1) (default: 0.95, or that of the pattern)."""
 
     max_drop: Annotated[str | None, arg(metavar="X%", help_behavior_hint="")] = None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
-from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
-from woodfisher.cli.options import Folder, MethodOptions, TaskOptions
+from woodfisher.cli.options import Epochs, Folder, MethodOptions, Number, TaskOptions
 from woodfisher.cli.outcome import Outcome, before, layers_given
 from woodfisher.pruning.method import METHODS, Method
 from woodfisher.pruning.schedule import Polynomial
@@ -22,8 +21,6 @@ from woodfisher.training.gradual import Training, gradually, require_lightning, 
 if TYPE_CHECKING:
     from woodfisher.tasks import Task
     from woodfisher.training.gradual import Epoch, Trained
-
-Times = Annotated[float | None, arg(metavar="EPOCHS", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
@@ -45,19 +42,19 @@ class Train:
     training: Training = field(default_factory=Training)
     method: MethodOptions = field(default_factory=MethodOptions)
 
-    sparsity: Annotated[float | None, arg(metavar="X", help_behavior_hint="")] = None
+    sparsity: Number = None
     """Fraction of the weights to remove in the end, in [0, 1) (default: 0.95, or that of the pattern)."""
 
     initial: float = 0.0
     """Fraction to remove the first time."""
 
-    begin: Times = None
+    begin: Epochs = None
     """When weights are removed for the first time, in epochs (default: 0)."""
 
-    end: Times = None
+    end: Epochs = None
     """When weights are removed for the last time (default: 0.6 of the epochs)."""
 
-    every: Times = None
+    every: Epochs = None
     """From one time to the next (default: a tenth of the way from begin to end)."""
 
     power: float = 3.0

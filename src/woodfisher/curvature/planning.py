@@ -94,8 +94,8 @@ class Plan(Needs):
     def __str__(self) -> str:
         return "\n".join(
             [
-                f"{self.rows} gradient rows of {self.weights:,} weights, {self.blocks:,} blocks of at most "
-                f"{self.block_size:,}",
+                f"{self.rows} gradient rows of {self.weights:,} weights, {self.blocks:,} "
+                f"block{'s' * (self.blocks > 1)} of at most {self.block_size:,}",
                 f"rows are kept {KEEPS[self.keep]}; {self.window:,} weights are at hand at once",
                 f"factors are {'held' if self.hold else 'made again for each product'}",
                 f"{self.flops / 1e9:.3g} GFLOP to factor and score, {format_bytes(self.traffic)} of rows moved",

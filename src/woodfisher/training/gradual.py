@@ -69,7 +69,7 @@ class Training:
     """T, which the logits are divided by for that."""
 
     augment: bool = True
-    """Augment training inputs as the task does; a network that keeps few weights may do better without."""
+    """Whether inputs are augmented in training as the task does; networks with few weights may do better without."""
 
     compile: bool = False
     """Run the network through torch.compile, which takes a minute to begin with and needs a C++ compiler on a CPU."""
