@@ -11,10 +11,10 @@ from tyro.conf import arg
 
 from woodfisher.checks import check_choice, check_count
 from woodfisher.curvature import Damping, Relative
-from woodfisher.curvature.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder
+from woodfisher.gradients.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.gradients.batches import Few
 from woodfisher.gradients.forward import Precision  # noqa: TC001  tyro reads the annotations
 from woodfisher.gradients.isolation import reseed
