@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.export.timing import difference
 from woodfisher.files import write_whole
 from woodfisher.gradients.batches import map_tensors, tensors_of
@@ -166,7 +166,5 @@ def _tensors(example_inputs: Any) -> list[Tensor]:
 
 
 def _required(name: str) -> Any:
-    try:
+    with extra("onnx", f"ONNX needs {name}"):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise WoodfisherError(f"ONNX needs {name}: pip install 'woodfisher[onnx]'. ({error})") from error

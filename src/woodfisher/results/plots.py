@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import extra
 from woodfisher.results.metrics import score
 
 if TYPE_CHECKING:
@@ -160,10 +160,8 @@ def plot_roofline(bench: Bench, path: Path) -> None:
 
 def new_figure(size: tuple[float, float]) -> Any:
     """An empty figure of that size in inches."""
-    try:
+    with extra("plots", "pictures need matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise WoodfisherError("pictures need matplotlib: pip install 'woodfisher[plots]'") from error
     return Figure(figsize=size, layout="constrained")
 
 

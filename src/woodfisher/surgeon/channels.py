@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.gradients.flops import counting_flops
 from woodfisher.gradients.forward import called, outputs_of
 from woodfisher.gradients.isolation import copied, without_cache
@@ -345,10 +345,6 @@ def _bounded() -> Iterator[None]:
 
 
 def _torch_pruning() -> Any:
-    try:
+    with extra("channels", "cutting out channels needs torch-pruning"):
         import torch_pruning
-    except ImportError as error:
-        raise WoodfisherError(
-            "cutting out channels needs torch-pruning: pip install 'woodfisher[channels]'."
-        ) from error
     return torch_pruning

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 from torch.utils.data import TensorDataset
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import extra
 from woodfisher.tasks.base import Task, accuracy
 from woodfisher.tasks.loaders import TRAIN_BATCH, in_order, rank_in_class, shuffled
 from woodfisher.tasks.weights import restored
@@ -110,12 +110,8 @@ def read_digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
 
     Inputs are `N × 1 × 8 × 8`, with mean 0 and variance 1 over all training pixels.
     """
-    try:
+    with extra("tasks", "the task digits needs scikit-learn"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise WoodfisherError(
-            "the task digits needs scikit-learn: pip install 'woodfisher[tasks]'"
-        ) from error
     pixels, labels = load_digits(return_X_y=True)
     rank = rank_in_class(labels)
     test = rank % 4 == 3
