@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from woodfisher.errors import WoodfisherError, extra
-from woodfisher.export.timing import difference
 from woodfisher.files import write_whole
 from woodfisher.gradients.batches import map_tensors, tensors_of
-from woodfisher.gradients.forward import arguments_of, outputs_of
+from woodfisher.gradients.forward import arguments_of
 from woodfisher.gradients.isolation import same_flags, without_cache
+from woodfisher.gradients.outputs import difference, outputs_of
 from woodfisher.gradients.parameters import unwrapped
 
 if TYPE_CHECKING:
