@@ -20,7 +20,7 @@ from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.oneshot import SPARSITIES, sweep_objective
 from woodfisher.results.examine import examine
-from woodfisher.results.metrics import score
+from woodfisher.results.metrics import mean_score, score
 from woodfisher.results.page import require_page, save_page
 from woodfisher.results.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
@@ -209,7 +209,7 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
     for cell in rows[names[0]]:
         table.add_column(f"{100 * cell['requested_sparsity']:g} %", justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *(_cell(cell, metric) for cell in cells))
+        table.add_row(name, *(mean_score(cell["mean"], cell["sd"], metric) for cell in cells))
     out().print(table)
     console = out()
     for name in names:
@@ -217,9 +217,3 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
         if stages:
             slowest = max(r["seconds"]["total"] for r in stages)
             console.print(f"{name}: at most {slowest:.1f} s a run", soft_wrap=True)
-
-
-def _cell(cell: dict[str, Any], metric: str) -> str:
-    if not cell["runs"]:
-        return "failed"
-    return score(cell["mean"], metric) + ("" if cell["sd"] is None else f" ±{score(cell['sd'], metric)}")

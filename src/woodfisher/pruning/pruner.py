@@ -17,6 +17,7 @@ from woodfisher.gradients.parameters import unwrapped
 from woodfisher.gradients.sharding import reshard
 from woodfisher.pruning.masks import Masks
 from woodfisher.pruning.method import method_for, replaced, use_for
+from woodfisher.pruning.oneshot import Pruned
 from woodfisher.pruning.report import report_of, warn_of_lost_layers
 from woodfisher.pruning.schedule import Schedule
 from woodfisher.pruning.stages import pruned_through
@@ -243,16 +244,14 @@ class Pruner:
                         skip=self._times * self.method.samples,
                     )
                 warn_of_lost_layers(at)
-                report = report_of(at, stages, self.method, self.selection, watch)
-                return at.changes(), replace(report, masks={})
+                return Pruned(report_of(at, stages, self.method, self.selection, watch), at).told()
 
-            changes, report = on_first_rank(pruned)
-        at = objective.changed(changes)
-        at.write()
-        self._masks.set(at.layout.split(at.kept))
+            made = Pruned.of(on_first_rank(pruned), objective)
+        made.write()
+        self._masks.set(made.report.masks)
         self._times += 1
-        self.history.append(report)
-        return replace(report, masks=self.masks)
+        self.history.append(replace(made.report, masks={}))
+        return replace(made.report, masks=self.masks)
 
     @property
     def _kept(self) -> Tensor:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from woodfisher._version import __version__
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import remove
 from woodfisher.gradients.batches import bytes_of, length
 from woodfisher.gradients.isolation import copied, isolated, reseeded
@@ -393,10 +393,8 @@ def _fit(
 
 def require_lightning() -> None:
     """Raise, before any work, where Lightning is missing."""
-    try:
+    with extra("train", "training needs Lightning"):
         import lightning.pytorch  # noqa: F401
-    except ImportError as error:
-        raise WoodfisherError("training needs Lightning: pip install 'woodfisher[train]'") from error
 
 
 def batches_in(data: Iterable[Any]) -> int:
