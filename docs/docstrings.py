@@ -18,7 +18,7 @@ SHARED = (DocstringSectionKind.parameters, DocstringSectionKind.attributes)
 
 
 class Docstrings(Extension):
-    """Whole sentences under Returns; shared descriptions shown once; no reStructuredText; what overrides is described."""
+    """Whole sentences under Returns, shared descriptions once, no reStructuredText; overrides are described."""
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         """Rewrite each docstring, have it parsed, and merge neighbours with the same description."""
