@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,15 @@ Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """What an `Objective` takes beside model, data and loss."""
+
+    params: str | Sequence[str] | None
+    exclude: str | Sequence[str]
+    sampler: Callable[[Any], Tensor] | None
+    precision: Precision
 
 
 class Objective:
