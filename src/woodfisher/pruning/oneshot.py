@@ -108,8 +108,13 @@ def prune(
         method = method_asked(criterion, parts, preset)
         objective = Objective(model, data, loss, **chosen)
     if max_drop is not None and metric is not None:
-        return prune_within(objective, max_drop, metric, method, progress)
-    return prune_objective(objective, method.goal(sparsity), method, progress)
+        (pruned,) = _in_all_processes(
+            objective, method, max_drop, lambda at: [_within(at, max_drop, metric, method, progress)]
+        )
+    else:
+        (pruned,) = _through(objective, [method.goal(sparsity)], method, progress)
+    pruned.write()
+    return pruned.report
 
 
 def sweep(
@@ -137,7 +142,7 @@ def sweep(
         method = method_asked(criterion, parts, preset)
         objective = Objective(model, data, loss, **chosen)
     asked = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
-    return sweep_objective(objective, asked, method, progress)
+    return _through(objective, asked, method, progress)
 
 
 @dataclass(frozen=True)
@@ -171,19 +176,10 @@ class Pruned:
         return cls(replace(told[1], masks=masks), at)
 
 
-def prune_objective(
-    objective: Objective, sparsity: float, method: Method, progress: Progress | None = None
-) -> Report:
-    """`prune` for an objective and a method that are made already."""
-    (pruned,) = sweep_objective(objective, [sparsity], method, progress)
-    pruned.write()
-    return pruned.report
-
-
-def sweep_objective(
-    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None = None
+def _through(
+    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None
 ) -> list[Pruned]:
-    """`sweep` for an objective and a method that are made already."""
+    """Pruned to each sparsity, in that order, by all processes."""
     return _in_all_processes(
         objective, method, sparsities, lambda at: _sweep(at, sparsities, method, progress)
     )
@@ -231,21 +227,6 @@ def _sweep(
             if not isinstance(method.staging, Adaptive):
                 watch.restart()
     return [reached[amount] for amount in amounts]
-
-
-def prune_within(
-    objective: Objective,
-    max_drop: float,
-    metric: Callable[[nn.Module], float],
-    method: Method,
-    progress: Progress | None = None,
-) -> Report:
-    """`prune` with a `max_drop`, for an objective and a method that are made already."""
-    (pruned,) = _in_all_processes(
-        objective, method, max_drop, lambda at: [_within(at, max_drop, metric, method, progress)]
-    )
-    pruned.write()
-    return pruned.report
 
 
 def _within(
