@@ -310,10 +310,10 @@ def test_compare_goes_on_after_a_failure(folder, capsys):
 
 
 def test_interruption_is_one_line(folder, capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("woodfisher.cli.prune.prune_objective", interrupt)
+    monkeypatch.setattr("woodfisher.cli.prune.prune", interrupt)
     assert main(["prune", "--task", "my_tasks:good", "--out", "out"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

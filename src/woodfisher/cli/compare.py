@@ -18,7 +18,7 @@ from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.gradients.batches import Replay, fingerprints, take
 from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.adaptive import Adaptive
-from woodfisher.pruning.oneshot import SPARSITIES, sweep_objective
+from woodfisher.pruning.oneshot import SPARSITIES, sweep
 from woodfisher.results.examine import examine
 from woodfisher.results.metrics import mean_score, score
 from woodfisher.results.page import require_page, save_page
@@ -28,7 +28,6 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
     from woodfisher.pruning.oneshot import Pruned
     from woodfisher.tasks import Task
@@ -89,12 +88,13 @@ class Compare:
         for seed in range(self.model.seed, self.model.seed + self.seeds):
             note(f"loading {self.model.task}, seed {seed}")
             task = replace(self.model, seed=seed).load()
-            objective = self.model.objective(task, task.model).on(Replay(task.train))
+            task = replace(task, train=Replay(task.train))
+            objective = self.model.objective(task)
             dense.append(task.evaluate(task.model))
             note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
-            first.update(*map(fingerprints, take(objective.data, 1)))
+            first.update(*map(fingerprints, take(task.train, 1)))
             for name, method in methods.items():
-                cells = self._results(task, objective, name, method, family)
+                cells = self._results(task, name, method, family)
                 results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
         if self.seeds > 1 and len(first) == 1:
             warn(
@@ -144,7 +144,7 @@ class Compare:
             _show(content, names)
 
     def _results(
-        self, task: Task, objective: Objective, name: str, method: Method, family: tuple[float, ...]
+        self, task: Task, name: str, method: Method, family: tuple[float, ...]
     ) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
         together = isinstance(method.staging, Adaptive)
@@ -152,7 +152,15 @@ class Compare:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:
                 with progress(f"{name} to {label}") as show:
-                    runs: Sequence[Pruned | None] = sweep_objective(objective, sparsities, method, show)
+                    runs: Sequence[Pruned | None] = sweep(
+                        task.model,
+                        task.train,
+                        task.loss,
+                        sparsities,
+                        criterion=method,
+                        progress=show,
+                        **self.model.chosen,
+                    )
                 error = ""
             except WoodfisherError as problem:
                 note(f"{name} at {label} failed: {problem}")

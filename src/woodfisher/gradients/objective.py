@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from woodfisher.errors import NoFactorsError, WoodfisherError
 from woodfisher.gradients.base import Gradients
 from woodfisher.gradients.batches import (
     FORWARD_BATCH,
-    apart,
     check_data,
     map_tensors,
+    read_apart,
     rechunk,
     samples_in,
     some,
@@ -51,6 +51,15 @@ Changes = tuple[Tensor, Tensor, dict[str, Tensor]]
 
 GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
+
+
+class ObjectiveOptions(TypedDict, total=False):
+    """What an `Objective` takes beside model, data and loss."""
+
+    params: str | Sequence[str] | None
+    exclude: str | Sequence[str]
+    sampler: Callable[[Any], Tensor] | None
+    precision: Precision
 
 
 class Objective(Gradients):
@@ -133,7 +142,7 @@ class Objective(Gradients):
         check_choice("precision", precision, PRECISIONS)
         self.loss, self._sampler, self._precision = loss, sampler, precision
         check_data([] if data is None else data)
-        self.data: Iterable[Batch] = [] if data is None else apart(data)
+        self.data: Iterable[Batch] = [] if data is None else read_apart(data)
         self.source = unwrapped(model)
         self._sharded = is_sharded(self.source)
         with watching() as watch:
