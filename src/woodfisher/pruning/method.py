@@ -142,6 +142,13 @@ class Method:
         return Adaptive() if self._carries_rows else FIXED_STAGES
 
     @property
+    def adaptive(self) -> tuple[Adaptive, WoodFisher]:
+        """How stages adapt, and the curvature whose rows they carry along."""
+        assert isinstance(self.staging, Adaptive)
+        assert isinstance(self.curvature, WoodFisher)
+        return self.staging, self.curvature
+
+    @property
     def samples(self) -> int:
         """Samples that one run takes, over all of its stages, with those that they are checked on."""
         if isinstance(self.staging, Adaptive):

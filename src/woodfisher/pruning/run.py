@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,11 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from woodfisher.curvature import WoodFisher
     from woodfisher.curvature.base import InverseOperator
     from woodfisher.gradients.batches import Stream
     from woodfisher.gradients.objective import Objective
-    from woodfisher.pruning.adaptive import Adaptive
     from woodfisher.pruning.held_out import HeldOut
     from woodfisher.pruning.method import Method
     from woodfisher.pruning.window import Course
@@ -129,7 +127,7 @@ class AdaptiveRun:
         stream: Stream,
     ) -> None:
         self.objective, self.method, self.selection = objective, method, selection
-        self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
+        self.options, self.curvature = method.adaptive
         self.course, self.stream, self.first_order = course, stream, course.first_order
         self.held_out, self.loss = held_out, held_out.first
         self.weights = objective.weights[objective.kept].double()
