@@ -19,7 +19,6 @@ import torch
 import woodfisher as wf
 from woodfisher.gradients.batches import Replay
 from woodfisher.pruning.method import METHODS, Method
-from woodfisher.pruning.oneshot import sweep_objective
 from woodfisher.surgeon.refine import joint_objective, refine
 from woodfisher.surgeon.saliency import saliency
 from woodfisher.surgeon.selection import survivors
@@ -52,7 +51,7 @@ def stages(task: Task, seeds: int) -> None:
         for seed in range(seeds):
             data = Replay(load_task("mlpnet-mnist", data_root=Path(sys.argv[1]), seed=seed).train)
             start = time.perf_counter()
-            points = sweep_objective(wf.Objective(task.model, data, task.loss), SPARSITIES, method)
+            points = wf.sweep(task.model, data, task.loss, SPARSITIES, criterion=method)
             seconds.append(time.perf_counter() - start)
             row = []
             for point in points:

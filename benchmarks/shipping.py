@@ -33,7 +33,7 @@ from woodfisher.export import (
     to_onnx,
     to_sparse,
 )
-from woodfisher.gradients.forward import outputs_of
+from woodfisher.gradients.outputs import outputs_of
 from woodfisher.tasks import Task, load_task
 from woodfisher.tasks.loaders import image_loaders
 from woodfisher.tasks.mnist import read_mnist

@@ -6,7 +6,7 @@ import re
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from griffe import DocstringSectionKind, Extension
+from griffe import Class, DocstringSectionKind, Extension
 
 if TYPE_CHECKING:
     from griffe import Docstring, Module, Object
@@ -18,10 +18,11 @@ SHARED = (DocstringSectionKind.parameters, DocstringSectionKind.attributes)
 
 
 class Docstrings(Extension):
-    """Whole sentences under Returns; parameters that share a description shown once; no reStructuredText."""
+    """Whole sentences under Returns, shared descriptions once, no reStructuredText; overrides are described."""
 
     def on_package(self, *, pkg: Module, **_: Any) -> None:
         """Rewrite each docstring, have it parsed, and merge neighbours with the same description."""
+        _inherit(pkg)
         for docstring in _docstrings(pkg):
             text = LITERAL.sub("", docstring.value)
             docstring.value = RETURNS.sub(lambda sentence: f":\n{_indented(sentence['text'])}", text)
@@ -30,6 +31,15 @@ class Docstrings(Extension):
                     section.value[:] = [
                         _merged(list(items)) for _, items in groupby(section.value, _description)
                     ]
+
+
+def _inherit(obj: Object) -> None:
+    """Give members without a docstring that of what they override."""
+    for member in [member for member in obj.members.values() if not member.is_alias]:
+        _inherit(member)
+        if member.docstring is None and isinstance(obj, Class):
+            overridden = (base.members[member.name] for base in obj.mro() if member.name in base.members)
+            member.docstring = next((each.docstring for each in overridden if each.docstring), None)
 
 
 def _docstrings(obj: Object) -> list[Docstring]:

@@ -26,8 +26,9 @@ from woodfisher.gradients.batches import Replay, Stream, length, rechunk, sample
 from woodfisher.memory import parse_bytes
 from woodfisher.pruning.adaptive import adaptive_run
 from woodfisher.pruning.averages import MeanPlace
+from woodfisher.pruning.held_out import HeldOut, floor_of
 from woodfisher.pruning.method import METHODS
-from woodfisher.pruning.run import AdaptiveRun, _shares, floor_of
+from woodfisher.pruning.run import AdaptiveRun, _shares
 from woodfisher.pruning.schedule import through, with_rests
 from woodfisher.pruning.window import Course, window_for
 from woodfisher.surgeon.selection import survivors
@@ -63,8 +64,8 @@ def adaptive(objective, method, held_out, stream, first_order):
     """A run on the 120 samples of `batches`."""
     method = replace(method, first_order=first_order)
     (course,) = window_for(objective, method, 120, reads_once=stream.reads_once).courses
-    loss = objective.on(held_out).mean_loss()
-    return AdaptiveRun(objective, method, method.selection(objective), course, held_out, stream, loss, 0.0)
+    held_out = HeldOut.of(objective, held_out)
+    return AdaptiveRun(objective, method, method.selection(objective), course, held_out, stream)
 
 
 def weights_of(model):
@@ -369,7 +370,7 @@ def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkey
     method = replace(METHOD, stages=replace(QUICK, stages=16))
 
     def run_through(rise):
-        monkeypatch.setattr("woodfisher.pruning.run._RISE", {True: rise})
+        monkeypatch.setattr("woodfisher.pruning.held_out._RISE", {True: rise})
         objective = wf.Objective(trained(), batches(), cross_entropy)
         stream, drawn = Stream(objective.data), []
         run = adaptive(objective, method, stream.hold_out(12), stream, True)
@@ -742,7 +743,7 @@ def after_a_stage():
 
 
 def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
-    monkeypatch.setattr("woodfisher.pruning.run._RISE", {True: math.inf})
+    monkeypatch.setattr("woodfisher.pruning.held_out._RISE", {True: math.inf})
     run, drawn = after_a_stage(), []
     draw = run._important.draw
     monkeypatch.setattr(run._important, "draw", lambda *of: drawn.append(draw(*of)) or drawn[-1])
@@ -778,7 +779,7 @@ def test_weights_move_while_the_rows_of_a_stage_come(monkeypatch):
 def test_what_is_predicted_excuses_a_rise_up_to_the_loss(monkeypatch):
     run = after_a_stage()
     run._renew(run.course.renewed)
-    largest = max(run.loss, run._first_loss)
+    largest = max(run.loss, run.held_out.first)
     for predicted, foreseen in ((-1.0, 0.0), (largest / 4, largest / 2), (1e3, largest)):
         monkeypatch.setattr(run, "_predicted", lambda step, predicted=predicted: predicted)
         step = run._try(run._ranking(26), 26)
@@ -800,14 +801,16 @@ def test_moves_that_raise_the_loss_are_undone():
 def test_moves_are_checked_on_a_batch_in_turn_and_where_they_lead_on_all(monkeypatch):
     run = after_a_stage()
     start, loss, seen = run.weights, run.loss, []
-    run._held_out = halves = list(rechunk(run._held_out, 6, 1))
+    rise = run.held_out.rise(loss, True)
+    halves = list(rechunk(run.held_out.batches, 6, 1))
     assert len(halves) == 2
 
-    def loss_at(weights, keep, batch=None):
-        seen.append(batch)
-        return 0.0 if batch else loss + (2 * run._rise if bad else -0.1)
+    class Told(HeldOut):
+        def quick_loss(self, objective, turn=None):
+            seen.append(None if turn is None else self.batches[turn % 2])
+            return loss + (2 * rise if bad else -0.1) if turn is None else 0.0
 
-    monkeypatch.setattr(run, "_loss_at", loss_at)
+    run.held_out = Told(halves, run.held_out.dense, run.held_out.first, run.held_out.floor)
     for turn, bad in enumerate((True, False, True)):
         before = run.weights
         seen.clear()
@@ -823,7 +826,7 @@ def test_moves_are_checked_on_a_batch_in_turn_and_where_they_lead_on_all(monkeyp
 
 @pytest.mark.parametrize(("fall", "before"), [(math.inf, 6), (-math.inf, 8)])
 def test_stages_before_removals_end_where_they_bring_nothing(fall, before, monkeypatch):
-    monkeypatch.setattr("woodfisher.pruning.run._RISE", {True: math.inf})
+    monkeypatch.setattr("woodfisher.pruning.held_out._RISE", {True: math.inf})
     monkeypatch.setattr("woodfisher.pruning.run._FALL", fall)
     objective = wf.Objective(trained(), batches(), cross_entropy)
     stream = Stream(objective.data)

@@ -10,6 +10,7 @@ from woodfisher import WoodfisherError, WoodfisherWarning
 from woodfisher.bench import Bench, Case, Error, Grid, Measurement, Spread, machine, peers, run_bench
 from woodfisher.bench.measure import factor_and_score
 from woodfisher.cli import main
+from woodfisher.gradients.isolation import threads
 from woodfisher.results.plots import plot_roofline
 
 DAMPING = 1e-3
@@ -144,7 +145,7 @@ def test_a_busy_machine_is_told(monkeypatch):
 
 def test_threads_are_put_back():
     before = torch.get_num_threads()
-    with pytest.raises(ZeroDivisionError), machine.threads(before + 1):
+    with pytest.raises(ZeroDivisionError), threads(before + 1):
         assert torch.get_num_threads() == before + 1
         1 / 0
     assert torch.get_num_threads() == before

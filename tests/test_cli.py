@@ -320,7 +320,7 @@ def test_compare_over_seeds(folder, capsys):
         assert cell["runs"] == 2
         assert cell["mean"] == pytest.approx(sum(metrics) / 2)
         assert cell["sd"] == pytest.approx(abs(metrics[0] - metrics[1]) / 2**0.5)
-        assert f"{cell['mean']:.2f} ± {cell['sd']:.2f}" in (folder / "out" / "report.html").read_text()
+        assert f"{cell['mean']:.2f} ±{cell['sd']:.2f}" in (folder / "out" / "report.html").read_text()
     with (folder / "out" / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["metric"]) for row in rows] == [r["metric"] for r in content["results"]]
@@ -420,10 +420,10 @@ def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkey
 
 
 def test_interruption_is_one_line(folder, capsys, monkeypatch):
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("woodfisher.cli.prune.prune_objective", interrupt)
+    monkeypatch.setattr("woodfisher.cli.prune.prune", interrupt)
     assert main(["prune", "--task", "my_tasks:good", "--out", "out"]) == 130
     assert "interrupted" in capsys.readouterr().err
 

@@ -28,9 +28,10 @@ import woodfisher as wf
 from models import Unpadded, mlp, samples
 from processes import run
 from woodfisher.distributed import Ranks, on_first_rank, together
+from woodfisher.gradients.dealt import dealt_names
 from woodfisher.gradients.layout import Layout
 from woodfisher.gradients.sharding import local, own_part, reshard, whole
-from woodfisher.pruning.dealing import can_be_dealt, dealt_names
+from woodfisher.pruning.dealing import can_be_dealt
 from woodfisher.pruning.method import METHODS
 from woodfisher.surgeon.ranking import survivors
 

@@ -35,7 +35,7 @@ from woodfisher.export import (
     to_semi_structured,
     to_sparse,
 )
-from woodfisher.gradients.forward import outputs_of
+from woodfisher.gradients.outputs import outputs_of
 from woodfisher.saving.contents import contents_of
 from woodfisher.saving.saved import EXPORT, read
 
@@ -308,6 +308,8 @@ def test_difference_is_relative_to_the_largest_output():
     assert difference([a[:1]], [a]) == math.inf
     assert difference([a * math.nan], [a]) == math.inf
     assert difference([a], [0 * a]) == math.inf
+    assert difference([a + 0.4j], [a + 0j]) == pytest.approx(0.1)
+    assert difference([a > 0], [a < 0]) == 1
 
 
 def test_channels_that_were_cut_out_come_back_from_files(tmp_path):

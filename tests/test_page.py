@@ -253,10 +253,10 @@ def test_a_comparison_shows_spread_and_failures():
     assert "At 90 % magnitude is best with 45.00, mean of 2 seeds" in told["top"]
     assert "2 warnings came up" in told["top"]
     assert "obd at 90 %, seed 7, failed: not positive definite" in told["warnings"]
-    assert "obd 91.00 ± 0.25 failed" in told["accuracy"]
+    assert "obd 91.00 ±0.25 failed" in told["accuracy"]
     html = page(COMPARED)
     assert html.count('class="stroke s0 thin"') == 2  # error bars of magnitude
-    assert "<strong>91.00 ± 0.25</strong>" in html
+    assert "<strong>91.00 ±0.25</strong>" in html
     assert "1 50.00 % +0.3 +0.4 1.3" in told["stages"]
     assert "10⁻⁵ throughout, as given" in told["damping"]
 

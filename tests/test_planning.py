@@ -16,7 +16,7 @@ from woodfisher.curvature import planning
 from woodfisher.curvature.machine import Machine
 from woodfisher.curvature.planning import planned
 from woodfisher.curvature.rows import FactorRows, FileRows, GatheredRows, HeldRows, gathered
-from woodfisher.gradients import objective as objective_module
+from woodfisher.gradients import base
 from woodfisher.memory import parse_bytes
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.window import window_for
@@ -120,7 +120,7 @@ def test_gradients_are_expected_to_take_what_those_of_the_first_samples_took():
 
 @pytest.mark.parametrize("how", [wf.WoodFisher(40, 10, 1e-3), METHODS["woodfisher"]])
 def test_memory_that_timing_gradients_takes_is_not_that_of_the_process_as_it_is(how, monkeypatch):
-    monkeypatch.setattr(objective_module, "resident_memory", lambda _: 100 * MIB)
+    monkeypatch.setattr(base, "resident_memory", lambda _: 100 * MIB)
     monkeypatch.setattr(memory, "resident_memory", lambda _: 900 * MIB)
     made = wf.plan(wf.Objective(mlp(), [samples(60)], cross_entropy), how)
     assert made.budget.base == 100 * MIB

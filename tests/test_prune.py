@@ -14,7 +14,7 @@ import woodfisher as wf
 from models import ConvNet, DictModel, Recurrent, Transformer, mlp, samples
 from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.gradients.batches import Stream
-from woodfisher.pruning.method import METHODS, method_for
+from woodfisher.pruning.method import METHODS, method_asked, method_for
 from woodfisher.tasks import load_task
 
 SMALL = {"samples": 12, "damping": 1e-2}
@@ -197,6 +197,12 @@ def test_a_late_failure_leaves_the_model_as_it_was(how):
         ({"data": torch.utils.data.TensorDataset(*samples(4))}, "DataLoader"),
         ({"sparsity": 0.999}, "keeps none of 36 weights"),
         ({"curvature": "woodfisher"}, "curvature must be an estimator"),
+        ({"criterion": METHODS["obd"], "preset": "paper"}, "leave out preset=, or name the method"),
+        (
+            {"sample": 12},
+            "there is no argument 'sample'; an Objective takes params, exclude, sampler, precision, and the parts of a "
+            "method are curvature, first_order, update, scope, pattern, floor, stages, refine, recalibrate.",
+        ),
     ],
 )
 def test_bad_input_is_explained_and_changes_nothing(options, message):
@@ -239,6 +245,21 @@ def test_progress_is_told():
     assert seen[0] == ("stages", 0, 2)
     assert seen[-1] == ("stages", 2, 2)
     assert ("gradients", 12, 12) in seen
+
+
+@pytest.mark.parametrize("parts", [{}, {"update": "independent", "exclude": "2"}])
+def test_a_method_is_taken_as_it_is(parts):
+    own = {"curvature": wf.WoodFisher(**SMALL), "stages": 2}
+    method, data = replace(METHODS["woodfisher-block"], **own), [samples(24)]
+    named, given, swept = mlp(), mlp(), mlp()
+    report = wf.prune(named, data, cross_entropy, 0.5, criterion="woodfisher-block", **own, **parts)
+    assert wf.prune(given, data, cross_entropy, 0.5, criterion=method, **parts).method == report.method
+    (point,) = wf.sweep(swept, data, cross_entropy, 0.5, criterion=method, **parts)
+    point.write()
+    assert torch.equal(weights_of(given), weights_of(named))
+    assert torch.equal(weights_of(swept), weights_of(named))
+    # Where a name would stand for another curvature, since the number of stages is fixed.
+    assert method_asked(METHODS["woodfisher"], {"stages": 2}).curvature == METHODS["woodfisher"].curvature
 
 
 def test_the_paper_preset_is_the_papers_protocol():

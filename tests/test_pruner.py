@@ -136,6 +136,14 @@ def test_a_step_does_what_prune_does(criterion, stages):
     assert all(stage.first_order == (criterion == "woodtaylor") for stage in report.stages)
 
 
+def test_a_method_is_taken_as_it_is():
+    method = wf.Method(FISHER, update="independent", stages=3)
+    objective = wf.Objective(mlp(), [samples(40)], cross_entropy)
+    pruner = wf.Pruner(objective.model, objective, wf.one_shot(0.6), criterion=method)
+    assert pruner.method == method
+    assert len(pruner.step().stages) == 3
+
+
 @pytest.mark.parametrize("first_order", [True, False])
 def test_stages_that_adapt_do_what_they_do_in_prune_and_go_on_to_the_same_bits(first_order):
     options = {
@@ -412,6 +420,7 @@ def test_progress_is_told():
         ({"stages": 0}, "stages must be a whole number"),
         ({"criterion": "fisher"}, "criterion must be one of"),
         ({"stage": 3}, "there is no argument 'stage'"),
+        ({"params": "0.*"}, "there is no argument 'params'; an Objective takes params, exclude, sampler"),
     ],
 )
 def test_wrong_uses_are_explained(arguments, message):

@@ -17,9 +17,10 @@ import woodfisher as wf
 from models import DictModel, Recurrent, mlp, samples
 from reference import cut, loop_rows
 from woodfisher.cli import main
+from woodfisher.results.numbers import significant
 from woodfisher.tasks import load_task
 from woodfisher.tour import mass_shares, spectrum_summary
-from woodfisher.tour_plots import pictures, pooled, short
+from woodfisher.tour_plots import pictures, pooled
 
 MATRICES = ("Hessian", "Fisher", "empirical Fisher")
 
@@ -256,7 +257,7 @@ def test_pooling_keeps_the_entry_of_largest_magnitude():
 
 
 def test_numbers_for_people():
-    assert [short(x, 2) for x in (None, 0.0, -0.391, 150.0)] == ["", "0", "−0.39", "150"]
+    assert [significant(x, 2) for x in (None, 0.0, -0.391, 150.0)] == ["", "0", "−0.39", "150"]
 
 
 @pytest.mark.parametrize(

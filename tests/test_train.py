@@ -197,6 +197,32 @@ def test_wrapped_models_are_trained(wrap):
     assert trained.sparsity == 0.5
 
 
+def test_options_of_the_objective_and_a_whole_method():
+    method = wf.Method(replace(CURVATURE, labels="model"), update="independent", stages=2)
+    drawn = []
+
+    def sampler(outputs):
+        drawn.append(len(outputs))
+        return outputs.argmax(1)
+
+    def loss(outputs, targets):
+        return (outputs.softmax(1) - torch.eye(5)[targets]).square().sum(1).mean()
+
+    task = replace(small_task(), loss=loss)
+    with pytest.raises(WoodfisherError, match="pass sampler="):
+        train(task, 0.5, Training(epochs=1), criterion=method)
+    trained = train(
+        task, wf.one_shot(0.5), Training(epochs=1), criterion=method, sampler=sampler, exclude=":last"
+    )
+    assert trained.method == method.to_dict()
+    assert list(trained.masks) == ["0.weight"]
+    assert sum(drawn) >= 2 * 20
+    with pytest.raises(
+        WoodfisherError, match="no argument 'sampl'; an Objective takes params, exclude, samp"
+    ):
+        train(task, 0.5, Training(epochs=1), sampl=sampler)
+
+
 def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity(tmp_path):
     scores, states = iter([50.0, 99.0, 10.0, 30.0, 30.0, 20.0]), []
 

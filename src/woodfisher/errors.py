@@ -1,6 +1,12 @@
-"""The errors and the one warning of the library."""
+"""The errors and the one warning of the library, and what is said of packages that are missing."""
 
 from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 class WoodfisherError(ValueError):
@@ -37,3 +43,12 @@ class ElsewhereError(WoodfisherError):
 def message_of(error: Exception) -> str:
     """What to tell other processes of an error: its message, and its type where that is another's."""
     return str(error) if isinstance(error, WoodfisherError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def extra(name: str, need: str) -> Iterator[None]:
+    """Around imports of optional packages: a failure says what needs them, and how to install the extra `name`."""
+    try:
+        yield
+    except ImportError as error:
+        raise WoodfisherError(f"{need}: pip install 'woodfisher[{name}]'. ({error})") from error

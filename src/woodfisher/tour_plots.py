@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from woodfisher.files import write_folder
-from woodfisher.results.plots import new_figure
+from woodfisher.results.numbers import fixed, per_cent, shortened, significant
+from woodfisher.results.plots import COLOURS, INK, new_figure
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, NEGLIGIBLE
 
 if TYPE_CHECKING:
@@ -34,20 +35,10 @@ MOST_LAYERS = 8
 LONGEST_NAME = 22
 """Letters of a layer's name that pictures have room for."""
 
-_COLOURS = {HESSIAN: "#222222", FISHER: "#1b6ca8", EMPIRICAL: "#c8553d"}
+_COLOURS = {HESSIAN: INK, FISHER: COLOURS[0], EMPIRICAL: COLOURS[2]}
 _WIDTHS = {HESSIAN: 3.2, FISHER: 1.3, EMPIRICAL: 1.3}
-_LAYER_COLOURS = (
-    "#222222",
-    "#1b6ca8",
-    "#c8553d",
-    "#588157",
-    "#8d6a9f",
-    "#d9a441",
-    "#3d5a80",
-    "#7f5539",
-    "#2a9d8f",
-)
-_GREY = "#8a929b"
+_LAYER_COLOURS = (INK, COLOURS[0], *COLOURS[2:])
+_GREY = COLOURS[1]
 
 
 def plot_tour(tour: Tour, folder: str | Path) -> None:
@@ -192,40 +183,6 @@ def pooled(M: Tensor, pixels: int = PIXELS) -> Tensor:
     return M.flatten()[index[0, 0]]
 
 
-def percent(share: float | None) -> str:
-    """A share for people; nothing for None.
-
-    >>> percent(0.237), percent(0.0237), percent(0.0002)
-    ('24 %', '2.4 %', '<0.1 %')
-    """
-    if share is None:
-        return ""
-    if 0 < share < 0.0005:
-        return "<0.1 %"
-    return f"{100 * share:.0f} %" if share >= 0.0995 else f"{100 * share:.1f} %"
-
-
-def short(number: float | None, digits: int = 3) -> str:
-    """A number for people, to a few significant digits; nothing for None.
-
-    >>> short(1.0), short(0.75812), short(1234.5), short(-0.00002)
-    ('1.00', '0.758', '1234', '−2.00e-05')
-    """
-    if not number:
-        return "" if number is None else "0"
-    text = f"{number:.0f}" if abs(number) >= 10 ** (digits - 1) else f"{number:#.{digits}g}"
-    return text.rstrip(".").replace("-", "−", number < 0)
-
-
-def fixed(number: float | None) -> str:
-    """A cosine for people; nothing for None.
-
-    >>> fixed(-0.5)
-    '−0.500'
-    """
-    return "" if number is None else f"{number:.3f}".replace("-", "−")
-
-
 def ends(eigenvalues: Tensor) -> tuple[float, float]:
     """Smallest and largest eigenvalue, where rounding counts as zero."""
     low, high = float(eigenvalues[0]), float(eigenvalues[-1])
@@ -279,16 +236,16 @@ def _draw_layers(axes: Any, layout: Layout, *, named: bool) -> None:
 def _caption(axes: Any, region: Region, name: str, *, within_layers: bool) -> None:
     """The numbers under a heat map."""
     mass = region.mass[name]
-    diagonal = f"{percent(mass[0])} on the diagonal" if mass[0] is not None else "all zero"
-    layers = f", {percent(mass[-1])} in layers" if within_layers and mass[-1] is not None else ""
+    diagonal = f"{per_cent(mass[0])} on the diagonal" if mass[0] is not None else "all zero"
+    layers = f", {per_cent(mass[-1])} in layers" if within_layers and mass[-1] is not None else ""
     if name == HESSIAN:
-        first = "λ from {} to {}".format(*(short(value, 2) for value in ends(region.eigenvalues[name])))
+        first = "λ from {} to {}".format(*(significant(value, 2) for value in ends(region.eigenvalues[name])))
     else:
         comparison = region.between(name, HESSIAN)
         first = (
             "no cosine"
             if comparison.cosine is None
-            else f"cosine {fixed(comparison.cosine)}, best scale {short(comparison.scale)}"
+            else f"cosine {fixed(comparison.cosine)}, best scale {significant(comparison.scale)}"
         )
     axes.set_xlabel(f"{first}\n{diagonal}{layers}", fontsize=8)
 
@@ -398,6 +355,5 @@ def _fan_in(layout: Layout, region: Region) -> int | None:
 
 
 def _short(name: str) -> str:
-    """A layer's name without the ending that all have; of a long one the end, which tells layers apart."""
-    name = name.removesuffix(".weight")
-    return name if len(name) <= LONGEST_NAME else f"…{name[1 - LONGEST_NAME :]}"
+    """A layer's name without the ending that all have, and no longer than there is room for."""
+    return shortened(name.removesuffix(".weight"), LONGEST_NAME)

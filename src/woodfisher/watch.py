@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from contextlib import contextmanager
@@ -105,3 +106,17 @@ def warn(message: str) -> None:
             return
         watch.warnings.append(message)
     warnings.warn(message, WoodfisherWarning, stacklevel=3)
+
+
+@contextmanager
+def logging_from(level: int, *names: str) -> Iterator[None]:
+    """Have loggers of these names say nothing below `level`."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, before in zip(loggers, levels, strict=True):
+            logger.setLevel(before)

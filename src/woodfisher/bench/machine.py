@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import math
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,24 +14,13 @@ from woodfisher.curvature.machine import seconds_of
 from woodfisher.memory import peak_memory, resident_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
 _CLEAR = Path("/proc/self/clear_refs")
 """Writing 5 makes the kernel forget the process's peak."""
 
 _COPIED = 2**25
 """Numbers that the measurement of bandwidth copies, 128 MiB: more than caches hold."""
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """Let torch use `count` threads inside the block; None leaves it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def order(device: torch.device) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from woodfisher._version import __version__
-from woodfisher.bench.machine import Roofs, peak_of, repeats, threads
+from woodfisher.bench.machine import Roofs, peak_of, repeats
 from woodfisher.bench.peers import PEERS, Peer, exact
 from woodfisher.bench.spread import Spread
 from woodfisher.checks import check_count, check_positive
@@ -20,6 +20,7 @@ from woodfisher.curvature.base import WORKSPACE
 from woodfisher.curvature.lowrank import multiplied_in
 from woodfisher.curvature.machine import seconds_of
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.isolation import threads
 from woodfisher.memory import Budget
 from woodfisher.watch import report_progress, warn, watching
 

@@ -14,6 +14,7 @@ from woodfisher.cli.console import out, print_json, progress
 from woodfisher.cli.options import Count, Folder, usable_device
 from woodfisher.files import check_folder, save_json, write_folder
 from woodfisher.memory import format_bytes
+from woodfisher.results.numbers import significant
 from woodfisher.results.plots import plot_roofline, require_plots
 
 if TYPE_CHECKING:
@@ -115,7 +116,11 @@ def _show(bench: Bench) -> None:
     for m in bench.measurements:
         peak = "unknown" if m.peak_bytes is None else format_bytes(m.peak_bytes)
         own.add_row(
-            _size(m), _short(m.seconds.median), _short(m.rate.median / 1e9), _spread(m.fraction, 100), peak
+            _size(m),
+            significant(m.seconds.median),
+            significant(m.rate.median / 1e9),
+            _spread(m.fraction, 100),
+            peak,
         )
     console.print(own)
     names = [p.name for p in bench.measurements[0].peers]
@@ -152,9 +157,5 @@ def _size(m: Measurement) -> str:
 
 def _spread(spread: Spread, unit: float = 1) -> str:
     """Median, and lowest to highest where they differ, to three digits."""
-    median, low, high = (_short(unit * x) for x in (spread.median, spread.low, spread.high))
+    median, low, high = (significant(unit * x) for x in (spread.median, spread.low, spread.high))
     return median if low == high else f"{median} ({low}–{high})"
-
-
-def _short(x: float) -> str:
-    return f"{x:.0f}" if x >= 100 else f"{x:.3g}"

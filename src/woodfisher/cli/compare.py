@@ -18,9 +18,9 @@ from woodfisher.files import check_folder, save_csv, save_json, write_folder
 from woodfisher.gradients.batches import Replay, fingerprints, take
 from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.adaptive import Adaptive
-from woodfisher.pruning.oneshot import SPARSITIES, sweep_objective
+from woodfisher.pruning.oneshot import SPARSITIES, sweep
 from woodfisher.results.examine import examine
-from woodfisher.results.metrics import score
+from woodfisher.results.metrics import mean_score, score
 from woodfisher.results.page import require_page, save_page
 from woodfisher.results.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
@@ -28,7 +28,6 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
     from woodfisher.pruning.oneshot import Pruned
     from woodfisher.tasks import Task
@@ -93,12 +92,13 @@ class Compare:
             for seed in seeds:
                 note(f"loading {self.model.task}, seed {seed}")
                 task = replace(self.model, seed=seed).load()
-                objective = self.model.objective(task, task.model).on(Replay(task.train))
+                task = replace(task, train=Replay(task.train))
+                objective = self.model.objective(task)
                 dense.append(task.evaluate(task.model))
                 note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
-                first.update(*map(fingerprints, take(objective.data, 1)))
+                first.update(*map(fingerprints, take(task.train, 1)))
                 for name, method in methods.items():
-                    cells = self._results(task, objective, name, method, family)
+                    cells = self._results(task, name, method, family)
                     results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
         except KeyboardInterrupt:
             missing = _missing(results, seeds, names, family)
@@ -158,7 +158,7 @@ class Compare:
             )
 
     def _results(
-        self, task: Task, objective: Objective, name: str, method: Method, family: tuple[float, ...]
+        self, task: Task, name: str, method: Method, family: tuple[float, ...]
     ) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
         together = isinstance(method.staging, Adaptive)
@@ -166,7 +166,15 @@ class Compare:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:
                 with progress(f"{name} to {label}") as show:
-                    runs: Sequence[Pruned | None] = sweep_objective(objective, sparsities, method, show)
+                    runs: Sequence[Pruned | None] = sweep(
+                        task.model,
+                        task.train,
+                        task.loss,
+                        sparsities,
+                        criterion=method,
+                        progress=show,
+                        **self.model.chosen,
+                    )
                 error = ""
             except WoodfisherError as problem:
                 note(f"{name} at {label} failed: {problem}")
@@ -242,7 +250,7 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
     for cell in rows[names[0]]:
         table.add_column(f"{100 * cell['requested_sparsity']:g} %", justify="right")
     for name, cells in rows.items():
-        table.add_row(name, *(_cell(cell, metric) for cell in cells))
+        table.add_row(name, *(mean_score(cell["mean"], cell["sd"], metric) for cell in cells))
     out().print(table)
     console = out()
     for name in names:
@@ -250,9 +258,3 @@ def _show(content: dict[str, Any], names: list[str]) -> None:
         if stages:
             slowest = max(r["seconds"]["total"] for r in stages)
             console.print(f"{name}: at most {slowest:.1f} s a run", soft_wrap=True)
-
-
-def _cell(cell: dict[str, Any], metric: str) -> str:
-    if not cell["runs"]:
-        return "failed"
-    return score(cell["mean"], metric) + ("" if cell["sd"] is None else f" ±{score(cell['sd'], metric)}")

@@ -35,7 +35,7 @@ from woodfisher.export import (
 )
 from woodfisher.files import check_apart, check_folder, save_json, text_of, write_folder
 from woodfisher.gradients.batches import map_tensors, samples_in, take, tensors_of
-from woodfisher.gradients.forward import outputs_of
+from woodfisher.gradients.outputs import outputs_of
 from woodfisher.surgeon.channels import cost_of, shrink
 
 if TYPE_CHECKING:

@@ -12,14 +12,14 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from woodfisher.checks import check_choice, check_count, check_seed
 from woodfisher.curvature import Damping, Relative
-from woodfisher.curvature.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder
+from woodfisher.gradients.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.gradients.batches import Few
 from woodfisher.gradients.forward import Precision  # noqa: TC001  tyro reads the annotations
 from woodfisher.gradients.isolation import reseed
-from woodfisher.gradients.objective import Objective
+from woodfisher.gradients.objective import Objective, ObjectiveOptions
 from woodfisher.pruning.method import (
     METHODS,
     Method,
@@ -119,16 +119,14 @@ class TaskOptions:
         check_folder(folder)
         return folder
 
-    def objective(self, task: Task, model: torch.nn.Module) -> Objective:
-        """Objective of `model` on the task's training data."""
-        return Objective(
-            model,
-            task.train,
-            task.loss,
-            params=self.params or None,
-            exclude=self.exclude,
-            precision=self.precision,
-        )
+    @property
+    def chosen(self) -> ObjectiveOptions:
+        """The options of an objective."""
+        return {"params": self.params or None, "exclude": self.exclude, "precision": self.precision}
+
+    def objective(self, task: Task) -> Objective:
+        """Objective of the task's model on its training data."""
+        return Objective(task.model, task.train, task.loss, **self.chosen)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Plan:
             )
         note(f"loading {self.model.task}")
         task = self.model.load()
-        objective = self.model.objective(task, task.model)
+        objective = self.model.objective(task)
         made = plan(objective, method)
         if self.json:
             print_json({"task": self.model.task, "criterion": self.criterion, **made.to_dict()})

@@ -18,8 +18,8 @@ from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.method import METHODS
-from woodfisher.pruning.oneshot import prune_objective, prune_within
-from woodfisher.results.metrics import score, score_if_any
+from woodfisher.pruning.oneshot import prune
+from woodfisher.results.metrics import mean_score, score
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_layers, require_plots
 
@@ -78,23 +78,30 @@ class Prune:
     def _run(self) -> None:
         check_choice("criterion", self.criterion, METHODS)
         method = self.method.method(self.criterion, strict=True)
-        goal, sparsity = self._goal(method)
-        aim = f"drop{goal:g}" if goal is not None else f"{sparsity:g}"
+        drop, sparsity = self._goal(method)
+        aim = f"{sparsity:g}" if drop is None else f"drop{drop:g}"
         folder = self.model.folder(self.out, f"{self.criterion}-{aim}")
         require_plots()
         require_page()
         note(f"loading {self.model.task}")
         with together() as ranks:
             task = self.model.load()
-            objective = self.model.objective(task, task.model)
+            objective = self.model.objective(task)
             baseline = copied(task.model)
             dense = ranks.first(lambda: _evaluate(task, task.model, "dense"))
         with progress(f"{self.criterion} to {aim}") as show:
-            if goal is None:
-                report = prune_objective(objective, sparsity, method, show)
-            else:
-                report = prune_within(objective, goal, task.validate, method, show)
-                sparsity = report.sparsity if report.flops_removed is None else report.flops_removed
+            report = prune(
+                task.model,
+                task.train,
+                task.loss,
+                sparsity,
+                max_drop=drop,
+                metric=task.validate,
+                criterion=method,
+                progress=show,
+                **self.model.chosen,
+            )
+        reached = report.sparsity if report.flops_removed is None else report.flops_removed
         by_size = replace(
             METHODS["magnitude"],
             recalibrate=method.recalibrate,
@@ -104,12 +111,19 @@ class Prune:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", WoodfisherWarning)
-            magnitude = prune_objective(self.model.objective(task, baseline), sparsity, by_size)
+            magnitude = prune(
+                baseline,
+                task.train,
+                task.loss,
+                reached if sparsity is None else sparsity,
+                criterion=by_size,
+                **self.model.chosen,
+            )
         asked = {
             "criterion": self.criterion,
             "preset": self.method.preset,
-            "requested_sparsity": sparsity if goal is None else None,
-            "max_drop": goal,
+            "requested_sparsity": sparsity,
+            "max_drop": drop,
         }
         outcome = Outcome(self.model, task, method, folder, asked)
         with together() as ranks:
@@ -149,8 +163,8 @@ class Prune:
         else:
             _show(task, content, report, magnitude)
 
-    def _goal(self, method: Method) -> tuple[float | None, float]:
-        """The drop allowed, or None, and the sparsity."""
+    def _goal(self, method: Method) -> tuple[float | None, float | None]:
+        """The drop allowed or the sparsity, and None for the other."""
         if self.max_drop is None:
             sparsity = method.goal(self.sparsity)
             check_sparsity(sparsity)
@@ -165,7 +179,7 @@ class Prune:
                 f"--max-drop takes a share, as in 1% or 0.01; {self.max_drop!r} came."
             ) from None
         check_fraction("--max-drop", drop)
-        return drop, 0.0
+        return drop, None
 
 
 def _evaluate(task: Task, model: Any, name: str) -> float:
@@ -195,7 +209,7 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     rows[content["criterion"]] = (content["pruned"]["metric"], report)
     for name, (metric, run) in rows.items():
         summary.add_row(
-            name, score_if_any(metric, task.metric_name), f"{run.kept:,}", f"{run.seconds['total']:.1f} s"
+            name, mean_score(metric, None, task.metric_name), f"{run.kept:,}", f"{run.seconds['total']:.1f} s"
         )
     console.print(summary)
 

@@ -14,9 +14,10 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, save_json, text_of, write_folder
 from woodfisher.gradients.isolation import copied
 from woodfisher.results.metrics import score
+from woodfisher.results.numbers import fixed, per_cent, significant
 from woodfisher.results.plots import require_plots
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
-from woodfisher.tour_plots import ends, fixed, percent, pictures, short
+from woodfisher.tour_plots import ends, pictures
 
 if TYPE_CHECKING:
     from torch import nn
@@ -153,8 +154,8 @@ def _cells(region: Region) -> list[str]:
         f"{region.name.removesuffix('.weight')} ({region.size:,})",
         fixed(exact),
         fixed(empirical.cosine),
-        short(empirical.scale),
-        percent(blocks[1]),
-        percent(blocks.get(50)),
-        *(short(value, 2) for value in ends(region.eigenvalues[HESSIAN])),
+        significant(empirical.scale),
+        per_cent(blocks[1]),
+        per_cent(blocks.get(50)),
+        *(significant(value, 2) for value in ends(region.eigenvalues[HESSIAN])),
     ]

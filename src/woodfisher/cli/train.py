@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -11,7 +11,7 @@ from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Epochs, Folder, MethodOptions, Number, TaskOptions
 from woodfisher.cli.outcome import Outcome, before, layers_given
-from woodfisher.pruning.method import METHODS, Method
+from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.schedule import Polynomial
 from woodfisher.results.metrics import score
 from woodfisher.results.page import require_page
@@ -85,14 +85,13 @@ class Train:
         sparsity = method.goal(self.sparsity)
         check_sparsity(sparsity)
         schedule = self._schedule(sparsity)
-        parts = {part.name: getattr(method, part.name) for part in fields(Method)}
         folder = self.model.folder(self.out, f"train-{self.criterion}-{sparsity:g}")
         require_plots()
         require_page()
         require_lightning()
         note(f"loading {self.model.task}")
         task = self.model.load()
-        objective = self.model.objective(task, task.model)
+        objective = self.model.objective(task)
         dense = task.evaluate(task.model)
         note(f"dense: {task.metric_name} {score(dense, task.metric_name)} on test data")
         try:
@@ -101,17 +100,14 @@ class Train:
                     task,
                     schedule,
                     self.training,
-                    criterion=self.criterion,
-                    params=self.model.params or None,
-                    exclude=self.model.exclude,
-                    precision=self.model.precision,
+                    criterion=method,
                     seed=self.model.seed,
                     out=folder,
                     resume=self.resume,
                     log=self.log,
                     progress=show,
                     on_epoch=lambda epoch: self._tell(epoch, task.metric_name),
-                    **parts,
+                    **self.model.chosen,
                 )
         except KeyboardInterrupt:
             from woodfisher.training.finetuning import CHECKPOINT

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +15,8 @@ from woodfisher.errors import WoodfisherError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from woodfisher.gradients.objective import Objective
+    from woodfisher.gradients.base import Gradients, Labels
 
-Labels = Literal["data", "model"]
 
 WORKSPACE = 16 * 2**20
 """Bytes of float64 scratch that an operator may use at a time, beside vectors of the model's size."""
@@ -196,7 +195,7 @@ class Estimator(ABC):
     labels: Labels = "data"
 
     @abstractmethod
-    def __call__(self, objective: Objective) -> InverseOperator:
+    def __call__(self, objective: Gradients) -> InverseOperator:
         """Estimate the curvature of `objective` at its weights and return its inverse."""
 
 

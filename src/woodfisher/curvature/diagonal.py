@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.checks import check_choice, check_count, check_positive
-from woodfisher.curvature.base import DiagonalInverse, Estimator, Labels
+from woodfisher.curvature.base import DiagonalInverse, Estimator
 
 if TYPE_CHECKING:
-    from woodfisher.gradients.objective import Objective
+    from woodfisher.gradients.base import Gradients, Labels
 
 
 @dataclass(frozen=True)
 class Identity(Estimator):
     """F = I: every direction costs the same, which makes the surgeon prune by magnitude. Uses no data."""
 
-    def __call__(self, objective: Objective) -> DiagonalInverse:
+    def __call__(self, objective: Gradients) -> DiagonalInverse:
         """Return the identity for the weights of `objective`."""
         return DiagonalInverse(torch.ones(objective.layout.size, device=objective.device))
 
@@ -52,7 +52,7 @@ class DiagonalFisher(Estimator):
         check_positive("damping", self.damping, "for weights whose gradient is zero in every row")
         check_choice("labels", self.labels, ("data", "model"))
 
-    def __call__(self, objective: Objective) -> DiagonalInverse:
+    def __call__(self, objective: Gradients) -> DiagonalInverse:
         """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
         total, count = objective.squares(self.samples, group=self.group, labels=self.labels)
         return DiagonalInverse(total * self.group / count + self.damping, self.damping)

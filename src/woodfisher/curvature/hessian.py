@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from woodfisher.gradients.base import Gradients
     from woodfisher.gradients.objective import Objective
 
 _COLUMNS = 32
@@ -35,7 +36,7 @@ class _HessianEstimator(Estimator):
         check_count("samples", self.samples)
         check_not_negative("damping", self.damping)
 
-    def _shift(self, objective: Objective) -> Tensor:
+    def _shift(self, objective: Gradients) -> Tensor:
         """λ, and 1 for removed weights without any, whose rows are zero, `(d,)`."""
         removed = torch.tensor(self.damping or 1.0, dtype=torch.float64, device=objective.device)
         return torch.where(objective.kept, self.damping, removed)
@@ -56,14 +57,14 @@ class ExactHessian(_HessianEstimator):
         λ ≥ 0, in the units of the Hessian.
     """
 
-    def __call__(self, objective: Objective) -> DenseInverse:
+    def __call__(self, objective: Gradients) -> DenseInverse:
         """Compute the Hessian of `objective` column by column and factor it."""
         d = objective.layout.size
         Budget.of(objective.device).check(
             [(f"the Hessian of {d} weights and its factor", 4 * 8 * d * d)],
             "choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d²",
         )
-        H = exact_hessian(objective, self.samples)
+        H = exact_hessian(objective.joined(), self.samples)
         H.diagonal().add_(self._shift(objective))
         return DenseInverse(H[None], "the damped Hessian", self.damping)
 
@@ -87,10 +88,10 @@ class DiagonalHessian(_HessianEstimator):
     LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989.
     """
 
-    def __call__(self, objective: Objective) -> DiagonalInverse:
+    def __call__(self, objective: Gradients) -> DiagonalInverse:
         """Compute the Hessian of `objective` column by column and keep its diagonal."""
         diagonal = torch.cat(
-            [columns[where].diagonal() for where, columns in _columns(objective, self.samples)]
+            [columns[where].diagonal() for where, columns in _columns(objective.joined(), self.samples)]
         )
         damped = diagonal + self._shift(objective)
         if not (damped > 0).all():

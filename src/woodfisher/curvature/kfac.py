@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from woodfisher.checks import check_choice, check_count, check_positive
-from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, Labels, spans
+from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, spans
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import Budget
 from woodfisher.watch import warn
@@ -17,7 +17,7 @@ from woodfisher.watch import warn
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from woodfisher.gradients.objective import Objective
+    from woodfisher.gradients.base import Gradients, Labels
 
 _CG_TOLERANCE = 1e-10
 _CG_STEPS = 2000
@@ -133,7 +133,7 @@ class KFAC(Estimator):
         check_positive("damping", self.damping, "or factors of few samples have no inverse")
         check_choice("labels", self.labels, ("data", "model"))
 
-    def __call__(self, objective: Objective) -> BlockDiagonalInverse:
+    def __call__(self, objective: Gradients) -> BlockDiagonalInverse:
         """Gather inputs and output gradients of every layer of `objective` and factor their moments."""
         for name, shape in objective.layout.shapes.items():
             if len(shape) == 1:
@@ -171,7 +171,7 @@ class KFAC(Estimator):
         )
 
 
-def _check_memory(objective: Objective) -> None:
+def _check_memory(objective: Gradients) -> None:
     """Raise unless there is memory for the moments, which become eigenvectors layer by layer, and the eigenvalues."""
     layout = objective.layout
     moments = [

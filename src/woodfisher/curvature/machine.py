@@ -13,6 +13,7 @@ from woodfisher.gradients.batches import samples_in
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from woodfisher.gradients.base import Gradients
     from woodfisher.gradients.objective import Objective
 
 
@@ -49,7 +50,7 @@ class Machine:
         """Seconds of so many operations in products and factorisations of blocks of rows."""
         return flops / (0.5 * self.flops)
 
-    def gradients(self, objective: Objective, samples: float) -> float:
+    def gradients(self, objective: Gradients, samples: float) -> float:
         """Seconds of taking gradients of so many samples."""
         return _gradient_flops(objective) * samples / (self.passes * self.flops)
 
@@ -80,7 +81,7 @@ def _measured_passes(objective: Objective, machine: Machine) -> float:
     return each * count / (seconds * machine.flops)
 
 
-def _gradient_flops(objective: Objective) -> int:
+def _gradient_flops(objective: Gradients) -> int:
     """Operations of a sample's gradient, three times those of its forward pass; 0 for data that is read only once."""
     return 0 if objective.reads_once else 3 * objective.forward_flops()
 

@@ -16,9 +16,9 @@ from woodfisher.memory import Budget, Needs, available_memory, format_bytes
 
 if TYPE_CHECKING:
     from woodfisher.curvature.woodfisher import WoodFisher
+    from woodfisher.gradients.base import Gradients
     from woodfisher.gradients.layer_rows import Factors
     from woodfisher.gradients.layout import Run
-    from woodfisher.gradients.objective import Objective
 
 Keep = Literal["memory", "half", "factors", "host", "disk", "again"]
 
@@ -104,7 +104,7 @@ class Plan(Needs):
         )
 
 
-def planned(objective: Objective, curvature: WoodFisher, machine: Machine | None = None) -> Plan:
+def planned(objective: Gradients, curvature: WoodFisher, machine: Machine | None = None) -> Plan:
     """The cheapest way that fits; rates are nominal where no machine is given."""
     work = _Work(objective, curvature, machine or Machine.nominal(objective.device))
     if curvature.keep != "auto":
@@ -134,7 +134,7 @@ class _Work:
         As for `planned`.
     """
 
-    def __init__(self, objective: Objective, curvature: WoodFisher, machine: Machine) -> None:
+    def __init__(self, objective: Gradients, curvature: WoodFisher, machine: Machine) -> None:
         self.objective, self.curvature, self.machine = objective, curvature, machine
         self.runs: list[Run] = curvature.runs(objective)
         self.weights = int(objective.kept.sum())

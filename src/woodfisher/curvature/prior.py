@@ -20,9 +20,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from woodfisher.curvature.base import Labels
+    from woodfisher.gradients.base import Gradients, Labels
     from woodfisher.gradients.layout import Layout
-    from woodfisher.gradients.objective import Objective
 
 _LEAST, _TOLD = 1e-3, 0.1
 """Added to the diagonal of P, which is 1 on average: so much, since what an input brings that is never there would cost
@@ -73,7 +72,7 @@ class Prior:
         self.size, self.parts, self.device = size, list(parts), device
 
     @classmethod
-    def of(cls, objective: Objective, samples: int, labels: Labels) -> Prior:
+    def of(cls, objective: Gradients, samples: int, labels: Labels) -> Prior:
         """From `samples` samples at the objective's weights; I where no layer's gradients follow from what flows."""
         layout, most = objective.layout, widest(objective.layout)
         try:
@@ -114,7 +113,7 @@ class Prior:
         return out
 
 
-def _moments(objective: Objective, samples: int, labels: Labels, most: int) -> dict[str, list[Tensor]]:
+def _moments(objective: Gradients, samples: int, labels: Labels, most: int) -> dict[str, list[Tensor]]:
     """Name → sums of the diagonal blocks of A, of at most so many inputs, and of s, of each group of a layer."""
     layout = objective.layout
     names = [name for name in objective.factors() if len(layout.shapes[name]) > 1]

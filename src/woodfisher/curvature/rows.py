@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from woodfisher.curvature.planning import Plan
     from woodfisher.curvature.woodfisher import WoodFisher
+    from woodfisher.gradients.base import Gradients
     from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.layout import Layout
     from woodfisher.gradients.objective import Objective
@@ -386,7 +387,7 @@ def disk_room() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free
 
 
-def gathered(objective: Objective, curvature: WoodFisher, plan: Plan, index: Tensor | None) -> Rows:
+def gathered(objective: Gradients, curvature: WoodFisher, plan: Plan, index: Tensor | None) -> Rows:
     """The gradient rows of an objective for the weights in `index` (None: all), kept as planned."""
     objective = objective.within(plan.chunk)
     samples, group, labels = curvature.samples, curvature.group, curvature.labels
@@ -397,7 +398,7 @@ def gathered(objective: Objective, curvature: WoodFisher, plan: Plan, index: Ten
         return FactorRows(layers, objective.layout, index, objective.dtype, objective.device, plan.window)
     where = (plan.rows, plan.weights, objective.dtype, objective.device)
     if plan.keep == "again":
-        return _gathered_again(objective, curvature, plan, index, where)
+        return _gathered_again(objective.joined(), curvature, plan, index, where)
     chunks = objective.iter_rows(samples, group=group, labels=labels, columns=index)
     if plan.keep == "half":
         return _halved(chunks, *where)

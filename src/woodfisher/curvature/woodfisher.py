@@ -12,7 +12,6 @@ from woodfisher.curvature.base import (
     BlockDiagonalInverse,
     Estimator,
     InverseOperator,
-    Labels,
     removed_part,
 )
 from woodfisher.curvature.blocks import FisherBlocks
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
 
     from woodfisher.curvature.rows import Rows
     from woodfisher.distributed import Ranks
+    from woodfisher.gradients.base import Gradients, Labels
     from woodfisher.gradients.layout import Run
-    from woodfisher.gradients.objective import Objective
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class WoodFisher(Estimator):
         if self.memory is not None:
             parse_bytes(self.memory)
 
-    def __call__(self, objective: Objective) -> BlockDiagonalInverse:
+    def __call__(self, objective: Gradients) -> BlockDiagonalInverse:
         """Gather the rows of `objective`, kept as `plan` finds cheapest, and make the operator of them.
 
         Blocks hold kept weights; removed ones have no rows, and F is λ for each of them.
@@ -98,7 +97,7 @@ class WoodFisher(Estimator):
             parts = [(kept[where], part) for where, part in parts]
         return BlockDiagonalInverse([*parts, removed_part(objective.kept, damping)], damping)
 
-    def runs(self, objective: Objective) -> list[Run]:
+    def runs(self, objective: Gradients) -> list[Run]:
         """The blocks of the weights that are left."""
         return objective.layout.restricted(objective.kept).runs(self.block_size)
 

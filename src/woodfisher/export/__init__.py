@@ -4,7 +4,8 @@ from woodfisher.export.onnx import OnnxModel, to_onnx
 from woodfisher.export.semistructured import semi_structured_layers, to_semi_structured
 from woodfisher.export.sparse import LayerSpeed, SparseConv2d, SparseLinear, measure_layers, to_sparse
 from woodfisher.export.stored import load_export, save_dense, save_export
-from woodfisher.export.timing import Race, Timing, difference, race
+from woodfisher.export.timing import Race, Timing, race
+from woodfisher.gradients.outputs import difference
 
 __all__ = [
     "LayerSpeed",

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from woodfisher.errors import WoodfisherError
-from woodfisher.export.timing import difference
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import write_whole
 from woodfisher.gradients.batches import map_tensors, tensors_of
-from woodfisher.gradients.forward import arguments_of, outputs_of
+from woodfisher.gradients.forward import arguments_of
 from woodfisher.gradients.isolation import same_flags, without_cache
+from woodfisher.gradients.outputs import difference, outputs_of
 from woodfisher.gradients.parameters import unwrapped
+from woodfisher.watch import logging_from
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -132,19 +133,10 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without what the exporter says of its progress and of packages that it can do without."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export", "torch._export")
-    ]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    loggers = logging_from(logging.CRITICAL, "torch.onnx", "torch.fx", "torch.export", "torch._export")
+    with loggers, warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _any_number(arguments: Sequence[Any], named: dict[str, Any]) -> Any:
@@ -166,7 +158,5 @@ def _tensors(example_inputs: Any) -> list[Tensor]:
 
 
 def _required(name: str) -> Any:
-    try:
+    with extra("onnx", f"ONNX needs {name}"):
         return importlib.import_module(name)
-    except ImportError as error:
-        raise WoodfisherError(f"ONNX needs {name}: pip install 'woodfisher[onnx]'. ({error})") from error

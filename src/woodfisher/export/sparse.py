@@ -15,8 +15,8 @@ from torch.nn.functional import unfold
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.export.timing import Race, race
-from woodfisher.gradients.forward import outputs_of
 from woodfisher.gradients.isolation import copied
+from woodfisher.gradients.outputs import outputs_of
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.saving.structure import is_blocked
 

@@ -1,4 +1,4 @@
-"""Two ways to compute the same: how far apart their results are, and which is faster here."""
+"""Two ways to compute the same: which is faster here."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from torch import Tensor
+    from collections.abc import Callable
 
 ROUNDS = 15
 """Turns that each side gets."""
@@ -89,28 +87,6 @@ def race(
             for timer, count, list_ in zip(timers, counts, times, strict=True):
                 list_.append(timer.timeit(count).mean)
     return Race(_timing(times[0]), _timing(times[1]), threads)
-
-
-def difference(outputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """Largest difference of any output, as a fraction of the largest wanted value; infinity where shapes differ."""
-    if [each.shape for each in outputs] != [each.shape for each in wanted]:
-        return math.inf
-    apart = [
-        (float((a - b).abs().max()), float(b.abs().max()))
-        for a, b in (
-            (one.detach().cpu().double(), other.detach().cpu().double())
-            for one, other in zip(outputs, wanted, strict=True)
-        )
-        if b.numel()
-    ]
-    return max((_relative(gap, scale) for gap, scale in apart), default=0.0)
-
-
-def _relative(gap: float, scale: float) -> float:
-    """0 for no gap, infinity for one that is no number, or that is beside outputs that are all zero."""
-    if gap == 0:
-        return 0.0
-    return gap / scale if scale and math.isfinite(gap) else math.inf
 
 
 def _timing(times: list[float]) -> Timing:

@@ -54,7 +54,7 @@ def check_data(data: object) -> None:
         raise WoodfisherError(f"data must be an iterable of batches; a {type(data).__name__} came: {hint}.")
 
 
-def apart(data: Iterable[Batch]) -> Iterable[Batch]:
+def read_apart(data: Iterable[Batch]) -> Iterable[Batch]:
     """The same data, for another reader: a loader that keeps its workers has one iterator, which each starts over."""
     if not isinstance(data, DataLoader) or not data.persistent_workers:
         return data

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -498,38 +498,3 @@ def explained(batch: Batch) -> Iterator[None]:
             "into the model's arguments, or dicts for a model that returns .loss. Gradients are taken in evaluation "
             "mode, in which some models return other outputs than in training."
         ) from error
-
-
-def outputs_of(model: nn.Module, example_inputs: Any) -> list[Tensor]:
-    """The tensors that a model returns for these inputs, without gradients; raises where there are none."""
-    with torch.no_grad():
-        found = list(called(model, example_inputs))
-    if not found:
-        raise WoodfisherError(
-            "the model returns no tensors, so that its outputs can't be compared: return them alone, or in a tuple, a "
-            "list, a dict or the attributes of an object."
-        )
-    return found
-
-
-def called(model: nn.Module, example_inputs: Any) -> Iterator[Tensor]:
-    """What a model returns for these inputs, as the tensors in it; caches and the like are passed over."""
-    batch = (example_inputs, ())
-    arguments, named = arguments_of(batch)
-    with explained(batch):
-        outputs = model(*arguments, **named)
-    plain = not isinstance(outputs, (Tensor, Mapping, tuple, list)) and not is_dataclass(outputs)
-    if plain and hasattr(outputs, "__dict__"):
-        outputs = vars(outputs)
-    return _tensors_in(outputs)
-
-
-def _tensors_in(outputs: Any) -> Iterator[Tensor]:
-    if isinstance(outputs, Tensor):
-        yield outputs
-    elif is_dataclass(outputs) and not isinstance(outputs, Mapping):
-        for each in fields(outputs):
-            yield from _tensors_in(getattr(outputs, each.name))
-    elif isinstance(outputs, (Mapping, tuple, list)):
-        for part in outputs.values() if isinstance(outputs, Mapping) else outputs:
-            yield from _tensors_in(part)

@@ -1,4 +1,4 @@
-"""Running a model without leaving a trace in it."""
+"""Running a model without leaving a trace, in it or in torch."""
 
 from __future__ import annotations
 
@@ -139,6 +139,17 @@ def without_cache(model: nn.Module) -> Iterator[None]:
     finally:
         for config in caching:
             config.use_cache = True
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads inside the block; None leaves it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def move_on() -> None:

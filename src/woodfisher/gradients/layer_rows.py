@@ -66,10 +66,10 @@ class LayerRows:
     @classmethod
     def of(cls, module: nn.Module, weight: Tensor, inputs: Tensor, outputs: Tensor) -> LayerRows:
         """Rows for a weight of a layer into which flow `inputs` `(N, m, …)`, and back `outputs` `(N, m, …)`."""
-        convolution = module if isinstance(module, _ConvNd) else None
+        convolution = convolution_of(module, weight)
         if weight.ndim == 1:
-            s = outputs if convolution is None else outputs.movedim(2, -1)
-            return cls(None, s.new_ones(1).expand(*s.shape[:-1], 1), s)
+            s = outputs.movedim(2, -1) if isinstance(module, _ConvNd) else outputs
+            return cls(convolution, s.new_ones(1).expand(*s.shape[:-1], 1), s)
         if inputs_first(module):
             return cls(convolution, outputs, inputs)
         return cls(convolution, inputs, outputs)
@@ -396,6 +396,11 @@ class LayerRows:
             [False, True, False],
         )[1].unflatten(0, (N, -1))
         return gradient[:, channels] if self.groups > 1 else gradient
+
+
+def convolution_of(module: nn.Module, weight: Tensor) -> _ConvNd | None:
+    """The module, where rows of its weight are made of patches of its inputs."""
+    return module if isinstance(module, _ConvNd) and weight.ndim > 1 else None
 
 
 def _side_by_side(tensor: Tensor, channels_last: bool) -> Tensor:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from woodfisher.checks import check_choice, check_count
 from woodfisher.distributed import ALONE
 from woodfisher.errors import NoFactorsError, WoodfisherError
+from woodfisher.gradients.base import Gradients
 from woodfisher.gradients.batches import (
     FORWARD_BATCH,
-    apart,
     check_data,
-    length,
     map_tensors,
-    reads_once,
+    read_apart,
     rechunk,
     samples_in,
     some,
@@ -36,13 +34,14 @@ from woodfisher.gradients.parameters import choose, existing_masks, inputs_first
 from woodfisher.gradients.sharding import is_sharded, plain_copy
 from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS
 from woodfisher.gradients.writing import write
-from woodfisher.memory import new_matrix, resident_memory
+from woodfisher.memory import new_matrix
 from woodfisher.watch import phase, report_progress, watching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from woodfisher.distributed import Ranks
+    from woodfisher.gradients.base import Labels
     from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.forward import Precision
     from woodfisher.gradients.layer_rows import Factors, LayerRows
@@ -54,7 +53,16 @@ GRADIENT_WORKSPACE = 512 * 2**20
 """Bytes that a chunk of per-sample gradients with its activations may take."""
 
 
-class Objective:
+class ObjectiveOptions(TypedDict, total=False):
+    """What an `Objective` takes beside model, data and loss."""
+
+    params: str | Sequence[str] | None
+    exclude: str | Sequence[str]
+    sampler: Callable[[Any], Tensor] | None
+    precision: Precision
+
+
+class Objective(Gradients):
     """The loss of a model on data, as a function of the weights chosen for pruning.
 
     Nothing that an objective computes leaves a trace: it runs in evaluation mode on copies of the buffers,
@@ -134,7 +142,7 @@ class Objective:
         check_choice("precision", precision, PRECISIONS)
         self.loss, self._sampler, self._precision = loss, sampler, precision
         check_data([] if data is None else data)
-        self.data: Iterable[Batch] = [] if data is None else apart(data)
+        self.data: Iterable[Batch] = [] if data is None else read_apart(data)
         self.source = unwrapped(model)
         self._sharded = is_sharded(self.source)
         with watching() as watch:
@@ -170,12 +178,6 @@ class Objective:
             RowMaker(way, self.layout, modules, self.parameters) for way in (forward, forward.by_weight())
         )
 
-    def at(self, weights: Tensor, kept: Tensor) -> Objective:
-        """The same objective at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
-        self.layout.check(weights, "weights")
-        self.layout.check(kept, "kept")
-        return self._with(weights=torch.where(kept, weights, 0).to(self.weights), kept=kept)
-
     def changes(self) -> Changes:
         """What became of the model, for `changed` in another process."""
         return self.weights.cpu(), self.kept.cpu(), self.fresh_buffers()
@@ -200,7 +202,6 @@ class Objective:
         return self._with(ranks=ranks)
 
     def joined(self) -> Objective:
-        """The objective for the weights of all processes: this one, unless it is for a part of them."""
         return self
 
     def current(self, kept: Tensor | None = None, *, steps: int | None = None) -> Objective:
@@ -245,14 +246,9 @@ class Objective:
 
     @property
     def flow_itemsize(self) -> int:
-        """Bytes of each number that flows through the model."""
         if self.forward.precision == "bfloat16":
             return 2
         return max((p.dtype.itemsize for p in self.parameters.values()), default=self.dtype.itemsize)
-
-    def within(self, workspace: int) -> Objective:
-        """The same objective, chunks of whose samples take at most `workspace` bytes with their gradients."""
-        return self._with(workspace=workspace)
 
     def on(self, data: Iterable[Batch]) -> Objective:
         """The same objective on other data."""
@@ -261,19 +257,6 @@ class Objective:
     def on_weighted(self, data: Iterable[Batch]) -> Objective:
         """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
         return self._with(data=data, _maker=self._by_weight)
-
-    def begun(self) -> Objective:
-        """The same objective in a run that begins now: its plans count the memory that the process has at this point.
-
-        What one stage has given back to the process is there for the next.
-        """
-        return self if self.base is not None else self._with(base=resident_memory(self.device))
-
-    def _with(self, **changes: Any) -> Objective:
-        """A copy with other attributes."""
-        other = copy.copy(self)
-        vars(other).update(changes)
-        return other
 
     @property
     def has_batch_norm(self) -> bool:
@@ -332,11 +315,6 @@ class Objective:
         """
         return flops_of_weights(self)
 
-    @property
-    def reads_once(self) -> bool:
-        """Whether the data can be read only once, so that nothing may be tried on it beforehand."""
-        return reads_once(self.data)
-
     def first_samples(self, most: int) -> Batch | None:
         """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
         with isolated(self.model), unmoved(self.data):
@@ -344,90 +322,39 @@ class Objective:
         return None if first is None else self.on_device(first)
 
     def row_bytes(self, group: int = 1) -> int:
-        """Bytes that a row takes while its gradient is computed, without that, as far as the first samples tell."""
         first = self.first_samples(group)
         return 0 if first is None else self._chunks.bytes_saved(self, first)
 
     def forward_flops(self) -> int:
-        """Operations of a forward pass of one sample, as far as torch counts them."""
         return (flops_of_modules(self) or {}).get("", 0)
 
-    def known_samples(self) -> int | None:
-        """How many samples the data has, where it tells without being read."""
-        return length(self.data)
-
-    def most_rows(self, samples: int, group: int) -> int:
-        """Rows that `samples` samples can make at most, given what the data tells of its length unread."""
-        return min(samples, self.known_samples() or samples) // group
-
-    def rows(
+    def iter_rows(
         self,
         samples: int,
         *,
         group: int = 1,
-        labels: str = "data",
+        labels: Labels = "data",
         columns: Tensor | None = None,
         out: Tensor | None = None,
-    ) -> Tensor:
-        """Gradient rows: row n is the gradient of the mean loss of `group` samples.
-
-        Parameters
-        ----------
-        samples:
-            Samples to use, from the beginning of the data.
-        group:
-            Samples a row.
-        labels:
-            `data`, or `model` to draw targets from the model's own distribution.
-        columns:
-            Flat indexes of the weights wanted, int64 `(k,)`, ascending; default all.
-        out:
-            Where to write them to, `(n, k)` with n ≥ N: memory that is in use already is written to much faster.
-
-        Returns
-        -------
-        `(N, k)` with N = samples // group, or fewer (with a warning) where the data ends early.
-        """
-        self.layout.check_columns(columns)
-        width = self.layout.size if columns is None else len(columns)
-        most = self.most_rows(samples, group)
-        if out is not None and (len(out) < most or out.shape[1:] != (width,)):
-            raise WoodfisherError(
-                f"out must have room for {most} rows of {width} weights; it is {tuple(out.shape)}."
-            )
-        filled = 0
-        for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
-            with phase("gradients"):
-                if out is None:
-                    out = new_matrix(most, width, self.dtype, self.device)
-                self.fill_rows(out[filled : filled + count], chunk, group, columns, filled)
-            filled += count
-            report_progress("gradients", filled, samples // group)
-        assert out is not None
-        return out[:filled]
-
-    def iter_rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", columns: Tensor | None = None
     ) -> Iterator[Tensor]:
-        """The rows of `rows`, in chunks `(c, k)` of bounded memory."""
         self.layout.check_columns(columns)
         width = self.layout.size if columns is None else len(columns)
         done = 0
         for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
             with phase("gradients"):
-                out = new_matrix(count, width, self.dtype, self.device)
-                self.fill_rows(out, chunk, group, columns, done)
-            yield out
+                here = (
+                    new_matrix(count, width, self.dtype, self.device)
+                    if out is None
+                    else out[done : done + count]
+                )
+                self.fill_rows(here, chunk, group, columns, done)
+            yield here
             done += count
             report_progress("gradients", done, samples // group)
 
     def iter_layer_rows(
-        self, samples: int, *, group: int = 1, labels: str = "data", names: Sequence[str] | None = None
+        self, samples: int, *, group: int = 1, labels: Labels = "data", names: Sequence[str] | None = None
     ) -> Iterator[dict[str, LayerRows]]:
-        """Rows in factor form, of the weights in `names` (default: all), which `factors` must have.
-
-        The gradients of removed weights are in them.
-        """
         names = list(self.layout.shapes if names is None else names)
         self._maker.check_possible(names)
         able = {} if self.reads_once else self.factors(group)
@@ -440,8 +367,7 @@ class Objective:
             done += count
             report_progress("gradients", done, samples // group)
 
-    def squares(self, samples: int, *, group: int = 1, labels: str = "data") -> tuple[Tensor, int]:
-        """Squares of the rows of `rows`, summed over them: float64 `(d,)`, and how many rows they are."""
+    def squares(self, samples: int, *, group: int = 1, labels: Labels = "data") -> tuple[Tensor, int]:
         able = self.factors(group)
         factored = able.keys() == self.layout.shapes.keys()
         width = sum(each.floats for each in able.values()) if factored else self.layout.size
@@ -470,12 +396,6 @@ class Objective:
         return total
 
     def factors(self, group: int = 1) -> dict[str, Factors]:
-        """The weights whose rows can be had in factor form, and what that takes; tried on the first samples.
-
-        These are the weights of Linear and convolution layers that the model calls once for all samples of a batch,
-        where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
-        has none.
-        """
         if self.reads_once:
             return {}
         with isolated(self.model), torch.enable_grad():
@@ -488,7 +408,9 @@ class Objective:
         """`factors` tried on the first rows of a batch, for the first one of its form."""
         return self._maker.signals.factors(self.state(), batch, group, self.workspace)
 
-    def row_chunks(self, samples: int, group: int, labels: str, floats: int) -> Iterator[tuple[Batch, int]]:
+    def row_chunks(
+        self, samples: int, group: int, labels: Labels, floats: int
+    ) -> Iterator[tuple[Batch, int]]:
         """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
 
         A row takes `floats` numbers beside what its backward pass needs.
@@ -539,7 +461,6 @@ class Objective:
                 report_progress("Fisher", done, samples)
 
     def gradient(self, samples: int) -> Tensor:
-        """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         count, seen = 0.0, 0
         with phase("gradients"), isolated(self.model), torch.enable_grad():

@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Any, cast
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import unreadable, write_whole
 from woodfisher.pruning.pruner import Pruner
 
-try:
+with extra("hf", "pruning in Hugging Face's Trainer needs transformers and accelerate"):
     from transformers import TrainerCallback
     from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-except ImportError as error:
-    raise WoodfisherError(
-        "pruning in Hugging Face's Trainer needs transformers and accelerate: pip install 'woodfisher[hf]'"
-    ) from error
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.pruning.pruner import Pruner
 
-try:
+with extra("train", "training needs Lightning"):
     from lightning.pytorch import Callback
-except ImportError as error:
-    raise WoodfisherError("training needs Lightning: pip install 'woodfisher[train]'") from error
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,17 +9,16 @@ import torch
 
 from woodfisher.checks import check_count, check_fraction, check_positive
 from woodfisher.curvature.base import DiagonalInverse
-from woodfisher.errors import WoodfisherError
-from woodfisher.gradients.batches import FORWARD_BATCH, Stream, rechunk
+from woodfisher.gradients.batches import Stream
 from woodfisher.gradients.normalisation import recalibrated
+from woodfisher.pruning.held_out import HeldOut
 from woodfisher.pruning.report import Stage
-from woodfisher.pruning.run import AdaptiveRun, Passed, floor_of, loss_on
+from woodfisher.pruning.run import AdaptiveRun, Passed
 from woodfisher.pruning.window import known_samples, window_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
     from woodfisher.surgeon.selection import Selection
@@ -90,25 +88,14 @@ def adaptive_run(
     stream.skip(skip)
     known = known_samples(objective, method, stream)
     window = window_for(objective, method, known, reads_once=stream.reads_once)
-    drawn = stream.hold_out(window.held_out)
-    held_out = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
-    dense = loss_on(held_out, objective)
-    began = loss_on(held_out, objective, rounded=True)
-    if not math.isfinite(dense):
-        for _ in objective.on(held_out).iter_rows(window.held_out):
-            pass
-        raise WoodfisherError(
-            f"the mean loss of the model as it came is {dense} on held-out samples: check the loss, the data and the "
-            "weights."
-        )
-    floor = floor_of(objective.on(held_out), began)
+    held_out = HeldOut.of(objective, stream.hold_out(window.held_out))
     streams = [stream, *(stream.fork() for _ in window.courses[1:])]
     bounded = objective.within(window.chunk)
     runs = [
-        AdaptiveRun(bounded, method, selection, course, held_out, each, began, floor)
+        AdaptiveRun(bounded, method, selection, course, held_out, each)
         for each, course in zip(streams, window.courses, strict=True)
     ]
-    by_size = _by_magnitude(objective, targets, method, selection, held_out, stream, dense)
+    by_size = _by_magnitude(objective, targets, method, selection, held_out, stream)
     for passed in zip(*(run.passing(targets) for run in runs), by_size, strict=True):
         yield min(passed, key=lambda p: p.loss)
 
@@ -118,15 +105,14 @@ def _by_magnitude(
     targets: Sequence[int],
     method: Method,
     selection: Selection,
-    held_out: Sequence[Batch],
+    held_out: HeldOut,
     stream: Stream,
-    dense: float,
 ) -> Iterator[Passed]:
     """Remove the smallest weights (or groups of least norm) and leave the rest."""
     scores = selection.scores(objective.weights, DiagonalInverse(torch.ones_like(objective.weights)))
     for amount in targets:
         keep = selection.best(scores, objective.kept, amount)
         pruned = recalibrated(objective.at(objective.weights, keep), stream, method.recalibrate)
-        loss = loss_on(held_out, pruned)
-        stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - dense)
-        yield Passed(pruned, loss if math.isfinite(loss) else math.inf, (stage,))
+        loss = held_out.loss(pruned)
+        stage = Stage(1 - int(keep.sum()) / objective.layout.size, None, loss - held_out.dense)
+        yield Passed(pruned, loss, (stage,))

@@ -20,6 +20,7 @@ from woodfisher.curvature import (
     WoodFisher,
 )
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.objective import ObjectiveOptions
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.surgeon.patterns import Pattern, Unstructured
 from woodfisher.surgeon.selection import SCOPES, Selection
@@ -141,6 +142,13 @@ class Method:
         return Adaptive() if self._carries_rows else FIXED_STAGES
 
     @property
+    def adaptive(self) -> tuple[Adaptive, WoodFisher]:
+        """How stages adapt, and the curvature whose rows they carry along."""
+        assert isinstance(self.staging, Adaptive)
+        assert isinstance(self.curvature, WoodFisher)
+        return self.staging, self.curvature
+
+    @property
     def samples(self) -> int:
         """Samples that one run takes, over all of its stages, with those that they are checked on."""
         if isinstance(self.staging, Adaptive):
@@ -238,8 +246,8 @@ PRESETS = ("paper",)
 _PAPER = {"samples": 100, "damping": 1e-5, "block_size": 2000, "group": 1, "labels": "data"}
 
 
-def method_for(criterion: str, preset: str | None = None, *, use: Use = "adaptive") -> Method:
-    """The method of that name, as it measures best, or under the protocol of a preset.
+def method_for(criterion: str | Method, preset: str | None = None, *, use: Use = "adaptive") -> Method:
+    """The method of that name, as it measures best, or under the protocol of a preset; a `Method` as it is.
 
     The preset `paper` is that of Singh and Alistarh (2020), one shot: 100 gradients of single samples, damping
     1e-5, blocks of 2000 within a layer, global ranking, independent update. Methods that move no weights keep
@@ -247,6 +255,13 @@ def method_for(criterion: str, preset: str | None = None, *, use: Use = "adaptiv
     has them, `fixed` ones, or a single one each time that weights are removed in `training`, unless they are to adapt
     there too.
     """
+    if isinstance(criterion, Method):
+        if preset is not None:
+            raise WoodfisherError(
+                "a preset says what a method of some name is, and a Method came, which is taken as it is: leave out "
+                "preset=, or name the method."
+            )
+        return criterion
     check_choice("criterion", criterion, METHODS)
     others = {
         "adaptive": _FIXED if preset else {},
@@ -295,6 +310,24 @@ class MethodParts(TypedDict, total=False):
     recalibrate: int | None
 
 
+class PruningOptions(ObjectiveOptions, MethodParts, total=False):
+    """What can be given by name wherever an objective and a method are made."""
+
+
+def apart(options: PruningOptions) -> tuple[ObjectiveOptions, MethodParts]:
+    """Those of the objective, and all others."""
+    chosen = {name: value for name, value in options.items() if name in ObjectiveOptions.__annotations__}
+    parts = {name: value for name, value in options.items() if name not in chosen}
+    return cast("ObjectiveOptions", chosen), cast("MethodParts", parts)
+
+
+def method_asked(
+    criterion: str | Method, parts: MethodParts, preset: str | None = None, *, training: bool = False
+) -> Method:
+    """The method of that name, as it suits these parts, or the one that is given; with the parts replaced."""
+    return replaced(method_for(criterion, preset, use=use_for(parts, training=training)), parts)
+
+
 def use_for(parts: MethodParts, *, training: bool = False) -> Use:
     """What for a method is taken with these parts: they may need a fixed number of stages."""
     if training:
@@ -311,11 +344,11 @@ def given(**options: Any) -> dict[str, Any]:
 
 def replaced(method: Method, parts: MethodParts) -> Method:
     """The method with those parts replaced that are given and not None."""
-    unknown = set(parts) - set(MethodParts.__annotations__)
+    unknown = sorted(set(parts) - set(MethodParts.__annotations__))
     if unknown:
-        known = ", ".join(MethodParts.__annotations__)
         raise WoodfisherError(
-            f"there is no argument {sorted(unknown)[0]!r}; the parts of a method are {known}."
+            f"there is no argument {unknown[0]!r}; an Objective takes {', '.join(ObjectiveOptions.__annotations__)}, "
+            f"and the parts of a method are {', '.join(MethodParts.__annotations__)}."
         )
     others = given(**parts)
     if others.get("stages") == "auto":

@@ -16,7 +16,7 @@ from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.writing import digests, write
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.dealing import align_random, alike, can_be_dealt
-from woodfisher.pruning.method import method_for, replaced, use_for
+from woodfisher.pruning.method import apart, method_asked
 from woodfisher.pruning.report import report_of, warn_of_lost_layers, warnings_of
 from woodfisher.pruning.stages import pruned_through
 from woodfisher.watch import phase, warn, watching
@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from woodfisher.gradients.batches import Batch
-    from woodfisher.gradients.forward import Precision
     from woodfisher.gradients.objective import Changes
-    from woodfisher.pruning.method import Method, MethodParts
+    from woodfisher.pruning.method import Method, PruningOptions
     from woodfisher.pruning.report import Report, Stage
     from woodfisher.surgeon.selection import Selection
     from woodfisher.watch import Progress, Watch
@@ -56,14 +55,10 @@ def prune(
     *,
     max_drop: float | None = None,
     metric: Callable[[nn.Module], float] | None = None,
-    criterion: str = "woodfisher",
+    criterion: str | Method = "woodfisher",
     preset: str | None = None,
-    params: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-    sampler: Callable[[Any], Tensor] | None = None,
-    precision: Precision = "float32",
     progress: Progress | None = None,
-    **parts: Unpack[MethodParts],
+    **options: Unpack[PruningOptions],
 ) -> Report:
     """Remove a fraction of a trained model's weights, in place, and make up for it with the rest.
 
@@ -72,7 +67,7 @@ def prune(
 
     Parameters
     ----------
-    model, data, loss, params, exclude, sampler, precision:
+    model, data, loss:
         As for `Objective`. Training samples are drawn from the beginning of `data`, so shuffle it. Every stage
         draws new ones while there are any; a few hundred in all are enough to begin with.
     sparsity:
@@ -86,15 +81,16 @@ def prune(
     metric:
         `metric(model)`, larger is better, on validation data: what `max_drop` is about.
     criterion:
-        Name of the method: see `woodfisher.METHODS`.
+        Name of the method (see `woodfisher.METHODS`), or a `Method`, which is taken as it is.
     preset:
-        `paper` for the protocol of Singh and Alistarh (2020): 100 gradients of single samples, damping 1e-5,
-        blocks within a layer, global ranking, independent update, one shot.
+        `paper` for the protocol of Singh and Alistarh (2020), with a method that is named: 100 gradients of single
+        samples, damping 1e-5, blocks within a layer, global ranking, independent update, one shot.
     progress:
         Called as `progress(phase, done, total)`.
-    **parts:
-        `curvature`, `first_order`, `update`, `scope`, `pattern`, `floor`, `stages`, `refine` or `recalibrate`: replace
-        that part of the method (see `Method`).
+    **options:
+        `params`, `exclude`, `sampler` and `precision` choose weights and say how gradients are taken, as for
+        `Objective`. `curvature`, `first_order`, `update`, `scope`, `pattern`, `floor`, `stages`, `refine` and
+        `recalibrate` replace that part of the method (see `Method`).
 
     Raises
     ------
@@ -109,13 +105,17 @@ def prune(
                 "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
                 f"metric=lambda model: accuracy(model, validation_batches); {metric!r} came."
             )
-        method = replaced(method_for(criterion, preset, use=use_for(parts)), parts)
-        objective = Objective(
-            model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
-        )
+        chosen, parts = apart(options)
+        method = method_asked(criterion, parts, preset)
+        objective = Objective(model, data, loss, **chosen)
     if max_drop is not None and metric is not None:
-        return prune_within(objective, max_drop, metric, method, progress)
-    return prune_objective(objective, method.goal(sparsity), method, progress)
+        (pruned,) = _in_all_processes(
+            objective, method, max_drop, lambda at: [_within(at, max_drop, metric, method, progress)]
+        )
+    else:
+        (pruned,) = _through(objective, [method.goal(sparsity)], method, progress)
+    pruned.write()
+    return pruned.report
 
 
 def sweep(
@@ -124,14 +124,10 @@ def sweep(
     loss: Callable[[Any, Any], Tensor] | None = None,
     sparsities: float | Iterable[float] = SPARSITIES,
     *,
-    criterion: str = "woodfisher",
+    criterion: str | Method = "woodfisher",
     preset: str | None = None,
-    params: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-    sampler: Callable[[Any], Tensor] | None = None,
-    precision: Precision = "float32",
     progress: Progress | None = None,
-    **parts: Unpack[MethodParts],
+    **options: Unpack[PruningOptions],
 ) -> list[Pruned]:
     """Prune to several sparsities, by one run that passes through them all where the stages adapt.
 
@@ -143,13 +139,12 @@ def sweep(
     In the order of `sparsities`.
     """
     with together():
-        method = replaced(method_for(criterion, preset, use=use_for(parts)), parts)
-        objective = Objective(
-            model, data, loss, params=params, exclude=exclude, sampler=sampler, precision=precision
-        )
+        chosen, parts = apart(options)
+        method = method_asked(criterion, parts, preset)
+        objective = Objective(model, data, loss, **chosen)
     asked = list(sparsities) if isinstance(sparsities, Iterable) else [sparsities]
     others = digests(objective)
-    return [replace(each, others=others) for each in sweep_objective(objective, asked, method, progress)]
+    return [replace(each, others=others) for each in _through(objective, asked, method, progress)]
 
 
 @dataclass(frozen=True)
@@ -189,19 +184,10 @@ class Pruned:
         return cls(replace(told[1], masks=masks), at)
 
 
-def prune_objective(
-    objective: Objective, sparsity: float, method: Method, progress: Progress | None = None
-) -> Report:
-    """`prune` for an objective and a method that are made already."""
-    (pruned,) = sweep_objective(objective, [sparsity], method, progress)
-    pruned.write()
-    return pruned.report
-
-
-def sweep_objective(
-    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None = None
+def _through(
+    objective: Objective, sparsities: Sequence[float], method: Method, progress: Progress | None
 ) -> list[Pruned]:
-    """`sweep` for an objective and a method that are made already."""
+    """Pruned to each sparsity, in that order, by all processes."""
     return _in_all_processes(
         objective, method, sparsities, lambda at: _sweep(at, sparsities, method, progress)
     )
@@ -249,21 +235,6 @@ def _sweep(
             if not isinstance(method.staging, Adaptive):
                 watch.restart()
     return [reached[amount] for amount in amounts]
-
-
-def prune_within(
-    objective: Objective,
-    max_drop: float,
-    metric: Callable[[nn.Module], float],
-    method: Method,
-    progress: Progress | None = None,
-) -> Report:
-    """`prune` with a `max_drop`, for an objective and a method that are made already."""
-    (pruned,) = _in_all_processes(
-        objective, method, max_drop, lambda at: [_within(at, max_drop, metric, method, progress)]
-    )
-    pruned.write()
-    return pruned.report
 
 
 def _within(

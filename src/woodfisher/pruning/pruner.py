@@ -16,7 +16,8 @@ from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.gradients.sharding import reshard
 from woodfisher.pruning.masks import Masks
-from woodfisher.pruning.method import method_for, replaced, use_for
+from woodfisher.pruning.method import method_asked
+from woodfisher.pruning.oneshot import Pruned
 from woodfisher.pruning.report import report_of, warn_of_lost_layers
 from woodfisher.pruning.schedule import Schedule
 from woodfisher.pruning.stages import pruned_through
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from woodfisher.gradients.objective import Changes
-    from woodfisher.pruning.method import MethodParts
+    from woodfisher.pruning.method import Method, MethodParts
     from woodfisher.pruning.report import Report
     from woodfisher.watch import Progress
 
@@ -56,7 +57,8 @@ class Pruner:
     criterion:
         Name of the method: see `woodfisher.METHODS`. In training it has one stage each time, and `woodfisher` small
         blocks; `woodtaylor` counts the gradient, away from an optimum. With `stages="auto"`, for few and large
-        removals, `woodfisher` has 20 stages that adapt, of 20,000 sample gradients together.
+        removals, `woodfisher` has 20 stages that adapt, of 20,000 sample gradients together. Or a `Method`, which is
+        taken as it is, with all of its samples and stages each time.
     seed:
         Which samples rows are taken from. They depend on it and on the number of times that weights were removed
         before, and on nothing else; no random generator of the training run is touched.
@@ -95,7 +97,7 @@ class Pruner:
         objective: Objective,
         schedule: Schedule,
         *,
-        criterion: str = "woodfisher",
+        criterion: str | Method = "woodfisher",
         seed: int = 0,
         progress: Progress | None = None,
         **parts: Unpack[MethodParts],
@@ -114,7 +116,7 @@ class Pruner:
             raise WoodfisherError(
                 f"schedule must be wf.Polynomial(...), wf.Milestones(...) or wf.one_shot(...); {schedule!r} came."
             )
-        self.method = replaced(method_for(criterion, use=use_for(parts, training=True)), parts)
+        self.method = method_asked(criterion, parts, training=True)
         self.schedule, self.seed, self.progress = schedule, seed, progress
         if self.method.curvature.samples and objective.reads_once:
             raise WoodfisherError(
@@ -243,16 +245,14 @@ class Pruner:
                         skip=self._times * self.method.samples,
                     )
                 warn_of_lost_layers(at)
-                report = report_of(at, stages, self.method, self.selection, watch)
-                return at.changes(), replace(report, masks={})
+                return Pruned(report_of(at, stages, self.method, self.selection, watch), at).told()
 
-            changes, report = on_first_rank(pruned)
-        at = objective.changed(changes)
-        at.write()
-        self._masks.set(at.layout.split(at.kept))
+            made = Pruned.of(on_first_rank(pruned), objective)
+        made.write()
+        self._masks.set(made.report.masks)
         self._times += 1
-        self.history.append(report)
-        return replace(report, masks=self.masks)
+        self.history.append(replace(made.report, masks={}))
+        return replace(made.report, masks=self.masks)
 
     @property
     def _kept(self) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,19 +28,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from woodfisher.curvature import WoodFisher
     from woodfisher.curvature.base import InverseOperator
-    from woodfisher.gradients.batches import Batch, Stream
+    from woodfisher.gradients.batches import Stream
     from woodfisher.gradients.objective import Objective
-    from woodfisher.pruning.adaptive import Adaptive
+    from woodfisher.pruning.held_out import HeldOut
     from woodfisher.pruning.method import Method
     from woodfisher.pruning.window import Course
     from woodfisher.surgeon.selection import Selection
-
-_RISE = {True: 0.4, False: 0.1}
-"""Share of the loss (of the first one, where that is larger) by which a step may raise it beyond what is predicted:
-with the gradient, which brings it down again, and without. What is predicted counts up to that loss, since a removal
-that multiplies it is better made in parts."""
 
 _TOLERANCE = 1.02
 """Ratio by which a stage may raise the loss before leaving the kept weights where they are is tried too."""
@@ -118,11 +112,9 @@ class AdaptiveRun:
     course:
         What it takes of the data.
     held_out:
-        Batches to check stages on.
+        What stages are checked on.
     stream:
         Where samples for rows come from.
-    loss, floor:
-        Where it starts, on the held-out samples, and what losses are counted from.
     """
 
     def __init__(
@@ -131,20 +123,18 @@ class AdaptiveRun:
         method: Method,
         selection: Selection,
         course: Course,
-        held_out: Sequence[Batch],
+        held_out: HeldOut,
         stream: Stream,
-        loss: float,
-        floor: float,
     ) -> None:
         self.objective, self.method, self.selection = objective, method, selection
-        self.options, self.curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
+        self.options, self.curvature = method.adaptive
         self.course, self.stream, self.first_order = course, stream, course.first_order
-        self._held_out, self.loss, self._first_loss, self._floor = held_out, loss, loss, floor
+        self.held_out, self.loss = held_out, held_out.first
         self.weights = objective.weights[objective.kept].double()
         self.fisher = self._no_rows()
         self.gradient = MeanGradient(self.weights, self.options.momentum)
         self._damping = CarriedDamping(self.curvature.damping, first_order=course.first_order)
-        self._began, self._foreseen, self._turn = loss, 0.0, 0
+        self._began, self._foreseen, self._turn = self.loss, 0.0, 0
         self._places = MeanPlace()
         self._important = Important(stream, course.among)
 
@@ -166,7 +156,7 @@ class AdaptiveRun:
         path = self._path(targets, self.course.stages, warming)
         done: list[Stage] = []
         planned, added, to_come = len(path), 0, self.course.all_rows
-        patience = _Patience(_FALL * (self._first_loss - self._floor))
+        patience = _Patience(_FALL * (self.held_out.first - self.held_out.floor))
         trusted = self._left
         while path:
             passed = planned - len(path)
@@ -251,9 +241,9 @@ class AdaptiveRun:
         """
         kept, share, start = self.objective.kept, 1 / moves, self.weights
         finv, damping = self._damping.inverse(self.fisher, self._damping.now(self.fisher))
-        batch = self._held_out[self._turn % len(self._held_out)]
+        turn, rise = self._turn, self.held_out.rise(self.loss, self.first_order)
         self._turn += 1
-        seen, came, stopped = self._loss_at(start, kept, batch), [], False
+        seen, came, stopped = self._loss_at(start, kept, turn), [], False
         for part in _shares(count, moves):
             came.append(self._gathered(part, important=True))
             if stopped:
@@ -265,8 +255,8 @@ class AdaptiveRun:
                 predicted = float(
                     self.gradient.value @ step * (1 - share / 2) - damping * step.square().sum() / 2
                 )
-            loss = self._loss_at(there, kept, batch)
-            stopped = loss - seen > share * self._rise
+            loss = self._loss_at(there, kept, turn)
+            stopped = loss - seen > share * rise
             if stopped:
                 continue
             seen = loss
@@ -274,7 +264,7 @@ class AdaptiveRun:
             self._go_to(there, kept)
             self.gradient.moved(share)
         loss = self.loss if self.weights is start else self._loss_at(self.weights, kept)
-        if loss - self.loss > self._rise:
+        if loss - self.loss > rise:
             self._foreseen, self._places = 0.0, MeanPlace()
             self._go_to(start, kept)
         else:
@@ -342,7 +332,8 @@ class AdaptiveRun:
 
         tried = [candidate(choice) for choice in self._damping.choices(ranking.damping, self.fisher)]
         best = min(tried, key=lambda c: c.loss)
-        if not best.loss - self._floor <= _TOLERANCE * (self.loss - self._floor):
+        floor = self.held_out.floor
+        if not best.loss - floor <= _TOLERANCE * (self.loss - floor):
             larger = self._damping.larger(ranking.damping, self.fisher)
             plain = _Candidate(start, self._loss_at(start, keep), larger, moved=False)
             best = min(best, plain, key=lambda c: c.loss)
@@ -361,7 +352,8 @@ class AdaptiveRun:
             damping=best.damping if best.moved else None,
             first_order=self.first_order and best.moved,
         )
-        allowed = min(max(2 * predicted, 0), self._yardstick) + self._rise
+        allowed = min(max(2 * predicted, 0), self.held_out.yardstick(self.loss))
+        allowed += self.held_out.rise(self.loss, self.first_order)
         rise = best.loss - self.loss
         strain = rise / allowed if allowed > 0 else (math.inf if rise > 0 else 0.0)
         return _Step(best, removed, keep, rest, stage, strain)
@@ -370,16 +362,6 @@ class AdaptiveRun:
         """Change of the loss that the quadratic model expects of a step of the kept weights."""
         linear = float(self.gradient.value @ step) if self.first_order else 0.0
         return linear + float(step @ self.fisher.pull(step)) / 2
-
-    @property
-    def _yardstick(self) -> float:
-        """The loss that rises are held against: the present one, or the first where that is larger."""
-        return max(self.loss, self._first_loss) - self._floor
-
-    @property
-    def _rise(self) -> float:
-        """By how much a step may raise the loss beyond what is predicted."""
-        return _RISE[self.first_order] * self._yardstick
 
     def _accept(self, step: _Step) -> None:
         candidate, keep = step.candidate, step.keep
@@ -405,21 +387,19 @@ class AdaptiveRun:
         full[keep] = weights
         return full
 
-    def _loss_at(self, weights: Tensor, keep: Tensor, batch: Batch | None = None) -> float:
-        """On all held-out samples or one batch of them, in the precision of gradients."""
+    def _loss_at(self, weights: Tensor, keep: Tensor, turn: int | None = None) -> float:
+        """As `HeldOut.quick_loss`."""
         if not weights.isfinite().all():
             return math.inf
-        at = self._objective_at(weights, keep)
-        value = loss_on(self._held_out if batch is None else [batch], at, rounded=True)
-        return value if math.isfinite(value) else math.inf
+        return self.held_out.quick_loss(self._objective_at(weights, keep), turn)
 
     def _finished(self, stages: tuple[Stage, ...]) -> Passed:
         """The network as it leaves: averaged, and with normalisation recalibrated, if held-out samples say so."""
-        best = Passed(self.objective, loss_on(self._held_out, self.objective), stages)
+        best = Passed(self.objective, self.held_out.loss(self.objective), stages)
         for change in (self._averaged, self._recalibrated):
             objective = change(best.objective)
             if objective is not best.objective:
-                loss = loss_on(self._held_out, objective)
+                loss = self.held_out.loss(objective)
                 best = Passed(objective, loss, stages) if loss <= best.loss else best
         return best
 
@@ -459,19 +439,3 @@ def _shares(count: int, parts: int) -> list[int]:
 def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
     """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
     return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), removed_part(kept, damping)], damping)
-
-
-def loss_on(held_out: Sequence[Batch], objective: Objective, *, rounded: bool = False) -> float:
-    """The mean loss on held-out samples, `rounded` in the precision of gradients."""
-    with phase("check"):
-        return objective.on(held_out).mean_loss(rounded=rounded)
-
-
-def floor_of(objective: Objective, loss: float) -> float:
-    """What a loss is counted from: 0, or the smallest loss of a sample where there are negative ones.
-
-    Where no sample's is below the mean `loss`, as far as is known, the mean may fall as far again.
-    """
-    with phase("check"):
-        least = min(objective.least_loss(), 0.0)
-    return least if least < loss else loss - abs(loss)

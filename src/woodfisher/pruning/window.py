@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from woodfisher.curvature.damping import LEAST_ROWS
 from woodfisher.curvature.planning import VECTORS
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from woodfisher.curvature.machine import Machine
     from woodfisher.gradients.batches import Stream
     from woodfisher.gradients.objective import Objective
-    from woodfisher.pruning.adaptive import Adaptive
     from woodfisher.pruning.method import Method
 
 MOST_PASSES = 8
@@ -204,7 +203,7 @@ def window_for(
             f"stages that adapt hold out samples to check on, and the data has {known}: give 2 at least, or "
             "a number of stages."
         )
-    options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
+    options, curvature = method.adaptive
     repeats = min(curvature.samples, ENOUGH) > MOST_PASSES * known and not reads_once
     orders = (True, False) if repeats else (True,)
     if method.first_order != "auto":
@@ -344,7 +343,7 @@ def known_samples(objective: Objective, method: Method, stream: Stream) -> int:
 
 def samples_that_matter(method: Method, *, reads_once: bool) -> int:
     """Samples above which it makes no difference how many the data has."""
-    options, curvature = cast("Adaptive", method.staging), cast("WoodFisher", method.curvature)
+    options, curvature = method.adaptive
     first = options.held_out + options.window * curvature.group
     passes = 0 if reads_once else -(-min(curvature.samples, ENOUGH) // MOST_PASSES)
     return max(5 * options.held_out, first, passes)

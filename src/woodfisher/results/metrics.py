@@ -13,9 +13,15 @@ def score(value: float, metric: str) -> str:
     return digits.replace("-", "−")
 
 
-def score_if_any(value: float | None, metric: str) -> str:
-    """The same, of a network whose metric may have failed."""
-    return "failed" if value is None else score(value, metric)
+def mean_score(mean: float | None, sd: float | None, metric: str) -> str:
+    """A mean of such a metric, with its standard deviation where there is one; without a mean, that its runs failed.
+
+    >>> mean_score(91, 0.25, "accuracy, %"), mean_score(None, None, "loss")
+    ('91.00 ±0.25', 'failed')
+    """
+    if mean is None:
+        return "failed"
+    return score(mean, metric) + ("" if sd is None else f" ±{score(sd, metric)}")
 
 
 def difference(value: float, metric: str) -> str:

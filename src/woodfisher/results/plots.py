@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import extra
 from woodfisher.results.metrics import score
 
 if TYPE_CHECKING:
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from woodfisher.pruning.report import Layer
     from woodfisher.training.gradual import Trained
 
-_COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
+INK = "#222222"
+"""Of lines that belong to no method."""
+
+COLOURS = ("#1b6ca8", "#9aa3ad", "#c8553d", "#588157", "#8d6a9f", "#d9a441", "#3d5a80", "#7f5539", "#2a9d8f")
+"""Of methods, in their order."""
 
 
 _MARKERS = "oDs^vPX"
@@ -44,8 +48,8 @@ def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Pat
     for row, (method, rows) in enumerate(layers.items()):
         positions = [index + (row + 0.5) * height - 0.4 for index in range(len(rows))]
         values = [100 * layer.sparsity for layer in rows]
-        axes.barh(positions, values, height * 0.92, label=method, color=_COLOURS[row % len(_COLOURS)])
-    axes.axvline(100 * overall, color="#222222", linewidth=1, linestyle="--", label=f"whole: {overall:.1%}")
+        axes.barh(positions, values, height * 0.92, label=method, color=COLOURS[row % len(COLOURS)])
+    axes.axvline(100 * overall, color=INK, linewidth=1, linestyle="--", label=f"whole: {overall:.1%}")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
@@ -83,10 +87,10 @@ def plot_accuracy(
             markersize=3 + 4 * above,
             linewidth=1 + 2 * above,
             label=method,
-            color=_COLOURS[row % len(_COLOURS)],
-            linestyle="-" if row < len(_COLOURS) else "--",
+            color=COLOURS[row % len(COLOURS)],
+            linestyle="-" if row < len(COLOURS) else "--",
         )
-    axes.axhline(dense, color="#222222", linewidth=1, linestyle="--", label=f"dense: {score(dense, metric)}")
+    axes.axhline(dense, color=INK, linewidth=1, linestyle="--", label=f"dense: {score(dense, metric)}")
     axes.set_xlabel("sparsity, %")
     axes.set_ylabel(metric)
     axes.grid(alpha=0.25)
@@ -100,7 +104,7 @@ def plot_training(trained: Trained, metric: str, path: Path) -> None:
     steps = [0, *(removal.step for removal in trained.history), trained.epochs[-1].step]
     sparsities = [0.0, *(removal.sparsity for removal in trained.history), trained.sparsity]
     axes.step(
-        steps, [100 * s for s in sparsities], where="post", color=_COLOURS[1], linewidth=1.5, label="sparsity"
+        steps, [100 * s for s in sparsities], where="post", color=COLOURS[1], linewidth=1.5, label="sparsity"
     )
     axes.set_xlabel("steps of the optimizer")
     axes.set_ylabel("sparsity, %")
@@ -110,7 +114,7 @@ def plot_training(trained: Trained, metric: str, path: Path) -> None:
     right.plot(
         [epoch.step for epoch in trained.epochs],
         [epoch.validation for epoch in trained.epochs],
-        color=_COLOURS[0],
+        color=COLOURS[0],
         marker="o",
         markersize=3,
         label="validation",
@@ -119,11 +123,11 @@ def plot_training(trained: Trained, metric: str, path: Path) -> None:
         [trained.best.step],
         [trained.best.validation],
         "*",
-        color=_COLOURS[2],
+        color=COLOURS[2],
         markersize=12,
         label="best epoch",
     )
-    right.axhline(trained.dense, color="#222222", linewidth=1, linestyle="--", label="dense")
+    right.axhline(trained.dense, color=INK, linewidth=1, linestyle="--", label="dense")
     right.set_ylabel(metric)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -140,7 +144,7 @@ def plot_roofline(bench: Bench, path: Path) -> None:
     ridge = rate / bandwidth
     left = min(ridge, *(case.intensity for case in cases)) / 4
     right = max(ridge, *(case.intensity for case in cases)) * 4
-    axes.plot([left, ridge, right], [bandwidth * left, rate, rate], color="#222222", linewidth=1.2)
+    axes.plot([left, ridge, right], [bandwidth * left, rate, rate], color=INK, linewidth=1.2)
     axes.text(right, rate * 1.08, f"float32 matrix product, {rate:.0f} GFLOP/s", ha="right", fontsize=8)
     axes.text(left, bandwidth * left / 1.25, f"copy, {bandwidth:.0f} GB/s", va="top", fontsize=8)
     series = {"woodfisher": [m.rate.median for m in bench.measurements]}
@@ -148,13 +152,13 @@ def plot_roofline(bench: Bench, path: Path) -> None:
         series[peers[0].name] = [case.flops / p.seconds.median for case, p in zip(cases, peers, strict=True)]
     handles = []
     for row, (name, rates) in enumerate(series.items()):
-        style = {"marker": "oDs^"[row % 4], "markersize": 5 if row else 10, "color": _COLOURS[row]}
+        style = {"marker": "oDs^"[row % 4], "markersize": 5 if row else 10, "color": COLOURS[row]}
         points = [r / 1e9 for r in rates]
         handles += axes.plot([case.intensity for case in cases], points, linestyle="", label=name, **style)
     for number, (case, r) in enumerate(zip(cases, series["woodfisher"], strict=True), start=1):
         where = (case.intensity, r / 1e9)
         axes.annotate(f"{number}", where, ha="center", va="center_baseline", fontsize=7, color="white")
-        axes.plot([], [], linestyle="", marker=f"${number}$", color="#222222", label=str(case))
+        axes.plot([], [], linestyle="", marker=f"${number}$", color=INK, label=str(case))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("counted operations for each byte of the rows")
@@ -168,10 +172,8 @@ def plot_roofline(bench: Bench, path: Path) -> None:
 
 def new_figure(size: tuple[float, float]) -> Any:
     """An empty figure of that size in inches."""
-    try:
+    with extra("plots", "pictures need matplotlib"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise WoodfisherError("pictures need matplotlib: pip install 'woodfisher[plots]'") from error
     return Figure(figsize=size, layout="constrained")
 
 

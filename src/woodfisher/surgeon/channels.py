@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.gradients.flops import counting_flops
-from woodfisher.gradients.forward import called, outputs_of
 from woodfisher.gradients.isolation import copied, without_cache
+from woodfisher.gradients.outputs import called, difference, outputs_of
 from woodfisher.gradients.parameters import inputs_first, unwrapped
 from woodfisher.surgeon.patterns import part_of
 from woodfisher.watch import warn
@@ -306,10 +306,8 @@ def _without(
 
 
 def _close(output: Tensor, wanted: Tensor) -> bool:
-    if output.shape != wanted.shape or not output.numel():
-        return output.shape == wanted.shape
     tolerance = torch.finfo(wanted.dtype).eps ** 0.5 if wanted.is_floating_point() else 0.0
-    return bool((output - wanted).abs().max() <= tolerance * wanted.abs().max())
+    return difference([output], [wanted]) <= tolerance
 
 
 def _traceable(model: nn.Module, example_inputs: Any) -> list[Tensor]:
@@ -345,10 +343,6 @@ def _bounded() -> Iterator[None]:
 
 
 def _torch_pruning() -> Any:
-    try:
+    with extra("channels", "cutting out channels needs torch-pruning"):
         import torch_pruning
-    except ImportError as error:
-        raise WoodfisherError(
-            "cutting out channels needs torch-pruning: pip install 'woodfisher[channels]'."
-        ) from error
     return torch_pruning

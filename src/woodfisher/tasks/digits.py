@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 from torch.utils.data import TensorDataset
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import extra
+from woodfisher.gradients.isolation import threads
 from woodfisher.tasks.base import Task, accuracy
 from woodfisher.tasks.loaders import TRAIN_BATCH, in_order, rank_in_class, shuffled
 from woodfisher.tasks.weights import restored
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 EPOCHS, PEAK_RATE = 30, 3e-3
@@ -110,12 +110,8 @@ def read_digits() -> tuple[TensorDataset, TensorDataset, TensorDataset]:
 
     Inputs are `N × 1 × 8 × 8`, with mean 0 and variance 1 over all training pixels.
     """
-    try:
+    with extra("tasks", "the task digits needs scikit-learn"):
         from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise WoodfisherError(
-            "the task digits needs scikit-learn: pip install 'woodfisher[tasks]'"
-        ) from error
     pixels, labels = load_digits(return_X_y=True)
     rank = rank_in_class(labels)
     test = rank % 4 == 3
@@ -147,7 +143,7 @@ def _states(
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs[-1] * len(batches))
     states = []
-    with _one_thread(), torch.enable_grad():
+    with threads(1), torch.enable_grad():
         for epoch in range(epochs[-1] + 1):
             if epoch in epochs:
                 states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
@@ -159,13 +155,3 @@ def _states(
                 optimizer.step()
                 schedule.step()
     return states
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

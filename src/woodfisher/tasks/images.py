@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -73,12 +73,8 @@ class EncodedImages:
     _pixels: dict[int, NDArray[np.uint8]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        try:
+        with extra("tasks", f"decoding the images of {self.origin} needs Pillow"):
             import PIL.Image  # noqa: F401
-        except ImportError as error:
-            raise WoodfisherError(
-                f"decoding the images of {self.origin} needs Pillow: pip install 'woodfisher[tasks]'"
-            ) from error
 
     def __len__(self) -> int:
         return len(self.encoded)

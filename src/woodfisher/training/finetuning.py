@@ -33,6 +33,7 @@ from woodfisher.gradients.forward import (
 )
 from woodfisher.gradients.isolation import reseed
 from woodfisher.training.gradual import Epoch, Removal
+from woodfisher.watch import logging_from
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -309,14 +310,6 @@ def _unreadable(path: Path, error: Exception) -> WoodfisherError:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Lightning's notes about itself, and its advice on loops that are its own, to itself."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"lightning\..*")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+    with logging_from(logging.ERROR, "lightning.pytorch", "lightning.fabric"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning\..*")
+        yield

@@ -10,25 +10,26 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from woodfisher._version import __version__
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import remove
 from woodfisher.gradients.batches import bytes_of, length
 from woodfisher.gradients.isolation import copied, isolated, reseeded
 from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
+from woodfisher.pruning.method import apart
 from woodfisher.pruning.pruner import Pruner
 from woodfisher.pruning.report import layers_of
 from woodfisher.pruning.schedule import Polynomial, Schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
     from woodfisher.gradients.forward import Precision
-    from woodfisher.pruning.method import MethodParts
+    from woodfisher.pruning.method import Method, PruningOptions
     from woodfisher.pruning.report import Layer
     from woodfisher.tasks import Task
     from woodfisher.training.finetuning import Finetuning
@@ -228,17 +229,14 @@ def train(
     sparsity: float | Schedule,
     training: Training | None = None,
     *,
-    criterion: str = "woodfisher",
-    params: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] = (),
-    precision: Precision = "float32",
+    criterion: str | Method = "woodfisher",
     seed: int = 0,
     out: Path | None = None,
     resume: bool = False,
     log: Literal["csv", "tensorboard"] = "csv",
     progress: Progress | None = None,
     on_epoch: Callable[[Epoch], None] | None = None,
-    **parts: Unpack[MethodParts],
+    **options: Unpack[PruningOptions],
 ) -> Trained:
     """Train a task's model on, and remove weights on the way; the model ends as it was in the best epoch.
 
@@ -254,12 +252,8 @@ def train(
         Fraction of the chosen weights to remove (see `gradually`), or a schedule whose times are in epochs.
     training:
         How to train.
-    criterion, parts:
+    criterion:
         As for `Pruner`.
-    params, exclude:
-        As for `Objective`.
-    precision:
-        The same, for training too; weights and what the optimizer keeps stay in float32.
     seed:
         Of the order of the batches, their augmentation, and the samples that rows are taken from.
     out:
@@ -272,6 +266,8 @@ def train(
         Called as `progress(phase, done, total)`, with phase `steps` for those of the optimizer.
     on_epoch:
         Called after every epoch.
+    **options:
+        As for `prune`. `precision` is that of training too; weights and what the optimizer keeps stay in float32.
 
     Raises
     ------
@@ -282,6 +278,8 @@ def train(
     from woodfisher.training.finetuning import Finetuning
 
     training = training or Training()
+    chosen, parts = apart(options)
+    precision = chosen.get("precision", "float32")
     _check(task, training, seed, out, resume, log)
     schedule = sparsity if isinstance(sparsity, Schedule) else gradually(sparsity, training.epochs)
     steps = batches_in(task.train)
@@ -292,13 +290,11 @@ def train(
         raise WoodfisherError("every parameter of the model is frozen, and training needs some: thaw them.")
     with isolated(task.model), reseeded(task.train, seed):
         dense = task.validate(task.model)
-        objective = Objective(
-            model, task.train, task.loss, params=params, exclude=exclude, precision=precision
-        )
+        objective = Objective(model, task.train, task.loss, **chosen)
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
         )
-        options = {
+        asked = {
             "task": task.name,
             "weights": digest(task.model),
             "samples": length(task.train),
@@ -309,9 +305,9 @@ def train(
             "method": repr(pruner.method),
             "seed": seed,
         }
-        checkpoint = None if out is None else _checkpoint(out, options, resume=resume)
+        checkpoint = None if out is None else _checkpoint(out, asked, resume=resume)
         module = Finetuning(
-            task, pruner, training, steps=steps, last=last, folder=out, options=options, on_epoch=on_epoch
+            task, pruner, training, steps=steps, last=last, folder=out, options=asked, on_epoch=on_epoch
         )
         _fit(module, checkpoint, precision, log)
     assert module.best is not None
@@ -393,10 +389,8 @@ def _fit(
 
 def require_lightning() -> None:
     """Raise, before any work, where Lightning is missing."""
-    try:
+    with extra("train", "training needs Lightning"):
         import lightning.pytorch  # noqa: F401
-    except ImportError as error:
-        raise WoodfisherError("training needs Lightning: pip install 'woodfisher[train]'") from error
 
 
 def batches_in(data: Iterable[Any]) -> int:

@@ -6,7 +6,7 @@ import json
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, extra
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,13 +21,9 @@ REPORT, PAGE = "report.json", "report.html"
 
 def require_page() -> None:
     """Raise, before any work, where Jinja or pydantic is missing."""
-    try:
+    with extra("plots", "report.html needs Jinja and pydantic"):
         import jinja2  # noqa: F401
         import pydantic  # noqa: F401
-    except ImportError as error:
-        raise WoodfisherError(
-            "report.html needs Jinja and pydantic: pip install 'woodfisher[plots]'"
-        ) from error
 
 
 def render(report: AnyReport) -> str:

@@ -14,7 +14,7 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from woodfisher.results.page.numbers import power_of_ten
+from woodfisher.results.numbers import power_of_ten, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -220,7 +220,7 @@ def bars(label: str, rows: Sequence[Row], scale: Scale) -> Markup:
         _text(svg, text, at, bottom + _BOTTOM - 8, f"tick {side}")
     for index, row in enumerate(rows):
         top = index * row_height
-        _text(svg, _short(row.name), 0, top + 14, "name", title=row.name)
+        _text(svg, shortened(row.name, most=34), 0, top + 14, "name", title=row.name)
         _text(svg, row.value, 100, top + 14, "value end")
         y = top + _NAME
         for lane in row.lanes:
@@ -275,10 +275,6 @@ def _stepped(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     for (_, before), (x, y) in pairwise(places):
         corners += [(x, before), (x, y)]
     return corners
-
-
-def _short(name: str, most: int = 34) -> str:
-    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def _svg(label: str, height: int, kind: str) -> ET.Element:

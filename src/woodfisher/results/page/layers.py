@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from woodfisher.results.metrics import difference
+from woodfisher.results.numbers import amount, count, per_cent, significant
 from woodfisher.results.page.charts import Row, bars, key, linear, logarithmic, series_class
-from woodfisher.results.page.numbers import amount, count, per_cent, significant
 from woodfisher.results.page.parts import Figure, Section, Table
 
 if TYPE_CHECKING:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.results.metrics import difference, score, score_if_any
+from woodfisher.results.metrics import difference, mean_score, score
+from woodfisher.results.numbers import count, duration, per_cent, significant
 from woodfisher.results.page.layers import Pruned, flops_section, sparsity_section, spectrum_section
-from woodfisher.results.page.numbers import count, duration, per_cent, significant
 from woodfisher.results.page.parts import Card, Page, Section, Table
 from woodfisher.results.page.record import Comparison, Gradual, Pruning, Result
 from woodfisher.results.page.results import (
     accuracy_section,
     flops_card,
-    mean_of,
     metric_card,
     result_section,
     size_card,
@@ -57,7 +56,7 @@ def _pruning(report: Pruning) -> Page:
     if by_size is not None:
         if by_size.metric is not None:
             told += f" Removing the smallest weights instead gives {score(by_size.metric, report.metric)}."
-        beside = f", magnitude {score_if_any(by_size.metric, report.metric)}"
+        beside = f", magnitude {mean_score(by_size.metric, None, report.metric)}"
         if by_size.layers is not None:
             methods.append(Pruned("magnitude", by_size.layers, _GREY))
     if report.max_drop is not None:
@@ -180,7 +179,11 @@ def _led(report: Comparison, best: Cell | None, shown: Sequence[Result]) -> tupl
     at = f"{100 * best.requested_sparsity:g} %"
     others = [c for c in report.summary if c.requested_sparsity == best.requested_sparsity and c is not best]
     second = max((c for c in others if c.mean is not None), key=lambda c: c.mean or 0.0, default=None)
-    beside = "" if second is None else f"; next {second.criterion} {mean_of(second, report.metric)}"
+    beside = (
+        ""
+        if second is None
+        else f"; next {second.criterion} {mean_score(second.mean, second.sd, report.metric)}"
+    )
     cards.append(Card(f"Best at {at}", score(best.mean, report.metric), f"{best.criterion}{beside}"))
     for one in shown[:1]:
         cards += [size_card(one), flops_card(report, one)]

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import difference, score, score_if_any
+from woodfisher.results.metrics import difference, mean_score, score
+from woodfisher.results.numbers import amount, count, duration, fewer, per_cent
 from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.results.page.layers import flops_left, known_flops
-from woodfisher.results.page.numbers import amount, count, duration, fewer, per_cent
 from woodfisher.results.page.parts import Card, Figure, Section, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from woodfisher.pruning.report import Layer
-    from woodfisher.results.page.record import Cell, Comparison, Gradual, Outcome, Pruning, Task
+    from woodfisher.results.page.record import Comparison, Gradual, Outcome, Pruning, Task
 
 
 def verdict(report: Pruning | Gradual) -> str:
@@ -101,7 +101,7 @@ def trained_section(report: Gradual) -> Section:
 
 def _row(name: str, metric: float | None, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
     change = "" if metric is None else difference(metric - report.dense.metric, report.metric)
-    return [name, score_if_any(metric, report.metric), change, *_weights(report, layers), took]
+    return [name, mean_score(metric, None, report.metric), change, *_weights(report, layers), took]
 
 
 def _given(report: Pruning | Gradual) -> tuple[str, list[str]]:
@@ -143,8 +143,8 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
                 spread=[c.sd for c, _ in cells],
                 dashed=index >= COLOURS,
                 notes=[
-                    f"{name} at {100 * c.requested_sparsity:g} %: {mean_of(c, report.metric)}"
-                    for c, _ in cells
+                    f"{name} at {100 * c.requested_sparsity:g} %: {mean_score(mean, c.sd, report.metric)}"
+                    for c, mean in cells
                 ],
             )
         )
@@ -183,7 +183,7 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
                         name,
                         *(
                             ", ".join(
-                                mean_of(c, report.metric)
+                                mean_score(c.mean, c.sd, report.metric)
                                 for c in report.summary
                                 if c.criterion == name and c.requested_sparsity == sparsity
                             )
@@ -196,13 +196,6 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
             )
         ],
     )
-
-
-def mean_of(cell: Cell, metric: str) -> str:
-    """Mean and spread of a cell, of a metric of that name."""
-    if cell.mean is None:
-        return "failed"
-    return score(cell.mean, metric) + ("" if cell.sd is None else f" ± {score(cell.sd, metric)}")
 
 
 def _best(report: Comparison, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from woodfisher.results.numbers import change, count, duration, per_cent, significant
 from woodfisher.results.page.charts import Series, chart, counting, logarithmic, signed_logarithmic, swatch
-from woodfisher.results.page.numbers import change, count, duration, per_cent, significant
 from woodfisher.results.page.parts import Figure, Section, Table
 
 if TYPE_CHECKING:

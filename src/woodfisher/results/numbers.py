@@ -1,4 +1,4 @@
-"""Numbers as a person reads them."""
+"""Numbers and names as a person reads them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ def power_of_ten(exponent: int) -> str:
     return "1" if exponent == 0 else f"10{str(exponent).translate(_RAISED)}"
 
 
-def significant(value: float, digits: int = 3) -> str:
-    """A number to that many digits, with a power of ten where it is very large or small.
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number to that many digits, with a power of ten where it is very large or small; nothing for None.
 
     >>> significant(0.00015), significant(0.25), significant(-1234.5), significant(0)
     ('1.5 × 10⁻⁴', '0.25', '−1230', '0')
     """
+    if value is None:
+        return ""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     mantissa, _, exponent = f"{abs(value):.{digits - 1}e}".partition("e")
@@ -44,13 +46,25 @@ def change(value: float) -> str:
     return ("+" if value > 0 else "") + significant(value)
 
 
-def per_cent(share: float, decimals: int = 1) -> str:
-    """A share in per cent.
+def fixed(value: float | None) -> str:
+    """A number in [−1, 1] to three decimals; nothing for None.
 
-    >>> per_cent(0.954), per_cent(0.95, 2)
-    ('95.4 %', '95.00 %')
+    >>> fixed(-0.5)
+    '−0.500'
     """
-    return f"{100 * share:.{decimals}f} %"
+    return "" if value is None else f"{value:.3f}".replace("-", _MINUS)
+
+
+def per_cent(share: float | None, decimals: int = 1) -> str:
+    """A share in per cent; nothing for None.
+
+    >>> per_cent(0.954), per_cent(0.95, 2), per_cent(0.0002)
+    ('95.4 %', '95.00 %', '<0.1 %')
+    """
+    if share is None:
+        return ""
+    text = f"{100 * share:.{decimals}f}"
+    return f"<{10**-decimals:g} %" if share > 0 and float(text) == 0 else f"{text} %"
 
 
 def count(number: int) -> str:
@@ -100,3 +114,12 @@ def fewer(kept: float, size: float) -> str:
     if kept == size:
         return "all of them"
     return f"{size / kept:.1f}× fewer" if kept else "none left"
+
+
+def shortened(name: str, most: int) -> str:
+    """Of a name that is longer than that the end, which tells layers apart.
+
+    >>> shortened("encoder.layers.0.linear", 12)
+    '…rs.0.linear'
+    """
+    return name if len(name) <= most else f"…{name[1 - most :]}"
