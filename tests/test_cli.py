@@ -90,6 +90,10 @@ def none_by_magnitude():
         return float("-inf") if not kept.all() and bool((weight == before)[kept].all()) else 1.0
     return Task("mine", task.model, task.train, [], task.test, task.loss, metric)
 
+def failing_loss():
+    task = build()
+    return Task("mine", task.model, task.train, [], task.test, lambda outputs, targets: 1 / 0)
+
 def no_model():
     return Task("mine", None, [], [], [], None)
 
@@ -354,6 +358,16 @@ def test_of_many_stages_a_few_are_shown_with_the_tries_taken_back_before_each():
     assert {(row[1].strip(), row[2].strip()) for row in rows} == {("+1.5e-07", "+0.25")}
 
 
+def test_stages_of_a_fixed_number_have_no_tries_and_nothing_of_them_is_cut():
+    stages = [Stage(0.5, -0.00061234, 0.0006789, damping=0.000123, accepted=True)] * 2
+    report = SimpleNamespace(stages=stages, method={"stages": 2})
+    console = Console(file=StringIO(), width=44)
+    console.print(_stages(report))
+    shown = console.file.getvalue()
+    assert "taken" not in shown and "…" not in shown
+    assert "2 stages: change of the loss" in " ".join(shown.split())
+
+
 @pytest.mark.filterwarnings("ignore:every weight of")
 def test_prune_to_a_drop(folder, capsys):
     arguments = ["prune", "--criterion", "magnitude", "--max-drop", "5%", "--json", "--out", "out"]
@@ -461,6 +475,13 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--damping", "-1e-3"], "damping must be"),
         (["prune", "--damping", "1y"], "multiple of the mean curvature, or auto; '1y' came"),
         (["prune", "--damping", "0x"], "factor of a relative damping"),
+        *(
+            (
+                ["prune", "--criterion", "kfac", "--damping", value],
+                f"--damping {value} is for a full or block",
+            )
+            for value in ("auto", "0.5x")
+        ),
         (["prune", "--max-drop", "1%", "--sparsity", "0.5"], "not both"),
         (["prune", "--max-drop", "150%"], "--max-drop must be a number in [0, 1)"),
         (["prune", "--max-drop", "some"], "as in 1% or 0.01; 'some' came"),
@@ -480,7 +501,8 @@ def test_help_reads_like_a_manual(command, capsys):
         (["prune", "--params", "decoder.*"], "matches no parameter"),
         (["prune", "--exclude", "decoder"], "matches no parameter"),
         (["prune", "--task", "cifar100"], "there is no task"),
-        (["prune", "--task", "nowhere:build"], "cannot be imported"),
+        (["prune", "--task", "nowhere:build"], "No module named 'nowhere'. Write"),
+        (["prune", "--task", "my_tasks:failing_loss"], "my_tasks.py, line"),
         (["prune", "--task", "my_tasks:nan"], "in row 3 is nan"),
         (["prune", "--task", "my_tasks:narrow"], "fails on a batch of (8, 5) float32"),
         (["prune", "--task", "my_tasks:empty"], "no batch"),
@@ -582,9 +604,14 @@ def test_blocks_and_swaps_are_for_a_fixed_number_of_stages(folder, capsys):
 
 
 def test_in_a_comparison_those_stages_adapt_that_can():
-    options = MethodOptions(stages="auto", samples=30_000)
-    stages = {name: options.method(name, strict=False).staging for name in ("magnitude", "obd", "woodfisher")}
+    options = MethodOptions(stages="auto", samples=30_000, damping="0.5x")
+    methods = {name: options.method(name, strict=False) for name in ("magnitude", "obd", "woodfisher")}
+    stages = {name: method.staging for name, method in methods.items()}
     assert stages == {"magnitude": 1, "obd": 1, "woodfisher": wf.Adaptive()}
+    assert [methods[name].curvature.damping for name in ("obd", "woodfisher")] == [
+        METHODS["obd"].curvature.damping,
+        wf.Relative(0.5),
+    ]
 
 
 @pytest.mark.parametrize("memory", ["8GiB", "100MiB"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import traceback
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,17 @@ class ElsewhereError(WoodfisherError):
 def message_of(error: Exception) -> str:
     """What to tell other processes of an error: its message, and its type where that is another's."""
     return str(error) if isinstance(error, WoodfisherError) else f"{type(error).__name__}: {error}"
+
+
+def told(error: Exception) -> str:
+    """Say what was raised, and in which line of which file, unless that is Python's own that imports modules."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<frozen") and frame.filename != importlib.__file__
+    ]
+    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {error}{where}"
 
 
 @contextmanager

@@ -150,6 +150,8 @@ def plot_samples(tour: Tour, path: Path) -> None:
     """Cosine between the Hessian and the empirical Fisher of the first few samples, by layer."""
     figure = new_figure((3.0 + 2.6 * len(tour.stops), 3.4))
     grid = figure.subplots(1, len(tour.stops), squeeze=False, sharey=True)
+    powers = [count for count in tour.sample_counts if math.log10(count).is_integer()]
+    ticks = powers if len(powers) > 1 else tour.sample_counts
     for axes, stop in zip(grid[0], tour.stops, strict=True):
         regions = (stop.whole, *_largest(stop.layers))
         for region, colour in zip(regions, _LAYER_COLOURS, strict=False):
@@ -157,6 +159,8 @@ def plot_samples(tour: Tour, path: Path) -> None:
             dots = {"linewidth": 1.5, "marker": "o", "markersize": 2.5}
             axes.plot(tour.sample_counts, values, color=colour, label=_short(region.name), **dots)
         axes.set_xscale("log")
+        axes.set_xticks(ticks)
+        axes.minorticks_off()
         axes.set_title(stop.name, fontsize=10)
         axes.set_ylim(top=1.02)
         axes.set_xlabel("samples", fontsize=9)

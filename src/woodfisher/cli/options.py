@@ -11,7 +11,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from woodfisher.checks import check_choice, check_count, check_seed
-from woodfisher.curvature import Damping, Relative
+from woodfisher.curvature import Damping, Relative, WoodFisher
 from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_folder
@@ -221,6 +221,14 @@ class MethodOptions:
         if foreign and strict:
             names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(foreign))
             raise WoodfisherError(f"{names} does not apply to the criterion {criterion}.")
+        relative = not isinstance(asked.get("damping", 0.0), float)
+        if relative and "damping" in known and not isinstance(method.curvature, WoodFisher):
+            if strict:
+                raise WoodfisherError(
+                    f"--damping {self.damping} is for a full or block WoodFisher; the criterion {criterion} takes a "
+                    "number."
+                )
+            del asked["damping"]
         curvature = with_options(method.curvature, {k: v for k, v in asked.items() if k in known})
         if not method.curvature.samples:
             parts["refine"] = None

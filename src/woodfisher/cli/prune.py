@@ -237,11 +237,11 @@ def _stages(report: Report) -> Table:
     where = "held-out samples" if adapt else "samples of the rows"
     accepted = sum(stage.accepted for stage in report.stages)
     count = f"{accepted} stage{'s' * (accepted > 1)}"
-    table = Table(
-        title=f"{count}, {len(report.stages) - accepted} tries taken back: change of the loss ({where})"
-    )
-    for column in ("sparsity", "predicted", "measured", "damping", "gradient", "taken back before"):
-        table.add_column(column, justify="right")
+    tries = f", {len(report.stages) - accepted} tries taken back" if adapt else ""
+    table = Table(title=f"{count}{tries}: change of the loss ({where})")
+    columns = ["sparsity", "predicted", "measured", "damping", "gradient", *["taken back before"] * adapt]
+    for column in columns:
+        table.add_column(column, justify="right", overflow="fold")
     every = -(-accepted // SHOWN_STAGES)
     if every > 1:
         table.caption = f"one in {every} and the last; report.json has all"
@@ -253,13 +253,14 @@ def _stages(report: Report) -> Table:
         number += 1
         if number % every and number != accepted:
             continue
-        table.add_row(
+        cells = [
             f"{stage.sparsity:.1%}",
             "" if stage.predicted is None else f"{stage.predicted:+.2g}",
             "" if stage.measured is None else f"{stage.measured:+.2g}",
             f"{stage.damping:.3g}" if stage.damping else "weights stay" if adapt else "",
             "yes" if stage.first_order else "no",
             f"{taken_back}" if taken_back else "",
-        )
+        ]
+        table.add_row(*cells[: len(columns)])
         taken_back = 0
     return table

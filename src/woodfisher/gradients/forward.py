@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, told
 from woodfisher.gradients.batches import describe, map_tensors, samples_in, tensors_of
 from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
@@ -493,7 +493,7 @@ def explained(batch: Batch) -> Iterator[None]:
         raise
     except Exception as error:
         raise WoodfisherError(
-            f"the model or the loss fails on a batch of {describe(batch)}: {type(error).__name__}: {error}\n"
+            f"the model or the loss fails on a batch of {describe(batch)}: {told(error)}\n"
             "Batches are (inputs, targets) with loss(outputs, targets), where a tuple or dict of inputs is unpacked "
             "into the model's arguments, or dicts for a model that returns .loss. Gradients are taken in evaluation "
             "mode, in which some models return other outputs than in training."

@@ -213,15 +213,21 @@ def plain_state(tensors: Mapping[str, Any]) -> bytes:
 
 
 def _as_file(content: dict[str, Tensor], header: Mapping[str, str] = MappingProxyType({})) -> bytes:
-    """The content of a safetensors file."""
+    """The content of a safetensors file; equal ones are equal to the byte."""
     try:
-        return safetensors.torch.save(content, {**header, "format": "pt", "woodfisher": __version__})
+        saved = safetensors.torch.save(content, {**header, "format": "pt", "woodfisher": __version__})
     except KeyError as error:  # the dtype
         names = [name for name, tensor in content.items() if tensor.dtype == error.args[0]]
         raise WoodfisherError(
             f"a safetensors file can't hold {error.args[0]}, which {names[:1]} has: convert it, or register it with "
             "persistent=False."
         ) from error
+    end = 8 + int.from_bytes(saved[:8], "little")
+    told = json.loads(saved[8:end])
+    told["__metadata__"] = dict(sorted(told["__metadata__"].items()))  # which has a new order every time
+    text = json.dumps(told, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, memoryview(saved)[end:]])
 
 
 def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:

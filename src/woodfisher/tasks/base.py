@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from woodfisher.checks import described, metric_value
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, told
 from woodfisher.gradients.isolation import same_flags
 from woodfisher.gradients.losses import IGNORED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
-
-
-def told(error: Exception) -> str:
-    """Say what was raised, and in which line of which file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-    return f"{type(error).__name__}: {error}{where}"
 
 
 def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:

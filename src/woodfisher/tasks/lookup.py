@@ -10,9 +10,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, told
 from woodfisher.gradients.isolation import generators
-from woodfisher.tasks.base import Task, told
+from woodfisher.tasks.base import Task
 from woodfisher.tasks.weights import load_into
 
 if TYPE_CHECKING:
