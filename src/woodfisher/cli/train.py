@@ -110,10 +110,6 @@ class Train:
                     **self.model.chosen,
                 )
         except KeyboardInterrupt:
-            from woodfisher.training.finetuning import CHECKPOINT
-
-            if not (folder / CHECKPOINT).exists():
-                raise
             raise KeyboardInterrupt(
                 "interrupted; the same command with --resume goes on from the last epoch that ended"
             ) from None
