@@ -48,7 +48,7 @@ def check_folder(folder: Path) -> None:
         ) from error
 
 
-def check_apart(target: Path, source: Path) -> None:
+def check_other_file(target: Path, source: Path) -> None:
     """Raise if writing `target` would replace `source`, which it is made of."""
     with suppress(OSError):
         if target.samefile(source):

@@ -33,7 +33,7 @@ from woodfisher.export import (
     to_semi_structured,
     to_sparse,
 )
-from woodfisher.files import check_apart, check_folder, save_json, text_of, write_folder
+from woodfisher.files import check_folder, check_other_file, save_json, text_of, write_folder
 from woodfisher.gradients.batches import map_tensors, samples_in, take, tensors_of
 from woodfisher.gradients.outputs import outputs_of
 from woodfisher.surgeon.channels import cost_of, shrink
@@ -121,7 +121,7 @@ class Export:
         folder = self.out or self.weights.parent / self.to.replace(":", "-")
         check_folder(folder)
         name = "model.onnx" if self.to == "onnx" else "model.safetensors"
-        check_apart(folder / name, self.weights)
+        check_other_file(folder / name, self.weights)
         note(f"loading {self.task}")
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights)
         model = task.model.eval()

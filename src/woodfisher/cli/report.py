@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from woodfisher.cli.console import out
 from woodfisher.cli.options import File  # noqa: TC001  likewise
-from woodfisher.files import check_apart, write_whole
+from woodfisher.files import check_other_file, write_whole
 from woodfisher.results.page import PAGE, REPORT, require_page, write_page
 
 
@@ -41,6 +41,6 @@ class MakePage:
             else self.out
             or (source.with_name(PAGE) if source.name == REPORT else source.with_suffix(".html"))
         )
-        check_apart(target, source)
+        check_other_file(target, source)
         write_whole(target, lambda path: write_page(report, path))
         out().print(f"The page is {target}", soft_wrap=True)
