@@ -1051,10 +1051,36 @@ def test_a_point_of_a_sweep_is_not_mixed_with_what_training_made_of_the_rest():
     model.load_state_dict(dense)
     points[1].write()
     assert torch.equal(weights_of(model), weights_of(other))
+    rounded = copy.deepcopy(model).bfloat16()
     with torch.no_grad():
         model[0].bias += 0.1
+    points[1].write(rounded)
+    assert torch.equal(weights_of(rounded), weights_of(other).bfloat16())
     with pytest.raises(wf.WoodfisherError, match=r"'0.bias' of this model differs"):
         points[1].write(copy.deepcopy(model))
+    model.double().load_state_dict(dense)
+    points[1].write()
+    assert torch.equal(weights_of(model), weights_of(other).double())
+
+
+class Remembering(torch.nn.Module):
+    """Makes a buffer that isn't saved as it first runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        self.register_buffer("seen", torch.zeros(len(x)), persistent=False)
+        return self.net(x)
+
+
+def test_buffers_that_pass_are_no_other_architecture():
+    model = Remembering()
+    (point,) = wf.sweep(model, batches(), cross_entropy, 0.5, criterion="magnitude")
+    model(torch.randn(3, 6))
+    point.write()
+    assert int((weights_of(model) != 0).sum()) == 18 and model.seen.shape == (3,)
 
 
 class Reshaped(torch.nn.Module):

@@ -201,6 +201,23 @@ def test_the_memory_of_lbfgs_starts_anew_when_weights_go():
     assert lengths[0] > lengths[1] == 0 < lengths[2]
 
 
+def test_an_earlier_state_of_lbfgs_may_be_loaded_before_that_of_the_pruner():
+    model = mlp()
+    pruner = pruner_of(model, wf.Milestones({1: 0.5}))
+    optimizer = optim.LBFGS(model.parameters(), lr=0.5, max_iter=4)
+    with_closure(model, optimizer, data()[0], 0)
+    pruner.step()
+    saved = copy.deepcopy([each.state_dict() for each in (model, optimizer, pruner)])
+    ends = []
+    for _ in range(2):
+        with_closure(model, optimizer, data()[1], 0)
+        pruner.step()
+        ends.append(model[0].weight.detach().clone())
+        for each, state in zip((model, optimizer, pruner), copy.deepcopy(saved), strict=True):
+            each.load_state_dict(state)
+    assert torch.equal(*ends)
+
+
 def test_a_state_of_kept_weights_is_left_alone():
     """Without weights to remove, training is the same to the last bit as without masks."""
     trained = []

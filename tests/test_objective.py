@@ -1281,3 +1281,13 @@ def test_buffers_that_can_not_be_written_are_found_before_the_first_change():
     with pytest.raises(wf.WoodfisherError, match=r"entries of the buffer 'norm.running_mean' are one number"):
         wf.prune(model, [samples(20)], cross_entropy, 0.5, criterion="magnitude")
     assert torch.equal(model.net.weight, before)
+
+
+def test_buffers_may_be_sparse_or_hold_nan():
+    model = WithBuffer(lambda _: torch.full((1,), torch.nan).expand(4))
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    model.forward = lambda x: model.norm(model.net(x))[:, :3] @ model.adjacency
+    wf.prune(model, [samples(20)], cross_entropy, 0.5, criterion="magnitude")
+    assert int((model.net.weight != 0).sum()) == 12 and torch.equal(model.adjacency.to_dense(), torch.eye(3))
+    with pytest.raises(wf.WoodfisherError, match="'adjacency' is sparse or nested"):
+        wf.save_weights(model, "model.safetensors")

@@ -260,6 +260,122 @@ def test_equal_seeds_give_equal_runs_and_leave_no_trace():
     assert not torch.equal(weights[0], weights[2])
 
 
+class Changing(torch.nn.Module):
+    """Changes its inputs in place, makes a buffer as it first runs, and keeps a cache as an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.cache = Small().model, None
+
+    def forward(self, x):
+        if not hasattr(self, "shift"):
+            self.register_buffer("shift", torch.full((1, 1, 4, 4), 0.5))
+        if self.cache is None or len(self.cache) < len(x):
+            self.cache = torch.ones(len(x), 1, 1, 1)
+        x -= self.shift
+        return self.net(x * self.cache[: len(x)])
+
+
+class Shifted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = Small().model
+
+    def forward(self, x):
+        return self.net(x - 0.5)
+
+
+def accuracy_of_copies(model, data):
+    return accuracy(model, [(inputs.clone(), targets) for inputs, targets in data])
+
+
+def test_models_may_change_their_inputs_and_make_buffers_as_they_run(tmp_path):
+    losses = []
+    for model in (Shifted(), Changing()):
+        task = replace(small_task(accuracy_of_copies), model=model.eval(), validation=batches(1, 30))
+        before = [inputs.clone() for inputs, _ in task.train]
+        out = str(tmp_path / type(model).__name__)
+        trained = train(task, 0.5, Training(epochs=3, distil=0.5), curvature=CURVATURE, out=out)
+        losses.append([epoch.loss for epoch in trained.epochs])
+        assert all(torch.equal(a, b) for a, (b, _) in zip(before, task.train, strict=True))
+    assert losses[0] == pytest.approx(losses[1])
+    assert model.shift.shape == (1, 1, 4, 4)
+    task = replace(task, model=Changing().eval())
+    again = train(task, 0.5, Training(epochs=3, distil=0.5), curvature=CURVATURE, out=out, resume=True)
+    assert [epoch.loss for epoch in again.epochs] == losses[1]
+
+
+class Centred(torch.nn.Module):
+    """A loss with a temperature that is learnt, and a centre of outputs that follows them in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("centre", torch.zeros(5))
+
+    def forward(self, outputs, targets):
+        if self.training:
+            with torch.no_grad():
+                self.centre.mul_(0.9).add_(0.1 * outputs.mean(0))
+        return cross_entropy(outputs / self.temperature, targets) + (outputs - self.centre).square().mean()
+
+
+def test_what_a_loss_learns_and_keeps_is_part_of_the_run(tmp_path):
+    loss = Centred()
+
+    def run(loss, **options):
+        task = replace(small_task(), loss=loss)
+        schedule, how = wf.Polynomial(0.2, 0.5, 0, 2, 0.5), Training(epochs=4, rate=0.05)
+        trained = train(task, schedule, how, curvature=CURVATURE, **options)
+        return [epoch.loss for epoch in trained.epochs]
+
+    whole = run(loss)
+    assert run(loss) == whole
+    assert loss.temperature == 1.5 and loss.temperature.grad is None and not loss.centre.any()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(epoch):
+        if epoch.epoch == 2:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(loss, out=tmp_path, on_epoch=stop)
+    state = read_checkpoint(tmp_path / "checkpoint.ckpt")["state_dict"]
+    assert state["loss.temperature"] != 1.5 and state["loss.centre"].any()
+    assert run(loss, out=tmp_path, resume=True) == whole
+
+
+class Noisy(torch.utils.data.Dataset):
+    def __len__(self):
+        return 60
+
+    def __getitem__(self, index):
+        return torch.randn(1, 4, 4), index % 5
+
+
+def test_workers_that_are_kept_draw_the_same_in_a_run_that_is_resumed(tmp_path):
+    loader = torch.utils.data.DataLoader(Noisy(), 10, num_workers=1, persistent_workers=True)
+
+    def run(**options):
+        task = replace(small_task(), train=loader)
+        trained = train(task, 0.5, Training(epochs=3), criterion="magnitude", **options)
+        return [epoch.loss for epoch in trained.epochs]
+
+    whole = run()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(epoch):
+        raise Stopped
+
+    with pytest.raises(Stopped):
+        run(out=tmp_path, on_epoch=stop)
+    assert run(out=tmp_path, resume=True) == whole
+
+
 def test_the_model_is_as_it_was_after_a_failure():
     task = small_task()
     before = {name: tensor.clone() for name, tensor in task.model.state_dict().items()}

@@ -116,6 +116,15 @@ def copied(model: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Mod
         raise WoodfisherError(f"the model can't be copied: {type(error).__name__}: {error}") from error
 
 
+def adopt_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make room for the buffers of a state that a model registered, or made larger, as it ran."""
+    there = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    device = next(model.parameters()).device
+    for name in [name for name, tensor in state.items() if there.get(name) != tensor.shape]:
+        module, _, own = name.rpartition(".")
+        model.get_submodule(module)._buffers[own] = torch.empty_like(state[name], device=device)
+
+
 @contextmanager
 def same_flags(model: nn.Module) -> Iterator[None]:
     """Bring back which modules are in training mode."""

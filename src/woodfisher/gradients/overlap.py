@@ -25,7 +25,8 @@ def check_apart(model: nn.Module, chosen: Collection[str]) -> None:
     buffers = {name: buffer for name, buffer in model.named_buffers() if not is_shard(buffer)}
     stored: defaultdict[int, list[tuple[str, Tensor]]] = defaultdict(list)
     for name, tensor in {**buffers, **parameters}.items():
-        if type(tensor) in (Tensor, nn.Parameter) and tensor.numel():
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+        if plain and not tensor.is_nested and tensor.numel():
             stored[tensor.untyped_storage().data_ptr()].append((name, tensor))
     stored.pop(0, None)  # without memory, as on the device meta
     for there in stored.values():

@@ -16,14 +16,18 @@ from woodfisher.gradients.parameters import unwrapped
 from woodfisher.gradients.sharding import local, own_part, reshard, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from torch import Tensor, nn
 
     from woodfisher.gradients.objective import Objective
 
 
-def write(objective: Objective, model: nn.Module | None, others: Mapping[str, bytes] | None = None) -> None:
+Digests = dict[str, set[bytes]]
+"""Name of a parameter → digests of it in each floating-point type."""
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def write(objective: Objective, model: nn.Module | None, others: Digests | None = None) -> None:
     """Put the weights (removed ones exactly zero) and buffers of an objective into its model or another one like it.
 
     Parameters
@@ -33,7 +37,7 @@ def write(objective: Objective, model: nn.Module | None, others: Mapping[str, by
     """
     model = objective.source if model is None else unwrapped(model)
     reshard(model)
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters, buffers = dict(model.named_parameters()), _buffers_of(model, objective)
     _check_architecture(objective, parameters, buffers)
     if model is not objective.source or others is not None:
         _check_others(objective, parameters, others or {})
@@ -55,7 +59,7 @@ def write(objective: Objective, model: nn.Module | None, others: Mapping[str, by
     _check_computed(objective)
     fresh = {name: buffer for name, buffer in buffers.items() if not _same(buffer, objective.buffers[name])}
     for name, buffer in fresh.items():
-        if covers_itself(buffer):
+        if buffer.layout == torch.strided and covers_itself(buffer):
             raise WoodfisherError(
                 f"several entries of the buffer {name!r} are one number in memory (expand makes such tensors), so that "
                 "new ones can't be written to it: register a copy of it (contiguous()). The model is unchanged."
@@ -67,14 +71,38 @@ def write(objective: Objective, model: nn.Module | None, others: Mapping[str, by
             buffer.copy_(objective.buffers[name])
 
 
-def digests(objective: Objective) -> dict[str, bytes]:
-    """Name → a digest of each parameter that is not chosen, as it is now."""
-    parameters = objective.model.named_parameters()
-    return {name: digest(p) for name, p in parameters if name not in objective.layout.shapes}
+def digests(objective: Objective) -> Digests:
+    """Digests of each parameter that is not chosen, as it is now, and as it is converted."""
+    return {
+        name: {digest(p.to(dtype)) for dtype in (_FLOATING if p.is_floating_point() else [p.dtype])}
+        for name, p in objective.model.named_parameters()
+        if name not in objective.layout.shapes
+    }
+
+
+def _buffers_of(model: nn.Module, objective: Objective) -> dict[str, Tensor]:
+    """A model's buffers, but for those that aren't saved and came or grew as it ran since."""
+    passing = {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers()
+        if name not in passing
+        or (name in objective.buffers and objective.buffers[name].shape == buffer.shape)
+    }
 
 
 def _same(buffer: Tensor, own: Tensor) -> bool:
-    return buffer is own or (buffer.layout == torch.strided and torch.equal(buffer, own.to(buffer)))
+    """Whether there is nothing to write."""
+    if buffer is own or buffer.is_meta or buffer.is_nested:
+        return True
+    if buffer.layout != torch.strided:
+        buffer, own = buffer.to_dense(), own.to_dense()
+    own = own.to(buffer)
+    return bool(((buffer == own) | ((buffer != buffer) & (own != own))).all())
 
 
 def _check_computed(objective: Objective) -> None:
@@ -94,9 +122,7 @@ def _check_computed(objective: Objective) -> None:
             )
 
 
-def _check_others(
-    objective: Objective, parameters: dict[str, nn.Parameter], known: Mapping[str, bytes]
-) -> None:
+def _check_others(objective: Objective, parameters: dict[str, nn.Parameter], known: Digests) -> None:
     """Raise unless the parameters that are not chosen, which stay, are those of the model that was pruned."""
     own = dict(objective.model.named_parameters())
     here, there = ({name: tuple(p.shape) for name, p in each.items()} for each in (parameters, own))
@@ -109,11 +135,13 @@ def _check_others(
     for name, p in parameters.items():
         if name in objective.layout.shapes:
             continue
-        value, pruned = whole(p), own[name].detach()
-        if name in known and digest(value) == known[name]:
-            continue
-        moved = name in known and digest(pruned) != known[name]
-        if moved or not torch.allclose(value, pruned.to(p.device, p.dtype), rtol=0, atol=0, equal_nan=True):
+        value = whole(p)
+        if known:
+            same = digest(value) in known[name]
+        else:
+            pruned = own[name].detach().to(p.device, p.dtype)
+            same = torch.allclose(value, pruned, rtol=0, atol=0, equal_nan=True)
+        if not same:
             raise WoodfisherError(
                 f"{name!r} of this model differs from that of the model that was pruned, as it was then, and only "
                 "chosen weights and buffers are written, so that the network would be another one: load the state "

@@ -79,16 +79,19 @@ class Masks:
 
     def set(self, kept: Mapping[str, Tensor]) -> None:
         """Take other masks, and put them into force."""
-        before = {name: removed.clone() for name, removed in self._removed.items()}
         for name, removed in self._removed.items():
             removed.copy_(~kept[name])
             self._parts[name] = own_part(removed, self.parameters[name])
-        if any(not torch.equal(removed, before[name]) for name, removed in self._removed.items()):
+        self.enforce()
+
+    def remove(self, kept: Mapping[str, Tensor]) -> None:
+        """As `set`, for fewer weights than there were."""
+        if any(not torch.equal(removed, ~kept[name]) for name, removed in self._removed.items()):
             for optimizer in self._optimizers:
                 if isinstance(optimizer, torch.optim.LBFGS):
                     # Its memory is of flat vectors, and of the curvature with the weights that were there.
                     optimizer.state.clear()
-        self.enforce()
+        self.set(kept)
 
     def enforce(self) -> None:
         """Zero removed weights, their gradients and their entries in the state of every optimizer seen so far."""

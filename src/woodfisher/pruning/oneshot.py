@@ -22,13 +22,14 @@ from woodfisher.pruning.stages import pruned_through
 from woodfisher.watch import phase, warn, watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor, nn
     from typing_extensions import Unpack
 
     from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.objective import Changes
+    from woodfisher.gradients.writing import Digests
     from woodfisher.pruning.method import Method, PruningOptions
     from woodfisher.pruning.report import Report, Stage
     from woodfisher.surgeon.selection import Selection
@@ -163,7 +164,7 @@ class Pruned:
 
     report: Report
     objective: Objective
-    others: Mapping[str, bytes] | None = field(default=None, repr=False)
+    others: Digests | None = field(default=None, repr=False)
 
     def write(self, model: nn.Module | None = None) -> None:
         """Put it into the model that was pruned, or into `model`: one like it, all other parameters included.

@@ -61,7 +61,8 @@ class Pruner:
         taken as it is, with all of its samples and stages each time.
     seed:
         Which samples rows are taken from. They depend on it and on the number of times that weights were removed
-        before, and on nothing else; no random generator of the training run is touched.
+        before, and on nothing else; random generators of the training run, and of its loaders and their samplers, are
+        not touched. (One that a dataset has of its own goes on as samples are drawn.)
     progress:
         Called as `progress(phase, done, total)` while weights are removed.
     **parts:
@@ -249,7 +250,7 @@ class Pruner:
 
             made = Pruned.of(on_first_rank(pruned), objective)
         made.write()
-        self._masks.set(made.report.masks)
+        self._masks.remove(made.report.masks)
         self._times += 1
         self.history.append(replace(made.report, masks={}))
         return replace(made.report, masks=self.masks)

@@ -244,6 +244,11 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
                 f"{name!r} is spread over processes (a DTensor): load get_model_state_dict(model, "
                 "options=StateDictOptions(full_state_dict=True)) into a plain model, and save that."
             )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise WoodfisherError(
+                f"{name!r} is sparse or nested, which a file of weights can't hold: make it dense (to_dense()), or "
+                "register it with persistent=False."
+            )
         place = _place(tensor)
         if tensor.numel() and place in seen:
             tied[name] = seen[place]

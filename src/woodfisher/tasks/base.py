@@ -29,7 +29,7 @@ def accuracy(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> floa
     """
     device = next(model.parameters()).device
     correct = total = 0
-    with same_flags(model), torch.inference_mode():
+    with same_flags(model), torch.no_grad():
         model.eval()
         for inputs, targets in batches:
             if not hasattr(inputs, "to"):

@@ -23,6 +23,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, write_whole
+from woodfisher.gradients.batches import map_tensors
 from woodfisher.gradients.forward import (
     arguments_of,
     check_form,
@@ -31,7 +32,7 @@ from woodfisher.gradients.forward import (
     inputs_and_targets,
     mean_loss,
 )
-from woodfisher.gradients.isolation import reseed
+from woodfisher.gradients.isolation import adopt_buffers, reseed
 from woodfisher.training.gradual import Epoch, Removal
 from woodfisher.watch import logging_from
 
@@ -92,6 +93,7 @@ class Finetuning(LightningModule):
         super().__init__()
         self.model = pruner.objective.source
         self.task, self.pruner, self.training_options = task, pruner, training
+        self.loss = pruner.objective.loss
         self.steps, self.last, self.folder = steps, last, folder
         self.options = dict(options)
         self._forwards = [torch.compile(net) if training.compile else net for net in (self.model, task.model)]
@@ -110,7 +112,7 @@ class Finetuning(LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         options = self.training_options
         optimizer = torch.optim.SGD(
-            self.model.parameters(),
+            self.parameters(),  # those of a loss that has some, too
             lr=options.rate,
             momentum=options.momentum,
             weight_decay=options.weight_decay,
@@ -131,15 +133,17 @@ class Finetuning(LightningModule):
 
     def training_step(self, batch: Any, _index: int) -> Tensor:
         student, teacher = self._forwards
-        check_form(self.task.loss, batch)
+        check_form(self.loss, batch)
         if self.training_options.augment:
             batch = self._augmented(batch)
-        arguments, named = arguments_of(batch)
+        own = map_tensors(torch.clone, batch)  # to be changed in place, as some models and losses do
+        arguments, named = arguments_of(own)
         with explained(batch):
             outputs = full_precision(student(*arguments, **named))
-            loss = mean_loss(self.task.loss, outputs, batch)
+            loss = mean_loss(self.loss, outputs, own)
         share = self.training_options.distil
         if share:
+            arguments, named = arguments_of(map_tensors(torch.clone, batch))
             with torch.no_grad():
                 wanted = full_precision(teacher(*arguments, **named))
             loss = (1 - share) * loss + share * distance(outputs, wanted, self.training_options.temperature)
@@ -212,6 +216,7 @@ class Finetuning(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state = checkpoint["woodfisher"]
+        adopt_buffers(self, checkpoint["state_dict"])
         try:
             self.epochs = [Epoch(**epoch) for epoch in state["epochs"]]
             self.removals = [Removal(**removal) for removal in state["removals"]]
@@ -243,8 +248,9 @@ class Epochs:
         module = self._module
         epoch = module.global_step // module.steps
         seed = np.random.SeedSequence([module.pruner.seed, epoch]).generate_state(1)[0]
-        reseed(module.task.train, int(seed))
-        yield from module.task.train
+        data = module.pruner.objective.data
+        reseed(data, int(seed))
+        yield from data
 
 
 def distance(outputs: Any, wanted: Any, temperature: float) -> Tensor:

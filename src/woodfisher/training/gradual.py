@@ -6,14 +6,17 @@ import hashlib
 import signal
 from collections.abc import Sized
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
 
 from woodfisher._version import __version__
 from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import remove
-from woodfisher.gradients.batches import bytes_of, length
-from woodfisher.gradients.isolation import copied, isolated, reseeded
+from woodfisher.gradients.batches import bytes_of, length, read_apart
+from woodfisher.gradients.isolation import adopt_buffers, copied, isolated, reseeded
 from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.pruning.method import apart
@@ -23,9 +26,8 @@ from woodfisher.pruning.schedule import Polynomial, Schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
     from typing_extensions import Unpack
 
     from woodfisher.gradients.forward import Precision
@@ -231,7 +233,7 @@ def train(
     *,
     criterion: str | Method = "woodfisher",
     seed: int = 0,
-    out: Path | None = None,
+    out: str | Path | None = None,
     resume: bool = False,
     log: Literal["csv", "tensorboard"] = "csv",
     progress: Progress | None = None,
@@ -247,7 +249,8 @@ def train(
     Parameters
     ----------
     task:
-        Model, data, loss and metric. Training batches go through `task.augment`; rows for the curvature don't.
+        Model, data, loss and metric. Training batches go through `task.augment`; rows for the curvature don't. A loss
+        that is a module is copied, and its parameters are trained, too.
     sparsity:
         Fraction of the chosen weights to remove (see `gradually`), or a schedule whose times are in epochs.
     training:
@@ -277,12 +280,12 @@ def train(
     require_lightning()
     from woodfisher.training.finetuning import Finetuning
 
-    training = training or Training()
+    training, out = training or Training(), None if out is None else Path(out)
     chosen, parts = apart(options)
     precision = chosen.get("precision", "float32")
     _check(task, training, seed, out, resume, log)
     schedule = sparsity if isinstance(sparsity, Schedule) else gradually(sparsity, training.epochs)
-    steps = batches_in(task.train)
+    steps = batches_in(read_apart(task.train))
     schedule = schedule.in_epochs(steps)
     last = _last_removal(schedule, steps, training.epochs)
     model = unwrapped(copied(task.model)).train()
@@ -290,7 +293,8 @@ def train(
         raise WoodfisherError("every parameter of the model is frozen, and training needs some: thaw them.")
     with isolated(task.model), reseeded(task.train, seed):
         dense = task.validate(task.model)
-        objective = Objective(model, task.train, task.loss, **chosen)
+        loss = copied(task.loss) if isinstance(task.loss, nn.Module) else task.loss
+        objective = Objective(model, task.train, loss, **chosen)
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
         )
@@ -312,7 +316,9 @@ def train(
         _fit(module, checkpoint, precision, log)
     assert module.best is not None
     number, weights = module.best
-    unwrapped(task.model).load_state_dict(weights)
+    own = unwrapped(task.model)
+    adopt_buffers(own, weights)
+    own.load_state_dict(weights)
     return Trained.of(module, module.epochs[number - 1], dense)
 
 
