@@ -69,6 +69,9 @@ def silent() -> bool:
     return in_a_group() and distributed.get_rank() > 0
 
 
+_WIDE = 200
+"""Columns of what is no terminal."""
+
 _results: ContextVar[TextIO | None] = ContextVar("woodfisher_results", default=None)
 
 
@@ -119,8 +122,10 @@ def results() -> TextIO:
 
 
 def out() -> Console:
-    """Standard output, for results."""
-    return Console(file=results(), markup=False, emoji=False, highlight=False)
+    """Standard output, for results; a file or a pipe has room for tables of any width."""
+    file = results()
+    width = None if file.isatty() or "COLUMNS" in os.environ else _WIDE
+    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager
