@@ -323,6 +323,25 @@ def test_factor_form_of_a_layer_that_is_called_twice_is_refused():
         next(objective.iter_layer_rows(6))
 
 
+class Steep(nn.Module):
+    """Whose gradients the last bits of its inputs decide, as of a deep network of rectifiers near their kinks."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(300, 4, bias=False)
+
+    def forward(self, x):
+        return torch.sin(1e6 * self.layer(x)) * 1e-6
+
+
+def test_rows_that_rounding_alone_tells_apart_have_factor_form():
+    (x, y), model = samples(64, (300,)), Steep()
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
+    assert objective.rows(64).any()  # a warning would be an error
+    assert objective.factors()
+
+
 @pytest.mark.parametrize("lengths", [[3, 3, 2, 4], [3, 3, 2, 3], [1, 1, 0, 2], [3, 3, 3, 3]])
 def test_layers_that_see_more_of_some_samples_than_of_others(lengths):
     there = torch.arange(4)[None] < torch.tensor(lengths)[:, None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +31,10 @@ _TRIED_ROWS = 2
 
 _CANCELLED = 32
 """Units of rounding, each as large as the terms that are added up, that a gradient which is zero may come out as."""
+
+_LAST_BITS, _ROUNDED = (-16, -8, 8, 16), 4
+"""Units of rounding that weights are moved by, and how many times as far as that moves a gradient two ways to compute
+it may be apart."""
 
 TRIED_ROWS_OF_OWN_LOSS = 8
 """The same where the model weighs samples in a loss of its own."""
@@ -110,7 +114,7 @@ class Signals:
         chunk: Batch,
         made: Mapping[str, LayerRows],
     ) -> None:
-        """Raise `NoFactorsError` where a row is not as it is alone.
+        """Raise `NoFactorsError` where a row is not as it is alone, as near as rounding lets it be.
 
         It is the largest of the latter half: what of the others is more than noise, nobody knows.
         """
@@ -123,12 +127,31 @@ class Signals:
         group = samples_in(chunk) // count
         sample = some(chunk, row * group, (row + 1) * group)
         alone = self._forward.gradient(state, sample)
+        apart: dict[str, float] = {}
         for name, rows in made.items():
             together, true = rows.part(slice(row, row + 1)).dense()[0], alone[name].flatten()
             tolerance = torch.finfo(rows.outputs.dtype).eps ** 0.25
-            largest = max(float(together.norm()), float(true.norm()))
-            if float((together - true).norm()) > tolerance * largest + _noise(rows, row):
+            largest, distance = (
+                max(float(together.norm()), float(true.norm())),
+                float((together - true).norm()),
+            )
+            if distance > tolerance * largest + _noise(rows, row):
+                apart[name] = distance
+        moved = self._moved_by_rounding(state, sample, alone) if apart else {}
+        for name, distance in apart.items():
+            if not distance <= _ROUNDED * moved[name]:
                 raise _uneven(name)
+
+    def _moved_by_rounding(
+        self, state: State, sample: Batch, alone: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """How far other last bits of the weights move a gradient: far where a rectifier is close to its kink."""
+        moved = dict.fromkeys(alone, 0.0)
+        for units in _LAST_BITS:
+            near = {name: weight * (1 + units * _unit(weight)) for name, weight in state.weights.items()}
+            there = self._forward.gradient(replace(state, weights=near), sample)
+            moved = {name: max(far, float((there[name] - alone[name]).norm())) for name, far in moved.items()}
+        return moved
 
     def factors(
         self,
@@ -236,6 +259,10 @@ def _noise(rows: LayerRows, row: int) -> float:
     """What rounding leaves of a row whose terms cancel, as of a bias in front of a normalisation."""
     terms = float(rows.part(slice(row, row + 1)).most_norms())
     return _CANCELLED * torch.finfo(rows.outputs.dtype).eps * terms
+
+
+def _unit(weight: Tensor) -> float:
+    return torch.finfo(torch.float64 if weight.dtype == torch.float64 else torch.float32).eps
 
 
 def _form(batch: Batch, group: int) -> str:
