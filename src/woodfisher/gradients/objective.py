@@ -65,8 +65,8 @@ class ObjectiveOptions(TypedDict, total=False):
 class Objective(Gradients):
     """The loss of a model on data, as a function of the weights chosen for pruning.
 
-    Nothing that an objective computes leaves a trace: it runs in evaluation mode on copies of the buffers,
-    and training flags, gradients and random generators are as before when it returns (but for one that is a
+    Nothing that an objective computes leaves a trace: model and loss run in evaluation mode on copies of buffers and
+    samples, and training flags, gradients and random generators are as before when it returns (but for one that is a
     loader's own, which goes on as samples are drawn). It sees the weights
     in `weights`, which start as the model's own; `at` gives the same objective elsewhere, and only `write`
     changes the model.
