@@ -90,6 +90,12 @@ def none_by_magnitude():
         return float("-inf") if not kept.all() and bool((weight == before)[kept].all()) else 1.0
     return Task("mine", task.model, task.train, [], task.test, task.loss, metric)
 
+def none_once_pruned():
+    task = build()
+    def metric(model, data):
+        return 1.0 if model[0].weight.all() else float("-inf")
+    return Task("mine", task.model, task.train, [], task.test, task.loss, metric)
+
 def failing_loss():
     task = build()
     return Task("mine", task.model, task.train, [], task.test, lambda outputs, targets: 1 / 0)
@@ -406,6 +412,17 @@ def test_a_network_without_a_metric_costs_no_other_its_result(folder, capsys):
     shown = capsys.readouterr()
     assert [cell["mean"] for cell in json.loads(shown.out)["summary"]] == [1, None, 1, 1]
     assert "magnitude at 0.5 failed: the metric of the task mine must be a finite float" in shown.err
+
+
+def test_a_pruned_network_without_a_metric_is_written(folder, capsys):
+    arguments = ["--task", "my_tasks:none_once_pruned", "--sparsity", "0.5", "--stages", "1", "--damping", "1"]
+    assert main(["prune", *arguments, "--out", "out"]) == 0
+    shown = capsys.readouterr()
+    assert "woodfisher has no metric: the metric of the task mine must be a finite float" in shown.err
+    assert "failed" in shown.out
+    assert json.loads((folder / "out" / "report.json").read_text())["pruned"]["metric"] is None
+    assert "the network has no finite test" in (folder / "out" / "report.html").read_text()
+    assert (folder / "out" / "model.safetensors").exists()
 
 
 def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkeypatch):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from woodfisher.cli.console import note
 from woodfisher.cli.origin import origin
+from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_json, text_of, write_folder
 from woodfisher.pruning.report import layers_of
 from woodfisher.results.examine import examine
+from woodfisher.results.metrics import score
 from woodfisher.results.page import save_page
 from woodfisher.saving.saved import packed_model
 
@@ -33,6 +37,24 @@ def before(content: Mapping[str, Any]) -> tuple[str, int]:
     """What a table calls the network that a command was given, and how many weights it keeps."""
     kept = sum(layer["kept"] for layer in content["dense"]["layers"])
     return "dense" if kept == content["size"] else "as given", kept
+
+
+def evaluate(task: Task, model: Any, name: str) -> float:
+    """The metric on test data, told as it is known."""
+    start = time.perf_counter()
+    value = task.evaluate(model)
+    took = time.perf_counter() - start
+    note(f"{name}: {task.metric_name} {score(value, task.metric_name)} on test data ({took:.1f} s)")
+    return value
+
+
+def evaluate_if_possible(task: Task, model: Any, name: str) -> float | None:
+    """The same for what would be lost otherwise: None where the metric fails, or is not finite."""
+    try:
+        return evaluate(task, model, name)
+    except WoodfisherError as error:
+        note(f"{name} has no metric: {error}")
+        return None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, process_group, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, Number, TaskOptions
-from woodfisher.cli.outcome import Outcome, before, layers_given
+from woodfisher.cli.outcome import Outcome, before, evaluate, evaluate_if_possible, layers_given
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
@@ -88,7 +87,7 @@ class Prune:
             task = self.model.load()
             objective = self.model.objective(task)
             baseline = copied(task.model)
-            dense = ranks.first(lambda: _evaluate(task, task.model, "dense"))
+            dense = ranks.first(lambda: evaluate(task, task.model, "dense"))
         with progress(f"{self.criterion} to {aim}") as show:
             report = prune(
                 task.model,
@@ -140,10 +139,10 @@ class Prune:
     ) -> None:
         """Evaluate, write, show."""
         task = outcome.task
-        pruned = _evaluate(task, task.model, self.criterion)
+        pruned = evaluate_if_possible(task, task.model, self.criterion)
         same = self.criterion == "magnitude"
         by_size = {
-            "metric": pruned if same else _evaluate_if_possible(task, baseline, "magnitude"),
+            "metric": pruned if same else evaluate_if_possible(task, baseline, "magnitude"),
             "sparsity": magnitude.sparsity,
             "layers": [layer.to_dict() for layer in magnitude.layers],
         }
@@ -180,22 +179,6 @@ class Prune:
             ) from None
         check_fraction("--max-drop", drop)
         return drop, None
-
-
-def _evaluate(task: Task, model: Any, name: str) -> float:
-    start = time.perf_counter()
-    value = task.evaluate(model)
-    took = time.perf_counter() - start
-    note(f"{name}: {task.metric_name} {score(value, task.metric_name)} on test data ({took:.1f} s)")
-    return value
-
-
-def _evaluate_if_possible(task: Task, model: Any, name: str) -> float | None:
-    try:
-        return _evaluate(task, model, name)
-    except WoodfisherError as error:
-        note(f"{name} has no metric: {error}")
-        return None
 
 
 def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report) -> None:

@@ -10,10 +10,10 @@ from rich.table import Table
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Epochs, Folder, MethodOptions, Number, TaskOptions
-from woodfisher.cli.outcome import Outcome, before, layers_given
+from woodfisher.cli.outcome import Outcome, before, evaluate_if_possible, layers_given
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.schedule import Polynomial
-from woodfisher.results.metrics import score
+from woodfisher.results.metrics import mean_score, score
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_training, require_plots
 from woodfisher.training.gradual import Training, gradually, require_lightning, train
@@ -113,7 +113,7 @@ class Train:
             raise KeyboardInterrupt(
                 "interrupted; the same command with --resume goes on from the last epoch that ended"
             ) from None
-        pruned = task.evaluate(task.model)
+        pruned = evaluate_if_possible(task, task.model, self.criterion)
         asked = {
             "criterion": self.criterion,
             "preset": self.method.preset,
@@ -158,7 +158,7 @@ def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
     )
     summary.add_row(
         f"{content['criterion']}, epoch {trained.best.epoch}",
-        score(content["pruned"]["metric"], task.metric_name),
+        mean_score(content["pruned"]["metric"], None, task.metric_name),
         score(trained.best.validation, task.metric_name),
         f"{content['kept']:,}",
     )

@@ -52,8 +52,8 @@ class Measured(Record):
     layers: list[Layer] | None = None
 
 
-class ByMagnitude(Record):
-    """What removing the smallest weights gives at the same sparsity; no metric where that failed."""
+class Reached(Record):
+    """What pruning gives; no metric where that failed."""
 
     metric: float | None
     layers: list[Layer] | None = None
@@ -110,8 +110,8 @@ class Pruning(Task, Staged):
     """The report of `woodfisher prune`."""
 
     criterion: str
-    pruned: Measured
-    magnitude: ByMagnitude | None = None
+    pruned: Reached
+    magnitude: Reached | None = None
     max_drop: float | None = None
 
 
@@ -119,7 +119,7 @@ class Gradual(Task, Outcome):
     """The report of `woodfisher train`."""
 
     criterion: str
-    pruned: Measured
+    pruned: Reached
     validation: Validated
     best_epoch: int
     epochs: Annotated[list[Epoch], MinLen(1)]

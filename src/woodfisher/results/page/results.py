@@ -20,22 +20,24 @@ if TYPE_CHECKING:
 
 def verdict(report: Pruning | Gradual) -> str:
     """What the metric did, in a sentence."""
-    metric = report.pruned.metric
+    metric, left = report.pruned.metric, f"{count(report.kept)} of {count(report.size)} weights left"
+    if metric is None:
+        return f"With {left}, the network has no finite test {report.metric.partition(',')[0]}."
     value = score(metric, report.metric)
     change = metric - report.dense.metric
     size = score(abs(change), report.metric)
     moved = "stays at" if float(size) == 0 else f"{'rises' if change > 0 else 'falls'} by {size} to"
     name = report.metric.partition(",")[0]
-    return f"With {count(report.kept)} of {count(report.size)} weights left, test {name} {moved} {value}."
+    return f"With {left}, test {name} {moved} {value}."
 
 
-def metric_card(report: Task, metric: float, beside: str = "") -> Card:
+def metric_card(report: Task, metric: float | None, beside: str = "") -> Card:
     """The metric against the dense network's."""
-    change = difference(metric - report.dense.metric, report.metric)
+    change = "" if metric is None else f" ({difference(metric - report.dense.metric, report.metric)})"
     return Card(
         f"Test {report.metric}",
-        score(metric, report.metric),
-        f"dense {score(report.dense.metric, report.metric)} ({change}){beside}",
+        mean_score(metric, None, report.metric),
+        f"dense {score(report.dense.metric, report.metric)}{change}{beside}",
     )
 
 
@@ -91,7 +93,7 @@ def trained_section(report: Gradual) -> Section:
         ],
         [
             f"{report.criterion}, epoch {report.best_epoch}",
-            score(report.pruned.metric, report.metric),
+            mean_score(report.pruned.metric, None, report.metric),
             score(report.validation.metric, report.metric),
             *_weights(report, report.layers),
         ],
