@@ -415,8 +415,8 @@ def test_a_network_without_a_metric_costs_no_other_its_result(folder, capsys):
 
 
 def test_a_pruned_network_without_a_metric_is_written(folder, capsys):
-    arguments = ["--task", "my_tasks:none_once_pruned", "--sparsity", "0.5", "--stages", "1", "--damping", "1"]
-    assert main(["prune", *arguments, "--out", "out"]) == 0
+    options = "--sparsity 0.5 --stages 1 --damping 1 --out out".split()
+    assert main(["prune", "--task", "my_tasks:none_once_pruned", *options]) == 0
     shown = capsys.readouterr()
     assert "woodfisher has no metric: the metric of the task mine must be a finite float" in shown.err
     assert "failed" in shown.out

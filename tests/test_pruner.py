@@ -418,6 +418,7 @@ def test_progress_is_told():
         ),
         ({"schedule": wf.one_shot(0.99)}, "keeps none of 36 weights"),
         ({"stages": 0}, "stages must be a whole number"),
+        ({"seed": 2**70}, r"seed must be a whole number below 2\^63"),
         ({"criterion": "fisher"}, "criterion must be one of"),
         ({"stage": 3}, "there is no argument 'stage'"),
         ({"params": "0.*"}, "there is no argument 'params'; an Objective takes params, exclude, sampler"),

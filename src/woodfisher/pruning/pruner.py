@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from woodfisher.checks import check_count
+from woodfisher.checks import check_count, check_seed
 from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.isolation import isolated, reseeded
@@ -107,7 +107,7 @@ class Pruner:
             raise WoodfisherError(
                 f"the second argument is an Objective(model, data, loss); a {type(objective).__name__} came."
             )
-        check_count("seed", seed, least=0)
+        check_seed(seed)
         if unwrapped(model) is not objective.source:
             raise WoodfisherError(
                 "the objective is that of another model: make it from the one that is trained, as in "

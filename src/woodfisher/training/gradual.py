@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import nn
 
 from woodfisher._version import __version__
-from woodfisher.checks import check_choice, check_count, check_fraction, check_not_negative, check_positive
+from woodfisher.checks import (
+    check_choice,
+    check_count,
+    check_fraction,
+    check_not_negative,
+    check_positive,
+    check_seed,
+)
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import remove
 from woodfisher.gradients.batches import bytes_of, length, read_apart
@@ -332,7 +339,7 @@ def _check(
 ) -> None:
     training.check()
     check_choice("log", log, LOGS)
-    check_count("seed", seed, least=0)
+    check_seed(seed)
     if out is None and (resume or log != "csv"):
         raise WoodfisherError("to resume, or to log, needs a folder: give out=.")
     if training.distil and task.loss is None:
