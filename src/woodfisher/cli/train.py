@@ -10,7 +10,7 @@ from rich.table import Table
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Epochs, Folder, MethodOptions, Number, TaskOptions
-from woodfisher.cli.outcome import Outcome, before, evaluate_if_possible, layers_given
+from woodfisher.cli.outcome import Outcome, before, evaluate, evaluate_if_possible, layers_given
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.schedule import Polynomial
 from woodfisher.results.metrics import mean_score, score
@@ -92,8 +92,7 @@ class Train:
         note(f"loading {self.model.task}")
         task = self.model.load()
         objective = self.model.objective(task)
-        dense = task.evaluate(task.model)
-        note(f"dense: {task.metric_name} {score(dense, task.metric_name)} on test data")
+        dense = evaluate(task, task.model, "dense")
         try:
             with progress(f"training to {sparsity:g}", "steps") as show:
                 trained = train(

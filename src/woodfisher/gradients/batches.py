@@ -377,18 +377,19 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy()
 
 
-def digest(tensor: Tensor) -> bytes:
-    """Of a tensor's bytes, sixteen that no other ones have."""
-    return hashlib.blake2b(bytes_of(tensor).data, digest_size=16).digest()
+def digest(*tensors: Tensor) -> bytes:
+    """Of the bytes of tensors, sixteen that no other ones have."""
+    return _digest(map(bytes_of, tensors))
+
+
+def _digest(parts: Iterable[np.ndarray]) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        found.update(part.data)
+    return found.digest()
 
 
 def fingerprints(batch: Batch) -> list[bytes]:
     """A digest of each sample's bytes."""
     parts = [bytes_of(t).reshape(len(t), t.nbytes // max(len(t), 1)) for t in tensors_of(batch)]
-    digests = []
-    for sample in zip(*parts, strict=True):
-        its = hashlib.blake2b(digest_size=16)
-        for part in sample:
-            its.update(part.data)
-        digests.append(its.digest())
-    return digests
+    return [_digest(sample) for sample in zip(*parts, strict=True)]

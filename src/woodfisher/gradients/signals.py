@@ -131,10 +131,8 @@ class Signals:
         for name, rows in made.items():
             together, true = rows.part(slice(row, row + 1)).dense()[0], alone[name].flatten()
             tolerance = torch.finfo(rows.outputs.dtype).eps ** 0.25
-            largest, distance = (
-                max(float(together.norm()), float(true.norm())),
-                float((together - true).norm()),
-            )
+            largest = max(float(together.norm()), float(true.norm()))
+            distance = float((together - true).norm())
             if distance > tolerance * largest + _noise(rows, row):
                 apart[name] = distance
         moved = self._moved_by_rounding(state, sample, alone) if apart else {}

@@ -37,8 +37,9 @@ def write(objective: Objective, model: nn.Module | None, others: Digests | None 
     """
     model = objective.source if model is None else unwrapped(model)
     reshard(model)
-    parameters, buffers = dict(model.named_parameters()), _buffers_of(model, objective)
-    _check_architecture(objective, parameters, buffers)
+    parameters = dict(model.named_parameters())
+    _check_architecture(objective, parameters)
+    buffers = _buffers_of(model, objective)
     if model is not objective.source or others is not None:
         _check_others(objective, parameters, others or {})
         check_apart(model, objective.layout.shapes)
@@ -81,18 +82,22 @@ def digests(objective: Objective) -> Digests:
 
 
 def _buffers_of(model: nn.Module, objective: Objective) -> dict[str, Tensor]:
-    """A model's buffers, but for those that aren't saved and came or grew as it ran since."""
+    """A model's buffers, but for those that aren't saved and came or grew as it ran since; raises on any others."""
     passing = {
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }
-    return {
-        name: buffer
-        for name, buffer in model.named_buffers()
-        if name not in passing
-        or (name in objective.buffers and objective.buffers[name].shape == buffer.shape)
-    }
+    found = {}
+    for name, buffer in model.named_buffers():
+        if name in objective.buffers and objective.buffers[name].shape == buffer.shape:
+            found[name] = buffer
+        elif name not in passing:
+            raise WoodfisherError(
+                f"the model that was pruned has no buffer {name!r} of shape {tuple(buffer.shape)}: write to one of "
+                "the same architecture."
+            )
+    return found
 
 
 def _same(buffer: Tensor, own: Tensor) -> bool:
@@ -150,21 +155,13 @@ def _check_others(objective: Objective, parameters: dict[str, nn.Parameter], kno
             )
 
 
-def _check_architecture(
-    objective: Objective, parameters: dict[str, nn.Parameter], buffers: dict[str, Tensor]
-) -> None:
+def _check_architecture(objective: Objective, parameters: dict[str, nn.Parameter]) -> None:
     shapes = objective.layout.shapes
     for name, shape in shapes.items():
         if name not in parameters or tuple(parameters[name].shape) != tuple(shape):
             raise WoodfisherError(
                 f"this model has no parameter {name!r} of shape {shape}: write to one of the architecture that was "
                 "pruned."
-            )
-    for name, buffer in buffers.items():
-        if name not in objective.buffers or objective.buffers[name].shape != buffer.shape:
-            raise WoodfisherError(
-                f"the model that was pruned has no buffer {name!r} of shape {tuple(buffer.shape)}: write to one of "
-                "the same architecture."
             )
     if any(parameters[name].is_inference() for name in shapes):
         raise WoodfisherError(

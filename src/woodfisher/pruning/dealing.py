@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import torch
 
 from woodfisher.curvature import DiagonalFisher, Identity, WoodFisher
 from woodfisher.errors import ElsewhereError
-from woodfisher.gradients.batches import bytes_of, describe, fingerprints, some
+from woodfisher.gradients.batches import describe, digest, fingerprints, some
 from woodfisher.gradients.isolation import generators
 from woodfisher.surgeon.patterns import NM, Block, Unstructured
 
@@ -53,10 +52,8 @@ def alike(objective: Objective, asked: object) -> Objective:
     ranks = objective.ranks
     if ranks.size == 1:
         return objective
-    digest = hashlib.blake2b()
-    for tensor in (*objective.model.parameters(), objective.kept):
-        digest.update(bytes_of(tensor).data)
-    told = ranks.gather((str(objective.layout), digest.digest(), repr(asked)))
+    weights = digest(*objective.model.parameters(), objective.kept)
+    told = ranks.gather((str(objective.layout), weights, repr(asked)))
     for number, what in enumerate(("chosen parameters", "weights", "options")):
         if len({each[number] for each in told}) > 1:
             raise ElsewhereError(

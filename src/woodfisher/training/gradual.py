@@ -292,7 +292,8 @@ def train(
     precision = chosen.get("precision", "float32")
     _check(task, training, seed, out, resume, log)
     schedule = sparsity if isinstance(sparsity, Schedule) else gradually(sparsity, training.epochs)
-    steps = batches_in(read_apart(task.train))
+    data = read_apart(task.train)
+    steps = batches_in(data)
     schedule = schedule.in_epochs(steps)
     last = _last_removal(schedule, steps, training.epochs)
     model = unwrapped(copied(task.model)).train()
@@ -301,7 +302,7 @@ def train(
     with isolated(task.model), reseeded(task.train, seed):
         dense = task.validate(task.model)
         loss = copied(task.loss) if isinstance(task.loss, nn.Module) else task.loss
-        objective = Objective(model, task.train, loss, **chosen)
+        objective = Objective(model, data, loss, **chosen)
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
         )
