@@ -21,7 +21,7 @@ import woodfisher as wf
 from models import ConvNet, mlp, samples
 from woodfisher.curvature.damping import _GRID, held_out_damping, positive_scale
 from woodfisher.curvature.lowrank import roundoff
-from woodfisher.curvature.running import RunningFisher, ShrunkFisher
+from woodfisher.curvature.running import PlainFisher, ShrunkFisher
 from woodfisher.gradients.batches import Replay, Stream, length, rechunk, samples_in
 from woodfisher.memory import parse_bytes
 from woodfisher.pruning.adaptive import adaptive_run
@@ -85,7 +85,7 @@ def weights_of(model):
 def test_the_running_fisher_is_that_of_the_last_rows(pieces, at_once, window, seed):
     torch.manual_seed(seed)
     d, group, damping = 12, 3, 0.1
-    fisher = RunningFisher(d, window, group, dtype=torch.float32, device=torch.device("cpu"))
+    fisher = PlainFisher(d, window, group, dtype=torch.float32, device=torch.device("cpu"))
     rows = torch.randn(sum(pieces), d)
     parts = rows.split(pieces)
     for first in range(0, len(parts), at_once):
@@ -106,7 +106,7 @@ def test_the_running_fisher_is_that_of_the_last_rows(pieces, at_once, window, se
 
 def test_restricting_twice_is_restricting_once():
     torch.manual_seed(0)
-    fisher = RunningFisher(10, 4, 1, dtype=torch.float64, device=torch.device("cpu"))
+    fisher = PlainFisher(10, 4, 1, dtype=torch.float64, device=torch.device("cpu"))
     fisher.add(torch.randn(4, 10, dtype=torch.float64))
     before = fisher.rows.clone()
     first, second = torch.arange(10) != 3, torch.arange(9) != 0
@@ -939,7 +939,7 @@ def test_samples_that_come_once_make_no_prior_and_none_is_lost():
     assert sum(read) == 60
     stream = Stream(iter(batches()))
     objective = wf.Objective(trained(), batches(), cross_entropy)
-    for source, kind in ((stream, RunningFisher), (Stream(batches()), ShrunkFisher)):
+    for source, kind in ((stream, PlainFisher), (Stream(batches()), ShrunkFisher)):
         run = adaptive(objective, METHOD, source.hold_out(12), source, False)
         assert type(run.fisher) is kind
 
@@ -1027,7 +1027,7 @@ def test_products_of_fewer_digits_are_told(setting):
         assert roundoff(torch.device("cuda")) == 2.0**-10
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
-            RunningFisher(3, 2, 1, dtype=torch.float32, device=torch.device("cpu"))
+            PlainFisher(3, 2, 1, dtype=torch.float32, device=torch.device("cpu"))
         assert [("fewer digits" in str(each.message)) for each in told] == [True] * lowered
     finally:
         torch.set_float32_matmul_precision("highest")

@@ -124,7 +124,7 @@ class FisherBlocks(InverseOperator):
             else:
                 K += product
         scale = self.divisor * self.damping
-        factor, rounding = _factored(K, scale, scratch)
+        factor, _, rounding = _factored(K, scale, scratch)
         lower = product.copy_(factor)
         out = torch.empty(count, self._block, dtype=torch.float64, device=self.device)
         sound = rounding.isfinite()
@@ -140,12 +140,12 @@ class FisherBlocks(InverseOperator):
     def _primal(self, blocks: slice, scratch: Scratch) -> tuple[Tensor, Tensor]:
         """The same from F = λI + GᵀG/n."""
         G = self._read(blocks, slice(0, self._block))
-        factor, rounding = _factored((G.mT @ G).double() / self.divisor, self.damping, scratch)
-        return column_energies(factor, scratch), rounding <= SINGLE_TOLERANCE
+        _, diagonal, rounding = _factored((G.mT @ G).double() / self.divisor, self.damping, scratch)
+        return diagonal, rounding <= SINGLE_TOLERANCE
 
 
-def _factored(gram: Tensor, shift: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """L⁻¹ of K = `gram` + `shift`·I = LLᵀ for a batch, and how far rounding of `gram` may have moved it.
+def _factored(gram: Tensor, shift: float, scratch: Scratch) -> tuple[Tensor, Tensor, Tensor]:
+    """L⁻¹ and the inverse's diagonal of K = `gram` + `shift`·I = LLᵀ, a batch, and how far rounding may have moved it.
 
     With E the rounding of a float32 product, |E_ij| ≤ 2u d_i d_j and d² the diagonal of `gram`, what K⁻¹ is changed
     by relative to itself is at most ‖L⁻¹EL⁻ᵀ‖, and that about 2u Σ d_i² [K⁻¹]_ii, however the rows are scaled. NaN
@@ -153,7 +153,7 @@ def _factored(gram: Tensor, shift: float, scratch: Scratch) -> tuple[Tensor, Ten
 
     Returns
     -------
-    `(count, n, n)` and `(count,)`, float64.
+    `(count, n, n)`, `(count, n)` and `(count,)`, float64.
     """
     energies = gram.diagonal(dim1=1, dim2=2).clone()
     gram.diagonal(dim1=1, dim2=2).add_(shift)
@@ -161,5 +161,6 @@ def _factored(gram: Tensor, shift: float, scratch: Scratch) -> tuple[Tensor, Ten
     factor = scratch("L", gram.shape, gram.dtype).mT
     torch.linalg.cholesky_ex(gram, out=(factor, info))
     inverse = triangular_inverse(factor, scratch("the inverse of L", gram.shape, gram.dtype))
-    rounding = roundoff(gram.device) * (column_energies(inverse, scratch) * energies).sum(1)
-    return inverse, torch.where(info == 0, rounding, torch.nan)
+    diagonal = column_energies(inverse, scratch)
+    rounding = roundoff(gram.device) * (diagonal * energies).sum(1)
+    return inverse, diagonal, torch.where(info == 0, rounding, torch.nan)

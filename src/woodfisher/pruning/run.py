@@ -12,7 +12,7 @@ import torch
 from woodfisher.curvature.base import BlockDiagonalInverse, removed_part
 from woodfisher.curvature.carried import CarriedDamping
 from woodfisher.curvature.prior import Prior, RestrictedPrior
-from woodfisher.curvature.running import RunningFisher, ShrunkFisher
+from woodfisher.curvature.running import PlainFisher, RunningFisher, ShrunkFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.importance import Important
 from woodfisher.gradients.isolation import move_on
@@ -143,7 +143,7 @@ class AdaptiveRun:
         objective, rows, group = self.objective, self.course.rows, self.course.group
         where: dict[str, Any] = {"dtype": objective.dtype, "device": objective.device}
         if not self.course.shrinks:
-            return RunningFisher(len(self.weights), rows, group, **where)
+            return PlainFisher(len(self.weights), rows, group, **where)
         samples = rows * group
         with phase("curvature"):
             prior = Prior.of(objective.on(self.stream.fork().draw(samples)), samples, self.curvature.labels)
