@@ -1106,6 +1106,7 @@ def test_arguments_of_a_wrong_kind_are_explained():
             "seed must be a whole number of at least 0",
         ),
         (lambda: wf.plan(model, wf.WoodFisher()), "a plan is for an Objective"),
+        (lambda: wf.WoodFisher()(model), "a curvature is estimated of an Objective.*; a Sequential came"),
         (lambda: objective.at([1.0], objective.kept), "weights must be a tensor of 36 entries"),
         (lambda: wf.Objective(nn.Linear(2, 2, device="meta"), data), "on the device meta"),
         (

@@ -26,7 +26,7 @@ class Recorder(Estimator):
     samples: int = FISHER.samples
     seen: list = None
 
-    def __call__(self, objective):
+    def estimate(self, objective):
         inputs = torch.cat([batch[0] for batch in objective.data])
         self.seen.append((objective.rows(self.samples), objective.kept.clone(), inputs))
         return self.inner(objective)

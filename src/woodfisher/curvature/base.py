@@ -11,6 +11,7 @@ from torch import Tensor
 
 from woodfisher.checks import described
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.base import check_gradients
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -194,9 +195,14 @@ class Estimator(ABC):
     samples: int = 0
     labels: Labels = "data"
 
-    @abstractmethod
     def __call__(self, objective: Gradients) -> InverseOperator:
         """Estimate the curvature of `objective` at its weights and return its inverse."""
+        check_gradients(objective, "a curvature is estimated of")
+        return self.estimate(objective)
+
+    @abstractmethod
+    def estimate(self, objective: Gradients) -> InverseOperator:
+        """The same of what is known to be an objective: what an estimator of a new kind supplies."""
 
 
 class BlockDiagonalInverse(InverseOperator):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Identity(Estimator):
     """F = I: every direction costs the same, which makes the surgeon prune by magnitude. Uses no data."""
 
-    def __call__(self, objective: Gradients) -> DiagonalInverse:
+    def estimate(self, objective: Gradients) -> DiagonalInverse:
         """Return the identity for the weights of `objective`."""
         return DiagonalInverse(torch.ones(objective.layout.size, device=objective.device))
 
@@ -52,7 +52,7 @@ class DiagonalFisher(Estimator):
         check_positive("damping", self.damping, "for weights whose gradient is zero in every row")
         check_choice("labels", self.labels, ("data", "model"))
 
-    def __call__(self, objective: Gradients) -> DiagonalInverse:
+    def estimate(self, objective: Gradients) -> DiagonalInverse:
         """Sum the squares of the rows of `objective`, from the factors of their layers where these have any."""
         total, count = objective.squares(self.samples, group=self.group, labels=self.labels)
         return DiagonalInverse(total * self.group / count + self.damping, self.damping)

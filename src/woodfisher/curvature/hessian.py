@@ -57,7 +57,7 @@ class ExactHessian(_HessianEstimator):
         λ ≥ 0, in the units of the Hessian.
     """
 
-    def __call__(self, objective: Gradients) -> DenseInverse:
+    def estimate(self, objective: Gradients) -> DenseInverse:
         """Compute the Hessian of `objective` column by column and factor it."""
         d = objective.layout.size
         Budget.of(objective.device).check(
@@ -88,7 +88,7 @@ class DiagonalHessian(_HessianEstimator):
     LeCun, Denker and Solla, Optimal Brain Damage, NIPS 1989.
     """
 
-    def __call__(self, objective: Gradients) -> DiagonalInverse:
+    def estimate(self, objective: Gradients) -> DiagonalInverse:
         """Compute the Hessian of `objective` column by column and keep its diagonal."""
         diagonal = torch.cat(
             [columns[where].diagonal() for where, columns in _columns(objective.joined(), self.samples)]

@@ -133,7 +133,7 @@ class KFAC(Estimator):
         check_positive("damping", self.damping, "or factors of few samples have no inverse")
         check_choice("labels", self.labels, ("data", "model"))
 
-    def __call__(self, objective: Gradients) -> BlockDiagonalInverse:
+    def estimate(self, objective: Gradients) -> BlockDiagonalInverse:
         """Gather inputs and output gradients of every layer of `objective` and factor their moments."""
         for name, shape in objective.layout.shapes.items():
             if len(shape) == 1:

@@ -84,7 +84,7 @@ class WoodFisher(Estimator):
         if self.memory is not None:
             parse_bytes(self.memory)
 
-    def __call__(self, objective: Gradients) -> BlockDiagonalInverse:
+    def estimate(self, objective: Gradients) -> BlockDiagonalInverse:
         """Gather the rows of `objective`, kept as `plan` finds cheapest, and make the operator of them.
 
         Blocks hold kept weights; removed ones have no rows, and F is λ for each of them.

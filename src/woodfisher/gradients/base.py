@@ -28,6 +28,12 @@ Labels = Literal["data", "model"]
 """Where targets come from: the data, or the model's own distribution."""
 
 
+def check_gradients(objective: object, use: str) -> None:
+    """Raise unless an objective came, for what it is of `use`."""
+    if not isinstance(objective, Gradients):
+        raise WoodfisherError(f"{use} an Objective(model, data, loss); a {type(objective).__name__} came.")
+
+
 class Gradients(ABC):
     """Weights, and gradients of a loss by them on data.
 

@@ -10,6 +10,7 @@ from woodfisher.curvature.base import Estimator
 from woodfisher.curvature.machine import calibrated
 from woodfisher.curvature.planning import planned
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.base import check_gradients
 from woodfisher.gradients.batches import Stream
 from woodfisher.gradients.isolation import isolated, unmoved
 from woodfisher.pruning.method import Method
@@ -51,10 +52,7 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
     WoodfisherError
         If that is not enough; the message says what would do.
     """
-    if not hasattr(objective, "layout"):
-        raise WoodfisherError(
-            f"a plan is for an Objective(model, data, loss); a {type(objective).__name__} came."
-        )
+    check_gradients(objective, "a plan is for")
     if not isinstance(how, (Method, Estimator)):
         raise WoodfisherError(
             f"a plan is for a curvature or a method, as in wf.plan(objective, wf.METHODS['woodfisher']); {how!r} came."
