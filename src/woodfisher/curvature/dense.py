@@ -102,13 +102,17 @@ class DenseInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         mask = keep.reshape(self._shape[:2])
-        b = torch.where(keep, b, 0).reshape(*mask.shape, 1)
-        out = torch.empty_like(b)
+        most = int(mask.sum(1).max())
+        kept, order = (t[:, :most] for t in mask.sort(dim=1, descending=True, stable=True))
+        b = b.reshape(*mask.shape, 1)
+        out = torch.zeros_like(b)
         for blocks in self._batches:
-            both = mask[blocks, :, None] & mask[blocks, None, :]
-            F = self._factor[blocks] @ self._factor[blocks].mT
-            F = torch.where(both, F, 0) + torch.diag_embed((~mask[blocks]).double())
-            out[blocks] = torch.cholesky_solve(b[blocks], cholesky(F, self._what))
+            here, own = kept[blocks, :, None], order[blocks, :, None]
+            L = torch.take_along_dim(self._factor[blocks], own, 1) * here
+            F = L @ L.mT
+            F.diagonal(dim1=1, dim2=2).add_(~kept[blocks])
+            solved = torch.cholesky_solve(torch.take_along_dim(b[blocks], own, 1), cholesky(F, self._what))
+            out[blocks] = out[blocks].scatter(1, own, solved * here)
         return out.flatten()
 
 

@@ -11,7 +11,7 @@ from woodfisher.checks import check_count, check_not_negative
 from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.errors import WoodfisherError
-from woodfisher.memory import Budget
+from woodfisher.memory import Budget, new_matrix
 from woodfisher.watch import report_progress
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ExactHessian(_HessianEstimator):
         """Compute the Hessian of `objective` column by column and factor it."""
         d = objective.layout.size
         Budget.of(objective.device).check(
-            [(f"the Hessian of {d} weights and its factor", 4 * 8 * d * d)],
+            [(f"the Hessian of {d} weights, its factor and those of what is kept", 4 * 8 * d * d)],
             "choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d²",
         )
         H = exact_hessian(objective.joined(), self.samples)
@@ -105,15 +105,18 @@ class DiagonalHessian(_HessianEstimator):
 
 def exact_hessian(objective: Objective, samples: int) -> Tensor:
     """Hessian of the mean loss over the first `samples` samples, float64 `(d, d)`, symmetric."""
-    H = torch.cat([columns for _, columns in _columns(objective, samples)], dim=1)
-    if not torch.isfinite(H).all():
-        index = int((~torch.isfinite(H)).nonzero()[0, 0])
-        raise WoodfisherError(
-            f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss itself is not finite, or has "
-            "no second derivative at these outputs, as a square root has none at zero. Look at the loss and the data, "
-            "or use the Fisher."
-        )
-    return (H + H.mT) / 2
+    d = objective.layout.size
+    H = new_matrix(d, d, torch.float64, objective.device)
+    for where, columns in _columns(objective, samples):
+        if not torch.isfinite(columns).all():
+            index = where.start + int((~torch.isfinite(columns)).any(0).nonzero()[0])
+            raise WoodfisherError(
+                f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss itself is not finite, or "
+                "has no second derivative at these outputs, as a square root has none at zero. Look at the loss and "
+                "the data, or use the Fisher."
+            )
+        H[:, where] = columns
+    return H.add_(H.mT.clone()).div_(2)
 
 
 def _columns(objective: Objective, samples: int) -> Iterator[tuple[slice, Tensor]]:
