@@ -117,9 +117,9 @@ class LowRankInverse(InverseOperator):
                 blocks = slice(group.start + inside.start, group.start + inside.stop)
                 for columns in cut:
                     G = block_rows(self._rows, B, blocks, columns)
-                    G = G.to(torch.float64, memory_format=torch.contiguous_format)
                     if keep is not None:
-                        G = G * keep[blocks, :, columns]
+                        G = _kept_first(G, keep[blocks, :, columns])
+                    G = G.to(torch.float64, memory_format=torch.contiguous_format)
                     if columns.start == 0:
                         gram_triangles(G, K[inside])
                     else:
@@ -225,3 +225,10 @@ class LowRankInverse(InverseOperator):
         factor = self._factored(mask)
         b = torch.where(keep, b, 0)
         return torch.where(keep, self._correct(b, factor).flatten(), 0)
+
+
+def _kept_first(G: Tensor, keep: Tensor) -> Tensor:
+    """The columns of `G` `(count, N, B)` in `keep` `(count, 1, B)`, with zeros where others of the batch have more."""
+    most = int(keep.sum(2).max())
+    kept, order = (t[..., :most] for t in keep.sort(dim=2, descending=True, stable=True))
+    return torch.take_along_dim(G, order, 2) * kept
