@@ -191,6 +191,21 @@ def test_a_window_is_loaded_once_when_columns_come_in_order():
     assert loads == [(0, 20), (20, 40), (40, 50)]
 
 
+def test_selections_that_lie_in_a_window_load_it_once():
+    loads = []
+
+    class Counted(WindowRows):
+        def _load(self, span):
+            span = self._whole(span)
+            loads.append((span.start, span.stop))
+            return torch.arange(span.start, span.stop).float().expand(2, -1)
+
+    rows = Counted(2, 50, torch.float32, torch.device("cpu"), 20)
+    for index in ([3, 1], [7, 19, 9], [18], [21, 19, 30], [35]):
+        assert rows.select(torch.tensor(index)).tolist() == [index] * 2
+    assert loads == [(1, 21), (19, 39)]
+
+
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_any_span_and_selection_of_a_file(data):

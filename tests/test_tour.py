@@ -285,6 +285,8 @@ def test_a_loss_without_second_derivative_is_named():
 
     with pytest.raises(wf.WoodfisherError, match="Hessian is not finite at '0.weight'"):
         wf.tour(mlp(), [samples()], root, samples=20)
+    with pytest.raises(wf.WoodfisherError, match="Hessian is not finite at '0.weight'"):
+        wf.DiagonalHessian(20)(wf.Objective(mlp(), [samples()], root))
 
 
 def test_data_that_ends_early_is_warned_of():

@@ -247,6 +247,12 @@ def test_the_best_epoch_is_chosen_on_validation_data_at_the_final_sparsity(tmp_p
     assert not any(module.training for module in task.model.modules())
 
 
+def test_a_run_without_a_folder_knows_its_time_too():
+    trained = train(small_task(), 0.5, Training(epochs=2), curvature=CURVATURE)
+    assert 0 < trained.seconds["pruning"] < trained.seconds["total"]
+    assert 0 < trained.to_dict()["pruning_share"] < 1
+
+
 def test_equal_seeds_give_equal_runs_and_leave_no_trace():
     weights = []
     for seed in (0, 0, 1):

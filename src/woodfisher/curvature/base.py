@@ -256,11 +256,8 @@ class BlockDiagonalInverse(InverseOperator):
     def _shares(self, index: Tensor) -> Iterator[tuple[InverseOperator, Tensor, Tensor, Tensor]]:
         """For each part: the groups with weights there, which of these are there, and the groups' indexes in it."""
         owner, position = self._places
-        owners, local = owner[index], position[index]
-        for number in owners.unique().tolist():
-            inside = owners == number
-            groups = inside.any(dim=1).nonzero().squeeze(1)
-            yield self.parts[number][1], groups, inside[groups], torch.where(inside, local, 0)[groups]
+        for number, groups, inside in by_owner(owner[index]):
+            yield self.parts[number][1], groups, inside, torch.where(inside, position[index[groups]], 0)
 
     def _submatrices(self, index: Tensor) -> Tensor:
         out = torch.zeros(*index.shape, index.shape[1], dtype=torch.float64, device=self.device)
@@ -324,6 +321,18 @@ def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
             "or raise the damping."
         )
     return torch.linalg.solve_triangular(factor, vectors, upper=False).square().sum((1, 2))
+
+
+def by_owner(owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each number in int64 `owners` `(m, k)`: it, the rows that have it, int64 `(n,)`, and where, bool `(n, k)`."""
+    k = owners.shape[1]
+    numbers, counts = owners.unique(return_counts=True)
+    entries = owners.flatten().argsort(stable=True).split(counts.tolist())
+    for number, places in zip(numbers.tolist(), entries, strict=True):
+        rows, own = (places // k).unique_consecutive(return_inverse=True)
+        inside = torch.zeros(len(rows), k, dtype=torch.bool, device=owners.device)
+        inside[own, places % k] = True
+        yield number, rows, inside
 
 
 def removed_part(kept: Tensor, damping: float) -> tuple[Tensor, DiagonalInverse]:

@@ -91,7 +91,10 @@ class DiagonalHessian(_HessianEstimator):
     def estimate(self, objective: Gradients) -> DiagonalInverse:
         """Compute the Hessian of `objective` column by column and keep its diagonal."""
         diagonal = torch.cat(
-            [columns[where].diagonal() for where, columns in _columns(objective.joined(), self.samples)]
+            [
+                columns[where].diagonal().clone()
+                for where, columns in _columns(objective.joined(), self.samples)
+            ]
         )
         damped = diagonal + self._shift(objective)
         if not (damped > 0).all():
@@ -108,20 +111,22 @@ def exact_hessian(objective: Objective, samples: int) -> Tensor:
     d = objective.layout.size
     H = new_matrix(d, d, torch.float64, objective.device)
     for where, columns in _columns(objective, samples):
-        if not torch.isfinite(columns).all():
-            index = where.start + int((~torch.isfinite(columns)).any(0).nonzero()[0])
-            raise WoodfisherError(
-                f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss itself is not finite, or "
-                "has no second derivative at these outputs, as a square root has none at zero. Look at the loss and "
-                "the data, or use the Fisher."
-            )
         H[:, where] = columns
     return H.add_(H.mT.clone()).div_(2)
 
 
 def _columns(objective: Objective, samples: int) -> Iterator[tuple[slice, Tensor]]:
+    """Some columns after the other, float64 `(d, k)`; raises where they are not finite."""
     d = objective.layout.size
     for first in range(0, d, _COLUMNS):
         where = slice(first, min(first + _COLUMNS, d))
-        yield where, objective.hessian_columns(samples, where)
+        columns = objective.hessian_columns(samples, where)
+        if not torch.isfinite(columns).all():
+            index = first + int((~torch.isfinite(columns)).any(0).nonzero()[0])
+            raise WoodfisherError(
+                f"the Hessian is not finite at {objective.layout.name_at(index)!r}: the loss itself is not finite, or "
+                "has no second derivative at these outputs, as a square root has none at zero. Look at the loss and "
+                "the data, or use the Fisher."
+            )
+        yield where, columns
         report_progress("Hessian columns", where.stop, d)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, spans
+from woodfisher.curvature.base import InverseOperator, by_owner, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.errors import NoFactorsError
 from woodfisher.memory import Scratch
@@ -250,16 +251,26 @@ class RestrictedPrior:
     def submatrices(self, index: Tensor) -> Tensor:
         """[P⁻¹]_QQ for each row Q of `index` `(m, k)`: float64 `(m, k, k)`."""
         out = (index[:, :, None] == index[:, None, :]).double() / (1 + self._more)
-        for blocks in self._blocks:
-            owner = torch.full((self.size,), -1, device=index.device)
-            position = torch.zeros_like(owner)
-            owner[blocks.own], position[blocks.own] = blocks.inside
-            own, where = owner[index], position[index]
-            inside = (own >= 0)[:, :, None] & (own >= 0)[:, None, :]
-            entries = blocks.inverse[own.clamp(min=0)[:, :, None], where[:, :, None], where[:, None, :]]
+        batch, block, place = self._owners
+        for number, groups, inside in by_owner(batch[index]):
+            if number < 0:
+                continue
+            own, at = (torch.where(inside, each[index[groups]], 0) for each in (block, place))
             together = own[:, :, None] == own[:, None, :]
-            out = torch.where(inside, entries.double() * together, out)
+            entries = self._blocks[number].inverse[own[:, :, None], at[:, :, None], at[:, None, :]]
+            pairs = inside[:, :, None] & inside[:, None, :]
+            out[groups] = torch.where(pairs, entries.double() * together, out[groups])
         return out
+
+    @cached_property
+    def _owners(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of each weight: which of `_blocks` it is in, -1 for none, the block there, and the place in that."""
+        which = torch.full((self.size,), -1, device=self.kept.device)
+        block, place = torch.zeros_like(which), torch.zeros_like(which)
+        for number, blocks in enumerate(self._blocks):
+            which[blocks.own] = number
+            block[blocks.own], place[blocks.own] = blocks.inside
+        return which, block, place
 
 
 class PriorInverse(InverseOperator):

@@ -160,8 +160,8 @@ class WindowRows(Rows):
         ahead = index[order]
         while len(ahead):
             first = int(ahead[0])
-            span = slice(first, min(first + self.window, self.size))
-            here = int(torch.searchsorted(ahead, span.stop))
+            here = int(torch.searchsorted(ahead, first + self.window))
+            span = slice(first, int(ahead[here - 1]) + 1)
             out[:, order[:here]] = self.columns(span)[:, ahead[:here] - first]
             order, ahead = order[here:], ahead[here:]
         return out

@@ -140,9 +140,9 @@ class PlainFisher(RunningFisher):
 
     def _forget(self, before: Tensor, stay: Tensor) -> None:
         self._gram = self._gram.clone()
-        square, gone = self.gram, before[:, ~stay]
-        if gone.shape[1] < self.size:
-            square -= full_gram(gone)
+        square = self.gram
+        if len(stay) < 2 * self.size:
+            square -= full_gram(before[:, ~stay])
         else:
             square[:] = full_gram(self.rows)
 

@@ -9,8 +9,20 @@ def score(value: float, metric: str) -> str:
     >>> score(98.881, "accuracy, %"), score(-0.05, "R²"), score(-0.0001234, "loss")
     ('98.88', '−0.05000', '−0.0001234')
     """
-    digits = f"{value:.2f}" if "%" in metric else f"{value:#.4g}"
-    return digits.replace("-", "−")
+    return _digits(value, metric).replace("-", "−")
+
+
+def _digits(value: float, metric: str) -> str:
+    return f"{value:.2f}" if "%" in metric else f"{value:#.4g}"
+
+
+def vanishes(value: float, metric: str) -> bool:
+    """Whether that is written as zero.
+
+    >>> vanishes(-0.004, "accuracy, %"), vanishes(1e-5, "loss")
+    (True, False)
+    """
+    return float(_digits(value, metric)) == 0
 
 
 def mean_score(mean: float | None, sd: float | None, metric: str) -> str:
@@ -27,8 +39,7 @@ def mean_score(mean: float | None, sd: float | None, metric: str) -> str:
 def difference(value: float, metric: str) -> str:
     """A difference between two values of such a metric, with its sign.
 
-    >>> difference(-0.9, "%"), difference(0.3, "%"), difference(0, "%"), difference(0.0012, "loss")
-    ('−0.90', '+0.30', '±0.00', '+0.001200')
+    >>> difference(-0.9, "%"), difference(0.3, "%"), difference(0, "%"), difference(1e-5, "loss")
+    ('−0.90', '+0.30', '±0.00', '+1.000e−05')
     """
-    size = score(abs(value), metric)
-    return ("±" if float(size) == 0 else "−" if value < 0 else "+") + size
+    return ("±" if vanishes(value, metric) else "−" if value < 0 else "+") + score(abs(value), metric)

@@ -178,6 +178,9 @@ class Finetuning(LightningModule):
             pruned,
         )
         self.epochs.append(epoch)
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
         self.log_dict({"loss": loss, "validation": value, "sparsity": epoch.sparsity, "rate": epoch.rate})
         if self.folder is not None:
             rows = [asdict(row) for row in self.epochs]
@@ -202,9 +205,6 @@ class Finetuning(LightningModule):
         self.warned += [message for message in report.warnings if message not in self.warned]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        now = time.perf_counter()
-        self.seconds += now - self._since
-        self._since = now
         checkpoint["woodfisher"] = {
             "options": self.options,
             "epochs": [asdict(epoch) for epoch in self.epochs],

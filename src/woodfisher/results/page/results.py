@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import difference, mean_score, score
+from woodfisher.results.metrics import difference, mean_score, score, vanishes
 from woodfisher.results.numbers import amount, count, duration, fewer, per_cent
 from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.results.page.layers import flops_left, known_flops
@@ -25,8 +25,10 @@ def verdict(report: Pruning | Gradual) -> str:
         return f"With {left}, the network has no finite test {report.metric.partition(',')[0]}."
     value = score(metric, report.metric)
     change = metric - report.dense.metric
-    size = score(abs(change), report.metric)
-    moved = "stays at" if float(size) == 0 else f"{'rises' if change > 0 else 'falls'} by {size} to"
+    if vanishes(change, report.metric):
+        moved = "stays at"
+    else:
+        moved = f"{'rises' if change > 0 else 'falls'} by {score(abs(change), report.metric)} to"
     name = report.metric.partition(",")[0]
     return f"With {left}, test {name} {moved} {value}."
 
