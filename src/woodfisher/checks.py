@@ -50,7 +50,7 @@ def check_not_negative(name: str, value: object) -> None:
 
 def check_fraction(name: str, value: object) -> None:
     """Raise unless `value` is a number in [0, 1)."""
-    if not _is_number(value) or not 0 <= float(value) < 1:
+    if not _is_fraction(value):
         raise WoodfisherError(f"{name} must be a number in [0, 1); {value!r} came.")
 
 
@@ -82,7 +82,11 @@ def metric_value(value: object, message: str) -> float:
 
 def check_sparsity(value: object) -> None:
     """Raise unless `value` is a fraction in [0, 1)."""
-    if not _is_number(value) or not 0 <= float(value) < 1:
+    if not _is_fraction(value):
         raise WoodfisherError(
             f"sparsity is the fraction of weights to remove, in [0, 1): 0.9 for 90 %; {value!r} came."
         )
+
+
+def _is_fraction(value: object) -> bool:
+    return _is_number(value) and 0 <= float(value) < 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import platform
+import statistics
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -329,10 +330,9 @@ class Bench:
 
 
 def _slope(points: Sequence[tuple[int, float]]) -> float:
-    x = [math.log(size) for size, _ in points]
-    y = [math.log(seconds) for _, seconds in points]
-    mx, my = sum(x) / len(x), sum(y) / len(y)
-    return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sum((a - mx) ** 2 for a in x)
+    """That of a line through the points on logarithmic scales."""
+    x, y = (list(map(math.log, each)) for each in zip(*points, strict=True))
+    return statistics.linear_regression(x, y).slope
 
 
 def run_bench(

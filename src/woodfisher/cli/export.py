@@ -7,11 +7,9 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from rich.table import Table
 from tyro.conf import arg
 
@@ -34,13 +32,14 @@ from woodfisher.export import (
     to_sparse,
 )
 from woodfisher.files import check_folder, check_other_file, save_json, text_of, write_folder
-from woodfisher.gradients.batches import map_tensors, samples_in, take, tensors_of
+from woodfisher.gradients.batches import map_tensors, rechunk, samples_in, take
 from woodfisher.gradients.outputs import outputs_of
 from woodfisher.surgeon.channels import cost_of, shrink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import nn
 
     from woodfisher.export import LayerSpeed
@@ -253,14 +252,12 @@ def _inputs(batches: Any, count: int, model: nn.Module) -> Any:
         raise WoodfisherError("the task's validation data is empty, and outputs are compared on it.")
     if not _decodes_labels(model, taken[0]):
         taken = [_without_labels(batch) for batch in taken]
-    parts = list(takewhile(lambda part: _form(part) == _form(taken[0]), taken))
     parameter = next(model.parameters())
 
-    def ready(*tensors: torch.Tensor) -> torch.Tensor:
-        joined = torch.cat(tensors).to(parameter.device)
-        return joined.to(parameter.dtype) if joined.is_floating_point() else joined
+    def ready(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(parameter if tensor.is_floating_point() else parameter.device)
 
-    return map_tensors(ready, *parts)
+    return map_tensors(ready, next(rechunk(taken, count, 1)))
 
 
 def _decodes_labels(model: nn.Module, batch: Any) -> bool:
@@ -274,10 +271,6 @@ def _without_labels(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}
     return batch[0]
-
-
-def _form(inputs: Any) -> list[torch.Size]:
-    return [tensor.shape[1:] for tensor in tensors_of(inputs)]
 
 
 def _first(inputs: Any, count: int) -> Any:

@@ -47,7 +47,6 @@ class InverseOperator(ABC):
     device: torch.device
     damping: float | None = None
     """λ, where one stands on the whole diagonal."""
-    _known_diagonal: Tensor | None = None
 
     @abstractmethod
     def _inverse_product(self, V: Tensor) -> Tensor:
@@ -79,9 +78,11 @@ class InverseOperator(ABC):
 
     def diag(self) -> Tensor:
         """Diagonal of F⁻¹, float64 `(size,)`, every entry positive; computed once, for scores and update alike."""
-        if self._known_diagonal is None:
-            self._known_diagonal = self._diagonal()
-        return self._known_diagonal.clone()
+        return self._kept_diagonal.clone()
+
+    @cached_property
+    def _kept_diagonal(self) -> Tensor:
+        return self._diagonal()
 
     def submatrix(self, index: Tensor | Sequence[int]) -> Tensor:
         """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""

@@ -93,10 +93,8 @@ class Prior:
             for i, A in zip(index.split(most, 2), blocks, strict=True):
                 parts += map(KroneckerFactors, i, A, s)
         total = sum(float(part.A.trace() * part.s.sum()) for part in parts)
-        if not total > 0:
-            return cls(layout.size, [], objective.device)
-        scale = sum(part.index.numel() for part in parts) / total
-        scaled = [KroneckerFactors(part.index, part.A, part.s * scale) for part in parts]
+        scale = sum(part.index.numel() for part in parts) / (total or 1.0)
+        scaled = [KroneckerFactors(part.index, part.A, part.s * scale) for part in parts if total > 0]
         return cls(layout.size, scaled, objective.device)
 
     def product(self, v: Tensor) -> Tensor:

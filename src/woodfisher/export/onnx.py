@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import write_whole
-from woodfisher.gradients.batches import map_tensors, tensors_of
+from woodfisher.gradients.batches import tensors_of
 from woodfisher.gradients.forward import arguments_of
 from woodfisher.gradients.isolation import same_flags, without_cache
 from woodfisher.gradients.outputs import difference, outputs_of
@@ -154,7 +154,7 @@ def _any_number(arguments: Sequence[Any], named: dict[str, Any]) -> Any:
 
 def _tensors(example_inputs: Any) -> list[Tensor]:
     arguments, named = arguments_of((example_inputs, ()))
-    return tensors_of(map_tensors(torch.as_tensor, (*arguments, *named.values())))
+    return tensors_of((*arguments, *named.values()))
 
 
 def _required(name: str) -> Any:

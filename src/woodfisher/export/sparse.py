@@ -18,6 +18,7 @@ from woodfisher.export.timing import Race, race
 from woodfisher.gradients.isolation import copied
 from woodfisher.gradients.outputs import outputs_of
 from woodfisher.gradients.parameters import unwrapped
+from woodfisher.saving.saved import sparse_matrix
 from woodfisher.saving.structure import is_blocked
 
 if TYPE_CHECKING:
@@ -66,15 +67,8 @@ class SparseLayer(nn.Module):
 
     def matrix(self, *, check: bool = False) -> Tensor:
         """The sparse matrix, which shares its memory with the buffers."""
-        layout = torch.sparse_csr if self.values.ndim == 1 else torch.sparse_bsr
-        return torch.sparse_compressed_tensor(
-            self.crow_indices,
-            self.col_indices,
-            self.values,
-            (self.outputs, self.inputs),
-            layout=layout,
-            check_invariants=check,
-        )
+        shape = self.outputs, self.inputs
+        return sparse_matrix(self.crow_indices, self.col_indices, self.values, shape, check=check)
 
     def extra_repr(self) -> str:
         block = "x".join(map(str, self.values.shape[1:]))
@@ -262,11 +256,7 @@ def sparse_from(layer: nn.Linear | nn.Conv2d, parts: dict[str, Tensor]) -> Spars
     device = layer.weight.device
     crow_indices, col_indices = (parts[part].to(device) for part in ("crow_indices", "col_indices"))
     values = parts["values"].to(layer.weight)
-    layout = torch.sparse_csr if values.ndim == 1 else torch.sparse_bsr
-    matrix = torch.sparse_compressed_tensor(
-        crow_indices, col_indices, values, shape, layout=layout, check_invariants=True
-    )
-    return _layer_with(layer, matrix)
+    return _layer_with(layer, sparse_matrix(crow_indices, col_indices, values, shape, check=True))
 
 
 def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:

@@ -266,7 +266,7 @@ class LayerRows:
         by_terms = N * T * T * (self.channels + self.groups * self.width)
         if by_terms > (N + T) * self.size:
             product = torch.empty(1, N, N, dtype=self.dtype, device=K.device)
-            for _, G in self._tiles(self.dtype.itemsize):
+            for _, G in self._tiles():
                 K += gram_triangles(G[None], product)[0]
             return mirrored(K)
         of_products = math.isqrt(_WORKSPACE // (32 * self.groups)) // T
@@ -298,14 +298,14 @@ class LayerRows:
             S, A = (t[..., 0].double().square() for t in self.terms())
             return torch.einsum("ngc,ngw->gcw", S, A).flatten()
         total = self.outputs.new_empty(self.size, dtype=torch.float64)
-        for columns, G in self._tiles(self.dtype.itemsize):
+        for columns, G in self._tiles():
             total[columns] = G.double().square().sum(0)
         return total
 
-    def _tiles(self, itemsize: int) -> Iterator[tuple[slice, Tensor]]:
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
         """Columns of dense rows and the rows there, some channels at a time; patches are taken once for all."""
         rows = self.unfolded()
-        step = max(_WORKSPACE // (itemsize * self.count * self.width), 1)
+        step = max(_WORKSPACE // (self.dtype.itemsize * self.count * self.width), 1)
         for first in range(0, self.channels, step):
             last = min(first + step, self.channels)
             yield slice(first * self.width, last * self.width), rows.dense(slice(first, last))

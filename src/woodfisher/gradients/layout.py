@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -57,17 +58,17 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
     transposed: Mapping[str, int] = field(default_factory=dict)
 
-    @property
-    def sizes(self) -> list[int]:
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
         """Weights in each tensor."""
-        return [torch.Size(shape).numel() for shape in self.shapes.values()]
+        return tuple(torch.Size(shape).numel() for shape in self.shapes.values())
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Weights in all, `d`."""
         return sum(self.sizes)
 
-    @property
+    @cached_property
     def slices(self) -> dict[str, slice]:
         """Name → its slice of the flat vector."""
         stops = list(accumulate(self.sizes))

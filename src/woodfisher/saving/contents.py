@@ -7,10 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from woodfisher.files import unreadable
-from woodfisher.saving.saved import EXPECTED, SPARSE_PARTS, exported_in, read
+from woodfisher.saving.saved import EXPECTED, SPARSE_PARTS, exported_in, read, sparse_matrix
 from woodfisher.saving.structure import structure_of
 
 if TYPE_CHECKING:
@@ -112,14 +110,7 @@ def _with_weights(saved: Saved) -> tuple[dict[str, Tensor], dict[str, int]]:
     for layer, shape in exported_in(saved.metadata)[0].items():
         parts = [f"{layer}.{part}" for part in SPARSE_PARTS]
         rows, columns, values = (tensors.pop(part) for part in parts)
-        matrix = torch.sparse_compressed_tensor(
-            rows,
-            columns,
-            values,
-            (shape[0], math.prod(shape[1:])),
-            layout=torch.sparse_csr if values.ndim == 1 else torch.sparse_bsr,
-            check_invariants=True,
-        )
+        matrix = sparse_matrix(rows, columns, values, (shape[0], math.prod(shape[1:])), check=True)
         tensors[f"{layer}.weight"] = matrix.to_dense().reshape(shape)
         stored[f"{layer}.weight"] = sum(stored.pop(part) for part in parts)
     return tensors, stored

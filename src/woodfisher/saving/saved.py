@@ -185,7 +185,7 @@ def pack_state(
     for name, tensor in state.items():
         parts = _smaller(tensor, kept[name]) if name in kept else None
         prefix = name.removesuffix(".weight")
-        if parts is None or any(f"{prefix}.{part}" in {**state, **content} for part in PARTS):
+        if parts is None or any(f"{prefix}.{part}" in own for own in (state, content) for part in PARTS):
             content[name] = tensor
             if name in kept and not kept[name].all():
                 masked[name] = kept[name].contiguous()
@@ -204,6 +204,16 @@ def pack_state(
         MASKED: json.dumps(list(masked)),
     }
     return Packed(_as_file(content, header), sum(map(_bytes, state.values())))
+
+
+def sparse_matrix(
+    crow_indices: Tensor, col_indices: Tensor, values: Tensor, shape: tuple[int, int], *, check: bool
+) -> Tensor:
+    """The matrix that `SPARSE_PARTS` are of, in CSR layout or in blocks; it shares their memory."""
+    layout = torch.sparse_csr if values.ndim == 1 else torch.sparse_bsr
+    return torch.sparse_compressed_tensor(
+        crow_indices, col_indices, values, shape, layout=layout, check_invariants=check
+    )
 
 
 def plain_state(tensors: Mapping[str, Any]) -> bytes:
@@ -254,7 +264,7 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
             tied[name] = seen[place]
         else:
             seen[place] = name
-            state[name] = tensor.detach().clone().cpu().contiguous()
+            state[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return state, tied
 
 

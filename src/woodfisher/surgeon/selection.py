@@ -15,6 +15,8 @@ from woodfisher.surgeon.units import Singles, units_of
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from woodfisher.curvature.base import InverseOperator
@@ -277,7 +279,7 @@ class Selection:
         return stay
 
 
-def _counts(sizes: list[int], available: list[int], count: int) -> list[int]:
+def _counts(sizes: Sequence[int], available: list[int], count: int) -> list[int]:
     """Share `count` out in proportion to `sizes`, none more than `available`; what one can't take the rest do.
 
     >>> _counts([10, 10], [10, 10], 10), _counts([10, 10], [2, 10], 10)

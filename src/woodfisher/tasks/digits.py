@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from woodfisher.errors import extra
 from woodfisher.gradients.isolation import threads
 from woodfisher.tasks.base import Task, accuracy
-from woodfisher.tasks.loaders import TRAIN_BATCH, in_order, rank_in_class, shuffled
+from woodfisher.tasks.loaders import in_order, rank_in_class, shuffled
 from woodfisher.tasks.weights import restored
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _task(
     return Task(
         name,
         model.eval(),
-        shuffled(train, seed, TRAIN_BATCH),
+        shuffled(train, seed),
         in_order(validation),
         in_order(test),
         cross_entropy,
@@ -138,7 +138,7 @@ def _states(
 
     Adam with a one-cycle rate up to `rate`; one thread, because the number of threads changes the rounding.
     """
-    batches = shuffled(read_digits()[0], 0, TRAIN_BATCH)
+    batches = shuffled(read_digits()[0], 0)
     model = _untrained(network)
     optimizer = torch.optim.Adam(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs[-1] * len(batches))

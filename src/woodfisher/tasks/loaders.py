@@ -76,17 +76,17 @@ def image_loaders(
     """Loaders of training, validation and test batches; validation is held out of `train`."""
     rows, held_out = hold_out(train.labels)
     return (
-        shuffled(ImageBatches(train, rows, mean, std), seed, TRAIN_BATCH),
+        shuffled(ImageBatches(train, rows, mean, std), seed),
         in_order(ImageBatches(train, held_out, mean, std)),
         in_order(ImageBatches(test, np.arange(len(test.labels)), mean, std)),
     )
 
 
-def shuffled(dataset: Dataset[Any], seed: int, batch: int) -> Loader:
-    """Batches of `batch` in an order that `seed` determines, another one in each iteration."""
+def shuffled(dataset: Dataset[Any], seed: int) -> Loader:
+    """Batches for training in an order that `seed` determines, another one in each iteration."""
     generator = torch.Generator().manual_seed(seed)
     sampler = RandomSampler(dataset, generator=generator)  # type: ignore[arg-type]
-    return _loader(dataset, BatchSampler(sampler, batch, drop_last=False), generator)
+    return _loader(dataset, BatchSampler(sampler, TRAIN_BATCH, drop_last=False), generator)
 
 
 def in_order(dataset: Dataset[Any]) -> Loader:

@@ -33,6 +33,12 @@ _SHAPES = (
 _SMALLEST = 1e-300
 """Value below which a scale takes all for zero."""
 
+_DECADES = 3
+"""Of a scale on either side of zero, before it is linear."""
+
+_MARKED = 40
+"""Points of a line up to which each has a marker."""
+
 _CROSS = "M-4,-4L4,4M-4,4L4,-4"
 
 
@@ -81,18 +87,18 @@ def logarithmic(values: Iterable[float]) -> Scale:
     )
 
 
-def signed_logarithmic(values: Iterable[float], decades: int = 3) -> Scale:
-    """A scale that is logarithmic over the largest decades on either side of zero, and linear between."""
+def signed_logarithmic(values: Iterable[float]) -> Scale:
+    """A scale that is logarithmic over the three largest decades on either side of zero, and linear between."""
     values = list(values)
     largest = max(map(abs, values), default=0.0)
     largest = largest if largest > _SMALLEST else 1.0
     top = math.ceil(math.log10(largest) - 1e-9)
-    threshold = 10.0 ** (top - decades)
+    threshold = 10.0 ** (top - _DECADES)
 
     def bent(v: float) -> float:
         return math.copysign(math.log10(1 + abs(v) / threshold), v)
 
-    powers = [10.0**p for p in range(top - decades + 1, top + 1)]
+    powers = [10.0**p for p in range(top - _DECADES + 1, top + 1)]
     low = min(0.0, *(bent(v) for v in values), 0.0)
     high = max(0.0, *(bent(v) for v in values), 0.0)
     marked = [
@@ -124,8 +130,8 @@ class Series:
         `line`, `step` (each value holds until the next), `dots` or `crosses`; markers stand on lines of few points.
     spread:
         Half the height of an error bar at each point, or None.
-    dashed:
-        Dashed line.
+    notes:
+        What a point says when it is pointed at; nothing where there are none.
     """
 
     name: str
@@ -134,7 +140,6 @@ class Series:
     how: Literal["line", "step", "dots", "crosses"] = "line"
     spread: Sequence[float | None] = ()
     dashed: bool = False
-    markers: bool = True
     notes: Sequence[str] = ()
 
 
@@ -195,7 +200,7 @@ def chart(
         for (a, b), half in zip(one.points, one.spread or [None] * len(one.points), strict=True):
             if half:
                 _line(svg, across(a), down(b - half), across(a), down(b + half), f"stroke {colour} thin")
-        if one.how == "step" or not one.markers:
+        if one.how == "step" or len(one.points) > _MARKED:
             continue
         shape = _CROSS if one.how == "crosses" else _SHAPES[one.colour % len(_SHAPES)]
         kind = "cross" if one.how == "crosses" else "marker"

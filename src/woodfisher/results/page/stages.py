@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from woodfisher.results.page.record import Gradual, Staged
 
-_MARKED = 40
 """Most points of a line that get a marker each."""
 
 _OPEN_ROWS = 8
@@ -109,7 +108,6 @@ def _predictions(run: Run, step: str, prefix: str) -> Figure:
             "predicted",
             [(c.at, v) for c, v in predicted],
             0,
-            markers=len(predicted) <= _MARKED,
             notes=[f"{c.label}, to {per_cent(c.sparsity)}: predicted {change(v)}" for c, v in predicted],
         ),
         Series(
@@ -194,7 +192,7 @@ def damping_section(runs: Sequence[Run], step: str = "stage", note: str = "") ->
         if len(lines) > 1 and len({value for _, value in lines}) > 1:
             notes = [f"{run.name}, {c.label}: λ = {significant(v)}" for c, v in lines]
             points = [(float(c.at), v) for c, v in lines]
-            series.append(Series(run.name, points, run.colour, markers=len(lines) <= _MARKED, notes=notes))
+            series.append(Series(run.name, points, run.colour, notes=notes))
             legend.append((swatch(run.colour), run.name))
     if not series:
         return Section("damping", "Damping", text)

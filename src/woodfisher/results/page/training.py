@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from woodfisher.results.page.charts import Scale
     from woodfisher.results.page.record import Gradual
 
-_MARKED = 40
 _STEPS = "steps of the optimizer"
 
 
@@ -80,7 +79,7 @@ def _validation(report: Gradual, x: Scale) -> Figure:
     chosen = [(float(e.step), e.validation) for e in report.epochs if e.epoch == report.best_epoch]
     notes = [f"epoch {epoch.epoch}: {score(epoch.validation, report.metric)}" for epoch in report.epochs]
     series = [
-        Series("validation", values, 0, markers=len(values) <= _MARKED, notes=notes),
+        Series("validation", values, 0, notes=notes),
         Series("chosen", chosen, 3, "dots", notes=[f"epoch {report.best_epoch}, chosen"] * len(chosen)),
     ]
     y = linear([*(value for _, value in values), report.validation.dense])
@@ -99,5 +98,5 @@ def _validation(report: Gradual, x: Scale) -> Figure:
 
 def _line(label: str, values: Sequence[tuple[float, float]], colour: int, x: Scale) -> Markup:
     notes = [f"step {count(int(step))}: {significant(value)}" for step, value in values]
-    series = Series(label, values, colour, markers=len(values) <= _MARKED, notes=notes)
+    series = Series(label, values, colour, notes=notes)
     return chart(label, [series], x, linear([value for _, value in values], zero=True), height=170)
