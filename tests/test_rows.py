@@ -17,7 +17,7 @@ from models import mlp, samples
 from woodfisher.curvature import base
 from woodfisher.curvature import rows as module
 from woodfisher.curvature.planning import planned
-from woodfisher.curvature.rows import FactorRows, FileRows, HeldRows, HostRows, WindowRows, gathered
+from woodfisher.curvature.rows import FactorRows, FileRows, Form, HeldRows, HostRows, WindowRows, gathered
 from woodfisher.gradients.layer_rows import LayerRows
 
 
@@ -185,7 +185,7 @@ def test_a_window_is_loaded_once_when_columns_come_in_order():
             loads.append((span.start, span.stop))
             return torch.zeros(2, span.stop - span.start)
 
-    rows = Counted(2, 50, torch.float32, torch.device("cpu"), 20)
+    rows = Counted(Form(2, 50, torch.float32, torch.device("cpu"), 20))
     for start in range(0, 50, 5):
         assert rows.columns(slice(start, start + 5)).shape == (2, 5)
     assert loads == [(0, 20), (20, 40), (40, 50)]
@@ -200,7 +200,7 @@ def test_selections_that_lie_in_a_window_load_it_once():
             loads.append((span.start, span.stop))
             return torch.arange(span.start, span.stop).float().expand(2, -1)
 
-    rows = Counted(2, 50, torch.float32, torch.device("cpu"), 20)
+    rows = Counted(Form(2, 50, torch.float32, torch.device("cpu"), 20))
     for index in ([3, 1], [7, 19, 9], [18], [21, 19, 30], [35]):
         assert rows.select(torch.tensor(index)).tolist() == [index] * 2
     assert loads == [(1, 21), (19, 39)]
@@ -211,7 +211,7 @@ def test_selections_that_lie_in_a_window_load_it_once():
 def test_any_span_and_selection_of_a_file(data):
     N, d = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 30))
     G = torch.randn(N, d)
-    rows = FileRows(G.split(2), N, d, torch.float32, torch.device("cpu"), data.draw(st.integers(1, 12)))
+    rows = FileRows(G.split(2), Form(N, d, torch.float32, torch.device("cpu"), data.draw(st.integers(1, 12))))
     start = data.draw(st.integers(0, d - 1))
     stop = data.draw(st.integers(start + 1, d))
     assert torch.equal(rows.columns(slice(start, stop)), G[:, start:stop])
@@ -232,14 +232,16 @@ def test_every_span_of_rows_in_factor_form():
     G, (layers,) = at.rows(12), list(at.iter_layer_rows(12))
     for start in range(at.layout.size):
         for stop in range(start + 1, at.layout.size + 1):
-            rows = FactorRows(layers, at.layout, None, at.dtype, at.device, 1)
+            rows = FactorRows(layers, at.layout, None, Form(0, at.layout.size, at.dtype, at.device, 1))
             torch.testing.assert_close(rows.columns(slice(start, stop)), G[:, start:stop])
 
 
 def host_rows(window, count=4, size=50, chunks=(3, 1), device="cpu"):
     made = torch.arange(float(count * size)).reshape(count, size)
     device = torch.device(device)
-    return made, HostRows(iter(made.to(device).split(chunks)), count + 2, size, made.dtype, device, window)
+    return made, HostRows(
+        iter(made.to(device).split(chunks)), Form(count + 2, size, made.dtype, device, window)
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -295,7 +297,7 @@ def test_no_room_on_disk_is_said_before_any_gradient(monkeypatch):
         yield
 
     with pytest.raises(wf.WoodfisherError, match=r"2 gradient rows of 50 weights take 400 B on disk.*TMPDIR"):
-        FileRows(chunks(), 2, 50, torch.float32, torch.device("cpu"), 8)
+        FileRows(chunks(), Form(2, 50, torch.float32, torch.device("cpu"), 8))
 
 
 def test_rows_on_disk_leave_no_file(monkeypatch, tmp_path):

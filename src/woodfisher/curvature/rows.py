@@ -6,6 +6,7 @@ import shutil
 import tempfile
 import weakref
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -121,6 +122,25 @@ class _Part(Rows):
         return self._whole.select(self._first + index)
 
 
+@dataclass(frozen=True)
+class Form:
+    """Of rows that are not all in memory.
+
+    Attributes
+    ----------
+    count, size, dtype, device:
+        As of `Rows`; there may be fewer rows where data ends early.
+    window:
+        Columns in memory at once.
+    """
+
+    count: int
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+    window: int
+
+
 class WindowRows(Rows):
     """Rows that are elsewhere, of which a window of columns is in memory at a time.
 
@@ -129,13 +149,13 @@ class WindowRows(Rows):
 
     Parameters
     ----------
-    window:
-        Columns that are loaded at once; more where more are asked for.
+    form:
+        More columns are loaded where more are asked for.
     """
 
-    def __init__(self, count: int, size: int, dtype: torch.dtype, device: torch.device, window: int) -> None:
-        self.count, self.size, self.dtype, self.device = count, size, dtype, device
-        self.window = max(min(window, size), 1)
+    def __init__(self, form: Form) -> None:
+        self.count, self.size, self.dtype, self.device = form.count, form.size, form.dtype, form.device
+        self.window = max(min(form.window, form.size), 1)
         self._span = slice(0, 0)
         self._loaded: Tensor | None = None
 
@@ -174,10 +194,6 @@ class FileRows(WindowRows):
     ----------
     chunks:
         The rows in order, `(c, d)` each, `count` in all at most.
-    count, size, dtype, device:
-        As of `Rows`.
-    window:
-        Columns in memory at once.
 
     Raises
     ------
@@ -185,21 +201,13 @@ class FileRows(WindowRows):
         Before any chunk is taken if the disk has no room; the temporary folder is that of Python's `tempfile`.
     """
 
-    def __init__(
-        self,
-        chunks: Iterable[Tensor],
-        count: int,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        window: int,
-    ) -> None:
-        super().__init__(count, size, dtype, device, window)
-        needed, free = count * size * dtype.itemsize, disk_room()
+    def __init__(self, chunks: Iterable[Tensor], form: Form) -> None:
+        super().__init__(form)
+        needed, free = form.count * form.size * form.dtype.itemsize, disk_room()
         if needed > free:
             raise WoodfisherError(
-                f"{count} gradient rows of {size} weights take {format_bytes(needed)} on disk, and the temporary "
-                f"folder {tempfile.gettempdir()} has {format_bytes(free)}: set TMPDIR to one with more room, or take "
+                f"{form.count} gradient rows of {form.size} weights take {format_bytes(needed)} on disk, and the "
+                f"temporary folder {tempfile.gettempdir()} has {format_bytes(free)}: set TMPDIR to one with more room, or take "
                 "fewer samples."
             )
         self._file = tempfile.TemporaryFile(prefix="woodfisher-")  # noqa: SIM115  open for as long as the rows are
@@ -238,25 +246,15 @@ class HostRows(WindowRows):
     ----------
     chunks:
         The rows in order, `(c, d)` each, `count` in all at most.
-    count, size, dtype, device:
-        As of `Rows`; from pinned memory to a CUDA device.
-    window:
-        Columns of a window; two of them are on the device.
+    form:
+        Two windows are on its device, brought from pinned memory where that is a CUDA device.
     """
 
-    def __init__(
-        self,
-        chunks: Iterable[Tensor],
-        count: int,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        window: int,
-    ) -> None:
-        super().__init__(count, size, dtype, device, window)
-        cuda = device.type == "cuda"
-        self._copies = torch.cuda.Stream(device) if cuda else None
-        self._held = torch.empty(count, size, dtype=dtype, pin_memory=cuda)
+    def __init__(self, chunks: Iterable[Tensor], form: Form) -> None:
+        super().__init__(form)
+        cuda = form.device.type == "cuda"
+        self._copies = torch.cuda.Stream(form.device) if cuda else None
+        self._held = torch.empty(form.count, form.size, dtype=form.dtype, pin_memory=cuda)
         self._coming: tuple[slice, Tensor] | None = None
         filled = 0
         for chunk in chunks:
@@ -295,22 +293,10 @@ class GatheredRows(WindowRows):
     ----------
     gather:
         `gather(span)` takes the rows for these columns, `(N, k)`; the same ones whenever it is asked.
-    count, size, dtype, device:
-        As of `Rows`.
-    window:
-        Columns in memory at once.
     """
 
-    def __init__(
-        self,
-        gather: Callable[[slice], Tensor],
-        count: int,
-        size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        window: int,
-    ) -> None:
-        super().__init__(count, size, dtype, device, window)
+    def __init__(self, gather: Callable[[slice], Tensor], form: Form) -> None:
+        super().__init__(form)
         self._gather = gather
         self.count = len(self.columns(slice(0, self.window)))
 
@@ -329,8 +315,8 @@ class FactorRows(WindowRows):
         Of all weights.
     index:
         Flat indexes of the weights that these are rows of, int64 `(d,)`, ascending; None for all.
-    dtype, device, window:
-        As of `WindowRows`.
+    form:
+        The number of rows is that of the layers, whatever stands there.
     """
 
     def __init__(
@@ -338,12 +324,9 @@ class FactorRows(WindowRows):
         layers: Mapping[str, LayerRows],
         layout: Layout,
         index: Tensor | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        window: int,
+        form: Form,
     ) -> None:
-        count = len(next(iter(layers.values())).outputs)
-        super().__init__(count, layout.size if index is None else len(index), dtype, device, window)
+        super().__init__(replace(form, count=len(next(iter(layers.values())).outputs)))
         self._layers, self._layout, self._index = dict(layers), layout, index
         self._unfolded: tuple[str, LayerRows] | None = None
 
@@ -393,16 +376,16 @@ def gathered(objective: Gradients, curvature: WoodFisher, plan: Plan, index: Ten
     samples, group, labels = curvature.samples, curvature.group, curvature.labels
     if plan.keep == "memory" or not objective.layout.size:
         return HeldRows(objective.rows(samples, group=group, labels=labels, columns=index))
+    form = Form(plan.rows, plan.weights, objective.dtype, objective.device, plan.window)
     if plan.keep == "factors":
         layers = _stacked(objective.iter_layer_rows(samples, group=group, labels=labels), plan.rows)
-        return FactorRows(layers, objective.layout, index, objective.dtype, objective.device, plan.window)
-    where = (plan.rows, plan.weights, objective.dtype, objective.device)
+        return FactorRows(layers, objective.layout, index, form)
     if plan.keep == "again":
-        return _gathered_again(objective.joined(), curvature, plan, index, where)
+        return _gathered_again(objective.joined(), curvature, index, form)
     chunks = objective.iter_rows(samples, group=group, labels=labels, columns=index)
     if plan.keep == "half":
-        return _halved(chunks, *where)
-    return (FileRows if plan.keep == "disk" else HostRows)(chunks, *where, plan.window)
+        return _halved(chunks, form)
+    return (FileRows if plan.keep == "disk" else HostRows)(chunks, form)
 
 
 def _stacked(chunks: Iterable[dict[str, LayerRows]], count: int) -> dict[str, LayerRows]:
@@ -427,11 +410,9 @@ def _stacked(chunks: Iterable[dict[str, LayerRows]], count: int) -> dict[str, La
     }
 
 
-def _halved(
-    chunks: Iterable[Tensor], count: int, size: int, dtype: torch.dtype, device: torch.device
-) -> HeldRows:
+def _halved(chunks: Iterable[Tensor], form: Form) -> HeldRows:
     """Rows in bfloat16, with a warning that says how far they are from what they were."""
-    held = torch.empty(count, size, dtype=torch.bfloat16, device=device)
+    held = torch.empty(form.count, form.size, dtype=torch.bfloat16, device=form.device)
     filled, lost, energy = 0, 0.0, 0.0
     for chunk in chunks:
         part = held[filled : filled + len(chunk)]
@@ -442,20 +423,16 @@ def _halved(
     warn(
         f"gradient rows are kept in bfloat16: rounding moved them by {(lost / energy) ** 0.5 if energy else 0:.2%}."
     )
-    return HeldRows(held[:filled], dtype)
+    return HeldRows(held[:filled], form.dtype)
 
 
 def _gathered_again(
-    objective: Objective,
-    curvature: WoodFisher,
-    plan: Plan,
-    index: Tensor | None,
-    where: tuple[int, int, torch.dtype, torch.device],
+    objective: Objective, curvature: WoodFisher, index: Tensor | None, form: Form
 ) -> GatheredRows:
     """The same samples each time, whose targets are drawn once: as rows in memory have them."""
     samples, group = curvature.samples, curvature.group
     if curvature.labels == "model":
-        batches = _labelled(objective, samples, group, plan.weights)
+        batches = _labelled(objective, samples, group, form.size)
         samples = sum(map(samples_in, batches))
     else:
         batches = list(take(objective.data, samples))
@@ -464,7 +441,7 @@ def _gathered_again(
     def gather(span: slice) -> Tensor:
         return objective.rows(samples, group=group, columns=_indexes(span, index, objective.device))
 
-    return GatheredRows(gather, *where, plan.window)
+    return GatheredRows(gather, form)
 
 
 def _labelled(objective: Objective, samples: int, group: int, weights: int) -> list[Batch]:
