@@ -207,8 +207,8 @@ class FileRows(WindowRows):
         if needed > free:
             raise WoodfisherError(
                 f"{form.count} gradient rows of {form.size} weights take {format_bytes(needed)} on disk, and the "
-                f"temporary folder {tempfile.gettempdir()} has {format_bytes(free)}: set TMPDIR to one with more room, or take "
-                "fewer samples."
+                f"temporary folder {tempfile.gettempdir()} has {format_bytes(free)}: set TMPDIR to one with more "
+                "room, or take fewer samples."
             )
         self._file = tempfile.TemporaryFile(prefix="woodfisher-")  # noqa: SIM115  open for as long as the rows are
         weakref.finalize(self, self._file.close)
