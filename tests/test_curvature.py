@@ -449,12 +449,15 @@ def test_products_with_no_columns_and_blocks_of_no_weights():
         (lambda finv: finv @ [1.0] * 3, "a list came"),
         (lambda finv: finv @ torch.ones(3).numpy(), "a ndarray came"),
         (lambda finv: finv.restricted_solve(torch.ones(3) > 0, torch.ones(3).long()), "torch.int64 of shape"),
-        (lambda finv: finv.restricted_solve([True] * 3, torch.ones(3)), "a list and"),
+        (lambda finv: finv.restricted_solve([True] * 3, torch.ones(3)), "keep must be a bool .* a list"),
         (
             lambda finv: finv.group_energies(torch.tensor([[0, 1]]), torch.ones(2)),
-            r"shape \(1, 2\); \(2,\) came",
+            r"shape \(1, 2\); torch.float32 of shape \(2,\) came",
         ),
         (lambda finv: finv.submatrix([[0, 1], [1, 2]]), r"a vector .* \(2, 2\) came"),
+        (lambda finv: finv.submatrix("ab"), "a vector of flat indexes; 'ab' came"),
+        (lambda finv: finv.submatrices([[0, 1]]), "an int64 tensor of shape .* a list came"),
+        (lambda finv: wf.WoodFisher().of_rows([[1.0]]), "matrix of one gradient a row.* a list came"),
     ],
 )
 def test_what_an_operator_can_not_take_is_refused(call, says):
@@ -479,3 +482,24 @@ def test_groups_of_blocks_are_shared_out_evenly(monkeypatch, threads, each):
     groups = base.spans(12, base.WORKSPACE // 5, by_threads=True)
     assert [i for group in groups for i in range(12)[group]] == list(range(12))
     assert {group.stop - group.start for group in groups[:-1]} == {each}
+
+
+@pytest.mark.parametrize("block_size", [None, 7, 1])
+@pytest.mark.parametrize("scale", [1e-26, 1e-22, 1e-18, 1e15])
+def test_a_loss_in_any_unit_has_the_same_curvature_in_that_unit(scale, block_size):
+    model, data = mlp(), [samples(30)]
+
+    def finv(scale, damping):
+        objective = wf.Objective(model, data, lambda out, y: cross_entropy(out, y) * scale)
+        return wf.WoodFisher(30, block_size, damping)(objective)
+
+    expected, found = finv(1.0, 1e-3), finv(scale, 1e-3 * scale**2)
+    torch.testing.assert_close(found.diag() * scale**2, expected.diag(), rtol=1e-3, atol=0)
+    relative = finv(scale, wf.Relative(0.1)).damping
+    assert relative / scale**2 == pytest.approx(finv(1.0, wf.Relative(0.1)).damping, rel=1e-4)
+
+
+def test_rows_that_overflow_have_no_relative_damping():
+    rows = wf.WoodFisher(damping=wf.Relative(1.0))
+    with pytest.raises(wf.WoodfisherError, match="too large for float32"):
+        rows.of_rows(torch.full((4, 6), 1e200, dtype=torch.float64))

@@ -1,8 +1,10 @@
 import copy
+import gc
 import itertools
 import json
 import random
 import warnings
+import weakref
 from functools import partial
 from typing import NamedTuple
 
@@ -1292,3 +1294,89 @@ def test_buffers_may_be_sparse_or_hold_nan():
     assert int((model.net.weight != 0).sum()) == 12 and torch.equal(model.adjacency.to_dense(), torch.eye(3))
     with pytest.raises(wf.WoodfisherError, match="'adjacency' is sparse or nested"):
         wf.save_weights(model, "model.safetensors")
+
+
+class Token:
+    """What a graph holds for as long as it lives."""
+
+
+ALIVE = weakref.WeakSet()
+
+
+class Marked(torch.autograd.Function):
+    """The identity, with a token in every graph that it is part of."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.token = Token()
+        ALIVE.add(ctx.token)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+def test_no_graph_outlives_its_gradients():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.second(torch.relu(Marked.apply(self.first(x))))
+
+    objective = wf.Objective(Model(), [samples(8)], cross_entropy)
+    objective.gradient(8)
+    objective.rows(8)
+    gc.collect()
+    assert not ALIVE
+
+
+def test_rows_of_weights_in_several_dtypes():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)).double())
+
+    objective = wf.Objective(Model(), [samples(8)], cross_entropy)
+    some = torch.arange(0, objective.layout.size, 2)
+    torch.testing.assert_close(objective.rows(8, columns=some), objective.rows(8)[:, some])
+    report = wf.prune(Model(), [samples(20)], cross_entropy, 0.5, curvature=wf.WoodFisher(20, 6, 1e-2))
+    assert report.kept == 18
+
+
+def test_rows_of_more_samples_than_a_batch_has_come_in_factor_form():
+    x, y = samples(40)
+    short = wf.Objective(
+        mlp(), [(x[:3], y[:3]), *zip(x[3:].split(5), y[3:].split(5), strict=True)], cross_entropy
+    )
+    assert list(short.factors(8)) == ["0.weight", "2.weight"]
+    assert short.row_bytes(8) == wf.Objective(mlp(), [(x, y)], cross_entropy).row_bytes(8)
+    kept = wf.WoodFisher(40, None, 1e-2, group=8, keep="factors")(short)
+    whole = wf.WoodFisher(40, None, 1e-2, group=8, keep="memory")(short)
+    torch.testing.assert_close(kept.dense(), whole.dense())
+
+
+def test_columns_of_a_hessian_are_a_slice_of_them():
+    objective = wf.Objective(mlp(torch.float64), [samples(8, dtype=torch.float64)], cross_entropy)
+    H = objective.hessian_columns(8, slice(None))
+    assert H.shape == (36, 36)
+    for columns in (slice(0, 10, 3), slice(-3, None), slice(30, 50)):
+        torch.testing.assert_close(objective.hessian_columns(8, columns), H[:, columns])
+
+
+@pytest.mark.parametrize("out", [torch.empty(4, 36, dtype=torch.int64), torch.empty(3, 36), [1]])
+def test_rows_are_written_to_what_can_hold_them(out):
+    with pytest.raises(
+        wf.WoodfisherError, match="out must have room for 4 rows of 36 weights, in torch.float32"
+    ):
+        wf.Objective(mlp(), [samples(4)], cross_entropy).rows(4, out=out)

@@ -14,6 +14,7 @@ from woodfisher.curvature.base import DiagonalInverse
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.gradients.layout import Layout
 from woodfisher.pruning.schedule import through
+from woodfisher.surgeon.refine import refine
 from woodfisher.surgeon.saliency import group_saliency, newton_point, saliency
 from woodfisher.surgeon.selection import Selection, survivors
 from woodfisher.surgeon.update import independent_update, joint_update, no_update, quadratic_change
@@ -62,8 +63,28 @@ def test_group_saliency_is_the_least_rise_of_the_quadratic(make, k):
 
 
 def test_a_weight_twice_in_a_group_is_refused():
-    with pytest.raises(wf.WoodfisherError, match=r"at weights \[1, 1\]: a weight stands twice"):
+    with pytest.raises(wf.WoodfisherError, match=r"1 of 2 groups, the first with weights \[1, 1\]: a weight"):
         group_saliency(random(4), DenseInverse(spd(4)[None], "F"), torch.tensor([[0, 2], [1, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda w, finv, keep: saliency(w[:, None], finv), r"point must be .* \(3,\); .* \(3, 1\) came"),
+        (lambda w, finv, keep: newton_point(w, w[:1], finv), r"gradient must be .* \(1,\) came"),
+        (lambda w, finv, keep: group_saliency(w[:2], finv, torch.tensor([[0, 1]])), "point must be"),
+        (lambda w, finv, keep: group_saliency(w, finv, [[0, 1]]), "int64 tensor .* a list came"),
+        (lambda w, finv, keep: joint_update(w[:1], finv, keep), "point must be"),
+        (lambda w, finv, keep: independent_update(w, finv, keep.float()), "keep must be a bool tensor"),
+        (lambda w, finv, keep: no_update(w, finv, keep[0]), r"keep must be .* \(\) came"),
+        (lambda w, finv, keep: quadratic_change(w, finv, w[:1]), "gradient must be"),
+        (lambda w, finv, keep: refine(w, finv, keep, ~keep, 1), "not in kept"),
+        (lambda w, finv, keep: refine(w, finv, keep, keep, -1), "rounds must be a whole number"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(call, says):
+    with pytest.raises(wf.WoodfisherError, match=says):
+        call(torch.ones(3), DiagonalInverse(torch.ones(3)), torch.tensor([True, False, True]))
 
 
 def test_scores_by_hand():

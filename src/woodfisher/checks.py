@@ -6,6 +6,7 @@ import math
 import numbers
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from woodfisher.errors import WoodfisherError
@@ -66,6 +67,20 @@ def described(value: object) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {tuple(value.shape)}"
     return f"a {type(value).__name__}"
+
+
+def check_vector(name: str, value: object, size: int) -> None:
+    """Raise unless `value` is a floating-point tensor `(size,)`."""
+    if not isinstance(value, Tensor) or value.shape != (size,) or not value.is_floating_point():
+        raise WoodfisherError(
+            f"{name} must be a floating-point tensor of shape ({size},); {described(value)} came."
+        )
+
+
+def check_mask(name: str, value: object, size: int) -> None:
+    """Raise unless `value` is a bool tensor `(size,)`."""
+    if not isinstance(value, Tensor) or value.shape != (size,) or value.dtype != torch.bool:
+        raise WoodfisherError(f"{name} must be a bool tensor of shape ({size},); {described(value)} came.")
 
 
 def finite_number(value: object, message: str) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from woodfisher.checks import described
+from woodfisher.checks import check_mask, check_vector, described
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.base import check_gradients
 
@@ -86,7 +86,10 @@ class InverseOperator(ABC):
 
     def submatrix(self, index: Tensor | Sequence[int]) -> Tensor:
         """[F⁻¹]_{QQ} for flat indexes Q of shape `(k,)`: float64 `(k, k)`."""
-        index = torch.as_tensor(index)
+        try:
+            index = torch.as_tensor(index)
+        except (TypeError, ValueError, RuntimeError):
+            raise WoodfisherError(f"an index is a vector of flat indexes; {index!r} came.") from None
         if index.ndim != 1:
             raise WoodfisherError(
                 f"an index is a vector of flat indexes; one of shape {tuple(index.shape)} came."
@@ -95,18 +98,25 @@ class InverseOperator(ABC):
 
     def submatrices(self, index: Tensor) -> Tensor:
         """[F⁻¹]_{QQ} for `m` groups of `k` flat indexes, int64 `(m, k)`: float64 `(m, k, k)`."""
-        self._check_index(index)
+        self.check_index(index)
         return self._submatrices(index.to(self.device))
 
-    def _check_index(self, index: Tensor) -> None:
-        if index.dtype != torch.int64 or index.ndim != 2:
+    def check_index(self, index: Tensor) -> None:
+        """Raise unless `index` are groups of weights, each once in its group."""
+        if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 2:
             raise WoodfisherError(
-                "an index must be int64 of shape (groups, weights in a group); "
-                f"{index.dtype} of shape {tuple(index.shape)} came."
+                "an index must be an int64 tensor of shape (groups, weights in a group); "
+                f"{described(index)} came."
             )
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < self.size:
             raise WoodfisherError(
                 f"indexes must lie in 0…{self.size - 1}; {int(index.min())}…{int(index.max())} came."
+            )
+        twice = (index.sort(dim=1).values.diff(dim=1) == 0).any(1).nonzero()
+        if len(twice):
+            raise WoodfisherError(
+                f"{len(twice)} of {len(index)} groups, the first with weights {_listed(index[twice[0, 0]])}: a weight "
+                "stands twice in its group. Name each once."
             )
 
     def group_energies(self, index: Tensor, w: Tensor) -> Tensor:
@@ -119,10 +129,10 @@ class InverseOperator(ABC):
         w:
             Values of these weights, `(m, k)`.
         """
-        self._check_index(index)
-        if w.shape != index.shape:
+        self.check_index(index)
+        if not isinstance(w, Tensor) or w.shape != index.shape:
             raise WoodfisherError(
-                f"each index has one weight: w must have the shape {tuple(index.shape)}; {tuple(w.shape)} came."
+                f"each index has one weight: w must be a tensor of shape {tuple(index.shape)}; {described(w)} came."
             )
         index, w = index.to(self.device), w.to(self.device, torch.float64)
         return self._energies(index, w, torch.ones_like(index, dtype=torch.bool))
@@ -159,12 +169,8 @@ class InverseOperator(ABC):
         b:
             Right-hand side `(size,)`; its entries outside S are ignored.
         """
-        fits = all(isinstance(each, Tensor) and each.shape == (self.size,) for each in (keep, b))
-        if not fits or keep.dtype != torch.bool or not b.is_floating_point():
-            raise WoodfisherError(
-                f"keep (bool) and b (floating-point) must be tensors of shape ({self.size},); {described(keep)} and "
-                f"{described(b)} came."
-            )
+        check_mask("keep", keep, self.size)
+        check_vector("b", b, self.size)
         return self._restricted_solve(keep.to(self.device), b.to(self.device, torch.float64)).to(b)
 
     def dense(self) -> Tensor:
@@ -314,12 +320,9 @@ def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(matrices)
     failed = info.nonzero()
     if len(failed):
-        first = index[failed[0, 0]].tolist()
-        listed = ", ".join(map(str, first[:8])) + (", …" if len(first) > 8 else "")
         raise WoodfisherError(
-            f"{len(failed)} of {len(index)} groups have no positive definite [F⁻¹]_QQ, the first at weights "
-            f"[{listed}]: a weight stands twice in its group, or the damping is too small for float64. Mend the index, "
-            "or raise the damping."
+            f"{len(failed)} of {len(index)} groups have no positive definite [F⁻¹]_QQ, the first with weights "
+            f"{_listed(index[failed[0, 0]])}: the damping is too small for float64. Raise it."
         )
     return torch.linalg.solve_triangular(factor, vectors, upper=False).square().sum((1, 2))
 
@@ -334,6 +337,11 @@ def by_owner(owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         inside = torch.zeros(len(rows), k, dtype=torch.bool, device=owners.device)
         inside[own, places % k] = True
         yield number, rows, inside
+
+
+def _listed(index: Tensor) -> str:
+    """The first of a group's weights, for a message."""
+    return f"[{', '.join(map(str, index[:8].tolist()))}{', …' if len(index) > 8 else ''}]"
 
 
 def removed_part(kept: Tensor, damping: float) -> tuple[Tensor, DiagonalInverse]:

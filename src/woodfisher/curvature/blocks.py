@@ -9,6 +9,7 @@ import torch
 from woodfisher.curvature.base import InverseOperator, spans
 from woodfisher.curvature.dense import primal_blocks, triangular_inverse
 from woodfisher.curvature.lowrank import (
+    LEAST_SCALE,
     SINGLE_TOLERANCE,
     LowRankInverse,
     ratios,
@@ -90,7 +91,8 @@ class FisherBlocks(InverseOperator):
         return block_rows(self._rows, self._block, blocks, columns)
 
     def _diagonal(self) -> Tensor:
-        if self._held is not None or self._rows.dtype != torch.float32:
+        single = self._rows.dtype == torch.float32 and self.divisor * self.damping >= LEAST_SCALE
+        if self._held is not None or not single:
             return self._exact._diagonal()
         quick = self._dual if self._block > self._rows.count else self._primal
         out = torch.empty(self._count, self._block, dtype=torch.float64, device=self.device)

@@ -120,6 +120,11 @@ def positive_scale(energies: Tensor, size: int, group: int) -> float:
             "every chosen weight is zero already, so that there is no curvature for damping to follow: give a number."
         )
     scale = float(energies.mean()) * group / size
+    if not math.isfinite(scale):
+        raise WoodfisherError(
+            f"the gradient rows' squared norms have the mean {scale}: gradients are not finite, or too large for "
+            "float32. Divide the loss by what brings them near 1, or convert model and data to float64."
+        )
     if scale == 0:
         warn(
             "every gradient row is zero, so that the curvature says nothing and weights are ranked by magnitude: the "

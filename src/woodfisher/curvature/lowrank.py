@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 SINGLE_TOLERANCE = 2e-4
 """Largest relative uncertainty of a diagonal entry that float32 products may leave."""
 
+LEAST_SCALE = 1e-30
+"""nλ below which squares of float32 rows that matter beside it may be too small for float32."""
+
 
 def ratios(G: Tensor, scale: float, scratch: Scratch) -> Tensor:
     """x_i = ‖g_i‖²/(nλ), with nλ = `scale`: float64 `(count, B)`."""
@@ -173,8 +176,10 @@ class LowRankInverse(InverseOperator):
 
     def _unexplained(self, blocks: slice, columns: slice, scratch: Scratch) -> Tensor:
         """1 − ‖v_i‖² for a piece, from float32 products where rounding leaves it certain enough, else float64."""
-        G = block_rows(self._rows, self._shape[2], blocks, columns)
-        factor, x = self._factor[blocks], ratios(G, self.divisor * self.damping, scratch)
+        G, scale = block_rows(self._rows, self._shape[2], blocks, columns), self.divisor * self.damping
+        if scale < LEAST_SCALE:
+            G = G.double()
+        factor, x = self._factor[blocks], ratios(G, scale, scratch)
         if G.dtype == torch.float32:
             uncertain = uncertainty(G, x)
             if uncertain.max() <= SINGLE_TOLERANCE:

@@ -82,7 +82,7 @@ class Rows(ABC):
         """Squared norms of the rows, float64 `(N,)`."""
         total = torch.zeros(self.count, dtype=torch.float64, device=self.device)
         for span in self.spans():
-            total += torch.linalg.vector_norm(self.columns(span), dim=1).double().square_()
+            total += torch.linalg.vector_norm(self.columns(span), dim=1, dtype=torch.float64).square_()
         return total
 
 
@@ -417,8 +417,8 @@ def _halved(chunks: Iterable[Tensor], form: Form) -> HeldRows:
     for chunk in chunks:
         part = held[filled : filled + len(chunk)]
         part.copy_(chunk)
-        lost += float((chunk - part).square().sum(dtype=torch.float64))
-        energy += float(chunk.square().sum(dtype=torch.float64))
+        lost += float(torch.linalg.vector_norm(chunk - part, dtype=torch.float64)) ** 2
+        energy += float(torch.linalg.vector_norm(chunk, dtype=torch.float64)) ** 2
         filled += len(chunk)
     warn(
         f"gradient rows are kept in bfloat16: rounding moved them by {(lost / energy) ** 0.5 if energy else 0:.2%}."

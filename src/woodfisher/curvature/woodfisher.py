@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from woodfisher.checks import check_choice, check_count
+from woodfisher.checks import check_choice, check_count, described
 from woodfisher.curvature.base import (
     BlockDiagonalInverse,
     Estimator,
@@ -106,10 +106,10 @@ class WoodFisher(Estimator):
 
         Blocks are cut across the whole vector.
         """
-        if rows.ndim != 2 or not rows.numel() or rows.dtype not in (torch.float32, torch.float64):
+        fits = isinstance(rows, torch.Tensor) and rows.ndim == 2 and rows.numel()
+        if not fits or rows.dtype not in (torch.float32, torch.float64):
             raise WoodfisherError(
-                "rows must be a float32 or float64 matrix of one gradient a row, (N, d); "
-                f"{rows.dtype} of shape {tuple(rows.shape)} came."
+                f"rows must be a float32 or float64 matrix of one gradient a row, (N, d); {described(rows)} came."
             )
         runs = Layout({"": (rows.shape[1],)}).runs(self.block_size)
         return BlockDiagonalInverse(*self._parts(HeldRows(rows), runs))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from woodfisher.checks import check_mask, described
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import length, reads_once
 from woodfisher.memory import new_matrix, resident_memory
@@ -155,9 +156,15 @@ class Gradients(ABC):
         most = self.most_rows(samples, group)
         if out is None:
             out = new_matrix(most, width, self.dtype, self.device)
-        elif len(out) < most or out.shape[1:] != (width,):
+        elif (
+            not isinstance(out, torch.Tensor)
+            or len(out) < most
+            or out.shape[1:] != (width,)
+            or (out.dtype, out.device) != (self.dtype, self.device)
+        ):
             raise WoodfisherError(
-                f"out must have room for {most} rows of {width} weights; it is {tuple(out.shape)}."
+                f"out must have room for {most} rows of {width} weights, in {self.dtype} on {self.device}; "
+                f"{described(out)} came."
             )
         parts = self.iter_rows(samples, group=group, labels=labels, columns=columns, out=out)
         return out[: sum(map(len, parts))]
@@ -165,7 +172,7 @@ class Gradients(ABC):
     def at(self, weights: Tensor, kept: Tensor) -> Self:
         """The same at other `weights` `(d,)` of which those in `kept` `(d,)` remain."""
         self.layout.check(weights, "weights")
-        self.layout.check(kept, "kept")
+        check_mask("kept", kept, self.layout.size)
         return self._with(weights=torch.where(kept, weights, 0).to(self.weights), kept=kept)
 
     def within(self, workspace: int) -> Self:

@@ -54,7 +54,8 @@ class Chunks:
         row = objective.on_device(some(first, 0, group))
         if mean or group > 1:
             self.check_mean(objective, row)
-        each = 2 * self.bytes_saved(objective, row) + floats * objective.dtype.itemsize
+        saved = self.bytes_saved(objective, row) * group // samples_in(row)
+        each = 2 * saved + floats * objective.dtype.itemsize
         rows = max(1, min(objective.workspace // max(each, 1), MOST_ROWS))
         ranks = objective.ranks
         if ranks.size > 1:  # each takes one chunk in turn, and all have chunks of the same size
@@ -122,7 +123,7 @@ def _bytes_saved(objective: Objective, row: Batch) -> int:
     def note(tensor: Tensor) -> Tensor:
         if tensor.data_ptr() not in own:
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        return tensor.detach()  # an output that its own graph holds would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
         value = objective.forward.mean_loss(state, row)

@@ -254,7 +254,7 @@ class LayerRows:
             if high - low == right - left:
                 here.copy_(dense[:, low:high])
             else:
-                torch.index_select(dense, 1, inside, out=here)
+                torch.index_select(dense.to(here.dtype), 1, inside, out=here)
 
     def gram(self) -> Tensor:
         """Inner products of the rows, float64 `(N, N)`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -252,6 +253,7 @@ class Objective(Gradients):
 
     def on(self, data: Iterable[Batch]) -> Objective:
         """The same objective on other data."""
+        check_data(data)
         return self._with(data=data)
 
     def on_weighted(self, data: Iterable[Batch]) -> Objective:
@@ -269,6 +271,7 @@ class Objective(Gradients):
         Running means and variances become their plain averages over batches of the first `samples` samples,
         from forward passes alone. Models without such layers stay as they are.
         """
+        check_count("samples", samples)
         return self.with_buffers(fresh_statistics(self, samples))
 
     def state(self, weights: Tensor | None = None) -> State:
@@ -315,14 +318,20 @@ class Objective(Gradients):
         """
         return flops_of_weights(self)
 
-    def first_samples(self, most: int) -> Batch | None:
-        """As many samples as the first batch has, `most` at most, drawn with no trace on random generators."""
+    def first_samples(self, most: int, group: int = 1) -> Batch | None:
+        """As many samples as the first batch has, `most` at most, and `group` at least where there are as many.
+
+        Drawn with no trace on random generators.
+        """
         with isolated(self.model), unmoved(self.data):
-            first = next(iter(take(self.data, most)), None)
+            batches = take(self.data, most)
+            first = next(batches, None)
+            if first is not None and samples_in(first) < group:
+                first = next(rechunk(chain([first], batches), group, group), first)
         return None if first is None else self.on_device(first)
 
     def row_bytes(self, group: int = 1) -> int:
-        first = self.first_samples(group)
+        first = self.first_samples(group, group)
         return 0 if first is None else self._chunks.bytes_saved(self, first)
 
     def forward_flops(self) -> int:
@@ -399,7 +408,7 @@ class Objective(Gradients):
         if self.reads_once:
             return {}
         with isolated(self.model), torch.enable_grad():
-            batch = self.first_samples(TRIED_ROWS_OF_OWN_LOSS * group)
+            batch = self.first_samples(TRIED_ROWS_OF_OWN_LOSS * group, group)
             if batch is None or samples_in(batch) < group:
                 return {}
             return self._factors_of(batch, group)
@@ -513,7 +522,7 @@ class Objective(Gradients):
 
         Rows and columns of removed weights are zero. The loss must be twice differentiable in torch.
         """
-        index = torch.arange(columns.start, columns.stop, device=self.device)
+        index = torch.arange(self.layout.size, device=self.device)[columns]
         total = torch.zeros(self.layout.size, len(index), dtype=torch.float64, device=self.device)
         count = 0.0
         eye = torch.nn.functional.one_hot(index, self.layout.size).to(self.weights)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from woodfisher.checks import check_count, check_mask, check_vector
+from woodfisher.errors import WoodfisherError
 from woodfisher.surgeon.update import joint_update, quadratic_change
 
 if TYPE_CHECKING:
@@ -49,6 +51,12 @@ def refine(
     The kept set, with as many weights as before, and the joint objective before the first round and after each
     that was tried; it never rises.
     """
+    check_vector("point", point, finv.size)
+    check_mask("kept", kept, finv.size)
+    check_mask("keep", keep, finv.size)
+    if bool((keep & ~kept).any()):
+        raise WoodfisherError("weights in keep are not in kept, of which it is to be a part.")
+    check_count("rounds", rounds, least=0)
     point, diagonal = point.double(), finv.diag()
 
     def refitted(keep: Tensor) -> tuple[Tensor, Tensor, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from woodfisher.checks import check_vector
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -16,11 +18,14 @@ def newton_point(weights: Tensor, gradient: Tensor, finv: InverseOperator) -> Te
     WoodTaylor is the surgeon at this point instead of at w (§5). `gradient` is the mean over samples, and F
     has to be the Fisher of single samples, as every estimator here gives it, whatever its rows average.
     """
+    check_vector("weights", weights, finv.size)
+    check_vector("gradient", gradient, finv.size)
     return weights.double() - finv @ gradient.double()
 
 
 def saliency(point: Tensor, finv: InverseOperator) -> Tensor:
     """ρ_q = w_q² / (2 [F⁻¹]_qq) for every weight, where `point` is w or the Newton point: float64 `(d,)`."""
+    check_vector("point", point, finv.size)
     return point.double().square() / (2 * finv.diag())
 
 
@@ -34,5 +39,7 @@ def group_saliency(point: Tensor, finv: InverseOperator, index: Tensor) -> Tenso
     index:
         Flat indexes of the groups, int64 `(m, k)`, all different within a group.
     """
+    check_vector("point", point, finv.size)
+    finv.check_index(index)
     index = index.to(point.device)
     return finv.group_energies(index, point[index]) / 2

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from woodfisher.checks import check_mask, check_vector
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -21,7 +23,7 @@ def independent_update(point: Tensor, finv: InverseOperator, keep: Tensor) -> Te
 
     This is what the paper does; removed weights don't know of each other.
     """
-    point = point.double()
+    point = _checked(point, finv, keep)
     pull = torch.where(keep, 0, point / finv.diag())
     return torch.where(keep, point - finv @ pull, 0)
 
@@ -31,20 +33,29 @@ def joint_update(point: Tensor, finv: InverseOperator, keep: Tensor) -> Tensor:
 
     On the kept set S, with Q the removed: w'_S = w_S + F_SS⁻¹ F_SQ w_Q.
     """
-    point = point.double()
+    point = _checked(point, finv, keep)
     pull = finv.forward(torch.where(keep, 0, point))
     return torch.where(keep, point + finv.restricted_solve(keep, pull), 0)
 
 
 def no_update(point: Tensor, finv: InverseOperator, keep: Tensor) -> Tensor:
     """Kept weights stay as they are."""
-    return torch.where(keep, point.double(), 0)
+    return torch.where(keep, _checked(point, finv, keep), 0)
 
 
 def quadratic_change(step: Tensor, finv: InverseOperator, gradient: Tensor | None = None) -> float:
     """Predicted change of the loss, gᵀδ + ½ δᵀFδ, for a step δ `(d,)`; g = 0 without `gradient`."""
+    check_vector("step", step, finv.size)
     step = step.double()
     change = step @ finv.forward(step) / 2
     if gradient is not None:
+        check_vector("gradient", gradient, finv.size)
         change = change + gradient.double() @ step
     return float(change)
+
+
+def _checked(point: Tensor, finv: InverseOperator, keep: Tensor) -> Tensor:
+    """`point` in float64, which has an entry for each weight, as `keep` has."""
+    check_vector("point", point, finv.size)
+    check_mask("keep", keep, finv.size)
+    return point.double()
