@@ -21,6 +21,9 @@ _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 
+_MARGIN = 1.02
+"""Of an amount that has to do: what a process has as it is differs from run to run."""
+
 
 def available_memory(device: torch.device) -> int | None:
     """Bytes that can be allocated on `device` now; None where the system doesn't say."""
@@ -175,10 +178,11 @@ class Budget:
                 f"this needs {format_bytes(total(bill), enough=True)} of memory on {self.device} ({listed}); "
                 f"{format_bytes(self.room or 0)} is available: {advice}."
             )
+        base = max(self.base, resident_memory(self.device))
+        enough = _MARGIN * (base + total(bill))
         return WoodfisherError(
-            f"memory={format_bytes(self.limit)} is not enough: the process has {format_bytes(self.base)} as it is, and "
-            f"the least to add is {listed}. Give {format_bytes(self.base + total(bill), enough=True)} or more, or "
-            f"{advice}."
+            f"memory={format_bytes(self.limit)} is not enough: the process has {format_bytes(base)} as it is, and "
+            f"the least to add is {listed}. Give {format_bytes(enough, enough=True)} or more, or {advice}."
         )
 
     def lines(self, bill: Bill) -> list[str]:

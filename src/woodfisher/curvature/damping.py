@@ -64,7 +64,13 @@ def resolve(damping: Damping, rows: Rows, group: int, ranks: Ranks = ALONE) -> f
     size = sum(ranks.gather(rows.size))
     if damping == "auto":
         return held_out_damping(ranks.sum(rows.gram()), size, group)
-    return damping.factor * positive_scale(ranks.sum(rows.energies()), size, group)
+    found = damping.factor * positive_scale(ranks.sum(rows.energies()), size, group)
+    if not math.isfinite(found):
+        raise WoodfisherError(
+            f"{damping} is {found} here: gradients are not finite, or their squares are not. Divide the loss by what "
+            "brings them near 1."
+        )
+    return found
 
 
 def held_out_damping(gram: Tensor, size: int, group: int) -> float:
@@ -120,11 +126,6 @@ def positive_scale(energies: Tensor, size: int, group: int) -> float:
             "every chosen weight is zero already, so that there is no curvature for damping to follow: give a number."
         )
     scale = float(energies.mean()) * group / size
-    if not math.isfinite(scale):
-        raise WoodfisherError(
-            f"the gradient rows' squared norms have the mean {scale}: gradients are not finite, or too large for "
-            "float32. Divide the loss by what brings them near 1, or convert model and data to float64."
-        )
     if scale == 0:
         warn(
             "every gradient row is zero, so that the curvature says nothing and weights are ranked by magnitude: the "

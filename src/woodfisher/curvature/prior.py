@@ -316,9 +316,10 @@ class PriorInverse(InverseOperator):
         return self.damping * self._prior.product(V) + through.double()
 
     def _diagonal(self) -> Tensor:
-        used = column_energies(self._through[None], Scratch(self.device), self._factor.to(self._through))[0]
+        scratch = Scratch(self.device)
+        used = column_energies(self._through[None], scratch, self._factor.to(self._through))[0]
         left = self._prior.diagonal() - used.double()
-        scaled = self._rows.square().sum(0).double() / (self._divisor * self.damping)
+        scaled = column_energies(self._rows[None], scratch)[0].double() / (self._divisor * self.damping)
         return torch.maximum(left, 1 / (self._prior.curvature() + scaled)) / self.damping
 
     def _submatrices(self, index: Tensor) -> Tensor:
