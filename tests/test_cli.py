@@ -666,6 +666,8 @@ def test_what_cannot_be_written_leaves_the_old_results(folder, capsys, monkeypat
 
     monkeypatch.setattr("woodfisher.cli.prune.plot_layers", fail)
     assert main(["prune", "--sparsity", "0.9", "--out", "out", *QUICK]) == 2
-    assert "disk full" in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert "disk full" in shown.err
+    assert "90.00%" in shown.out and "No file was written" in shown.out
     assert {p.name: p.read_bytes() for p in out.iterdir()} == old
     assert sorted(p.name for p in folder.iterdir() if p.name != "__pycache__") == ["my_tasks.py", "out"]

@@ -1,3 +1,6 @@
+import os
+import time
+
 import pytest
 import torch
 
@@ -27,6 +30,42 @@ def test_what_a_killed_process_had_drafted_goes_with_the_next_results(tmp_path):
     (tmp_path / ".draft" / "model").write_text("half")
     write_folder(tmp_path, {"a": lambda path: path.write_text("whole")})
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_picture_that_fails_costs_no_results(tmp_path):
+    def draw(path):
+        path.write_text("half")
+        raise ValueError("no such symbol")
+
+    (tmp_path / "b.png").write_text("of an earlier run")
+    with pytest.warns(
+        wf.WoodfisherWarning, match="b.png could not be drawn, and is left out: ValueError: no such"
+    ):
+        write_folder(tmp_path, {"a": lambda path: path.write_text("whole")}, {"b.png": draw})
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "whole")]
+
+
+def test_names_with_dollars_are_no_mathematics(tmp_path):
+    layer = Layer(r"$\frac$.weight", 4, 2)
+    plot_layers({"woodfisher": [layer]}, 0.5, tmp_path / "layers.png")
+    assert (tmp_path / "layers.png").stat().st_size > 0
+
+
+def test_two_writers_of_a_file_do_not_meet(tmp_path):
+    def first(draft):
+        draft.write_text("first")
+        write_whole(tmp_path / "file", lambda other: other.write_text("second"))
+
+    write_whole(tmp_path / "file", first)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("file", "first")]
+
+
+def test_drafts_of_processes_that_were_killed_go_in_time(tmp_path):
+    for name, age in ((".file.0a.part", 10_000), (".file.0b.part", 10), (".other.0a.part", 10_000)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    write_whole(tmp_path / "file", lambda draft: draft.write_text("whole"))
+    assert {p.name for p in tmp_path.iterdir()} == {"file", ".file.0b.part", ".other.0a.part"}
 
 
 def test_a_file_that_cannot_be_written_is_explained(tmp_path):

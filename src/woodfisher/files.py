@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import csv
+import errno
+import glob
 import json
 import os
+import secrets
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+
+_ABANDONED = 3600
+"""Seconds after which nobody writes to a draft any more."""
 
 
 def unreadable(path: Path, expected: str, error: Exception) -> WoodfisherError:
@@ -76,18 +85,31 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     if os.path.isdir(path):  # noqa: PTH112  False for names that are too long
         raise WoodfisherError(f"{path} is a folder, and a file is to be written: name one in it.")
     path = Path(os.path.realpath(path)) if os.path.islink(path) else path  # noqa: PTH114  as above
-    draft = path.with_name(f".{path.name}.part")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         write(draft)
         draft.replace(path)
     except OSError as error:
         raise WoodfisherError(
-            f"{path} could not be written: {error}. Make room or choose another folder."
+            f"{path} could not be written: {error}. {_remedy(error)}hoose another folder."
         ) from error
     finally:
         with suppress(OSError):
             draft.unlink()
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the drafts of a file that killed processes have left; others may be writing theirs."""
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        with suppress(OSError):
+            if time.time() - draft.stat().st_mtime > _ABANDONED:
+                draft.unlink()
+
+
+def _remedy(error: OSError) -> str:
+    return "Make room or c" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "C"
 
 
 def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -98,10 +120,27 @@ def save_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def _draw(draw: Callable[[Path], object], path: Path) -> None:
+    """Draw a picture; one that fails but for the disk is none, since what it shows is worth more."""
+    try:
+        draw(path)
+    except OSError:
+        raise
+    except Exception as error:
+        path.unlink(missing_ok=True)
+        reason = str(error).partition("\n")[0]
+        warn(f"{path.name} could not be drawn, and is left out: {type(error).__name__}: {reason}")
+
+
+def write_folder(
+    folder: Path,
+    writers: Mapping[str, Callable[[Path], object]],
+    pictures: Mapping[str, Callable[[Path], object]] = MappingProxyType({}),
+) -> None:
     """Make a folder of files, by name; nothing appears in it before all of them are written.
 
     Files of the same names are replaced, others stay. What a killed process had drafted goes the next time.
+    `pictures` show what the others hold: one that can't be drawn is left out, with a warning.
     """
     draft = folder / ".draft"
     try:
@@ -109,11 +148,16 @@ def write_folder(folder: Path, writers: Mapping[str, Callable[[Path], object]]) 
         draft.mkdir(parents=True)
         for file, write in writers.items():
             write(draft / file)
-        for file in writers:
-            (draft / file).replace(folder / file)
+        for file, draw in pictures.items():
+            _draw(draw, draft / file)
+        for file in (*writers, *pictures):
+            if (draft / file).exists():
+                (draft / file).replace(folder / file)
+            else:
+                (folder / file).unlink(missing_ok=True)
     except OSError as error:
         raise WoodfisherError(
-            f"the results could not be written to {folder}: {error}. Make room or choose another with --out."
+            f"the results could not be written to {folder}: {error}. {_remedy(error)}hoose another with --out."
         ) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)

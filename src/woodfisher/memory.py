@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,8 @@ _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 _CGROUP = Path("/sys/fs/cgroup")
 
-_MARGIN = 1.02
-"""Of an amount that has to do: what a process has as it is differs from run to run."""
+_MARGIN = 0.05
+"""Share by which what a process has as it is may differ from one run to the next."""
 
 
 def available_memory(device: torch.device) -> int | None:
@@ -178,12 +178,16 @@ class Budget:
                 f"this needs {format_bytes(total(bill), enough=True)} of memory on {self.device} ({listed}); "
                 f"{format_bytes(self.room or 0)} is available: {advice}."
             )
-        base = max(self.base, resident_memory(self.device))
-        enough = _MARGIN * (base + total(bill))
         return WoodfisherError(
-            f"memory={format_bytes(self.limit)} is not enough: the process has {format_bytes(base)} as it is, and "
-            f"the least to add is {listed}. Give {format_bytes(enough, enough=True)} or more, or {advice}."
+            f"memory={format_bytes(self.limit)} is not enough: the process has {format_bytes(self.base)} as it is, and "
+            f"the least to add is {listed}. Give {format_bytes(self.base + total(bill), enough=True)} or more, or "
+            f"{advice}."
         )
+
+    def refusal_after_trying(self, bill: Bill, advice: str) -> WoodfisherError:
+        """The same after samples were tried, which leaves the process with more, and not with as much every time."""
+        tried = replace(self, base=max(self.base, resident_memory(self.device)))
+        return tried.refusal([*bill, ("what may differ the next time", int(_MARGIN * tried.base))], advice)
 
     def lines(self, bill: Bill) -> list[str]:
         """What memory goes to at the peak, a line each."""

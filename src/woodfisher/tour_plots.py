@@ -14,7 +14,7 @@ from torch import Tensor
 
 from woodfisher.files import write_folder
 from woodfisher.results.numbers import fixed, per_cent, shortened, significant
-from woodfisher.results.plots import COLOURS, INK, new_figure
+from woodfisher.results.plots import COLOURS, INK, new_figure, plain
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, NEGLIGIBLE
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def plot_matrices(tour: Tour, path: Path) -> None:
             image = _heat_map(axes, stop.matrices[name], norm)
             _draw_layers(axes, tour.layout, named=name == names[0])
             _caption(axes, stop.whole, name, within_layers=True)
-        row[0].set_ylabel(f"{stop.name} (loss {stop.loss:.3g})", fontsize=10, labelpad=4)
+        row[0].set_ylabel(f"{plain(stop.name)} (loss {stop.loss:.3g})", fontsize=10, labelpad=4)
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=11)
     _colour_bar(figure, image, grid)
@@ -100,7 +100,7 @@ def plot_layers_of(tour: Tour, stop: Stop, path: Path) -> None:
     for axes, name in zip(grid[0], names, strict=True):
         axes.set_title(name, fontsize=11)
     _colour_bar(figure, image, grid)
-    figure.suptitle(f"Curvature within layers, {stop.name}{_which(stop.layers)}", fontsize=12)
+    figure.suptitle(f"Curvature within layers, {plain(stop.name)}{_which(stop.layers)}", fontsize=12)
     _save(figure, path)
 
 
@@ -161,7 +161,7 @@ def plot_samples(tour: Tour, path: Path) -> None:
         axes.set_xscale("log")
         axes.set_xticks(ticks)
         axes.minorticks_off()
-        axes.set_title(stop.name, fontsize=10)
+        axes.set_title(plain(stop.name), fontsize=10)
         axes.set_ylim(top=1.02)
         axes.set_xlabel("samples", fontsize=9)
         _tidy(axes)
@@ -300,7 +300,7 @@ def _curves(tour: Tour, draw: Callable[[Any, Region, Sequence[Region]], None], l
         if index + columns >= len(panels):
             axes.set_xlabel(label, fontsize=9)
     for axes, stop in zip(grid[0], tour.stops if several else (), strict=False):
-        axes.set_title(stop.name, fontsize=10)
+        axes.set_title(plain(stop.name), fontsize=10)
     entries: dict[str, Any] = {}
     for axes in grid.flat:
         entries.update((text, handle) for handle, text in zip(*axes.get_legend_handles_labels(), strict=True))
@@ -312,7 +312,7 @@ def _curves(tour: Tour, draw: Callable[[Any, Region, Sequence[Region]], None], l
         frameon=False,
         fontsize=9,
     )
-    figure.suptitle(title if several else f"{title} ({tour.stops[0].name})", fontsize=12)
+    figure.suptitle(title if several else f"{title} ({plain(tour.stops[0].name)})", fontsize=12)
     return figure
 
 
@@ -360,4 +360,4 @@ def _fan_in(layout: Layout, region: Region) -> int | None:
 
 def _short(name: str) -> str:
     """A layer's name without the ending that all have, and no longer than there is room for."""
-    return shortened(name.removesuffix(".weight"), LONGEST_NAME)
+    return plain(shortened(name.removesuffix(".weight"), LONGEST_NAME))

@@ -89,10 +89,8 @@ class BenchCommand:
         if self.out is not None:
             write_folder(
                 self.out,
-                {
-                    "bench.json": lambda path: save_json(content, path),
-                    "roofline.png": lambda path: plot_roofline(bench, path),
-                },
+                {"bench.json": lambda path: save_json(content, path)},
+                {"roofline.png": lambda path: plot_roofline(bench, path)},
             )
         if self.json:
             print_json(content)

@@ -142,6 +142,8 @@ class Compare:
                 {
                     "report.json": lambda path: save_json(content, path),
                     "results.csv": lambda path: save_csv([_row(result) for result in results], path),
+                },
+                {
                     "accuracy.png": lambda path: plot_accuracy(
                         curves, content["dense"]["metric"], task.metric_name, path
                     ),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from woodfisher.cli.console import note
 from woodfisher.cli.origin import origin
 from woodfisher.errors import WoodfisherError
-from woodfisher.files import save_json, text_of, write_folder
+from woodfisher.files import check_other_file, save_json, text_of, write_folder
 from woodfisher.pruning.report import layers_of
 from woodfisher.results.examine import examine
 from woodfisher.results.metrics import score
@@ -28,6 +28,17 @@ if TYPE_CHECKING:
     from woodfisher.training.gradual import Trained
 
 
+_MODEL = "model.safetensors"
+
+
+def folder_for(options: TaskOptions, chosen: Path | None, run: str) -> Path:
+    """Where a run's results go; raises if the weights that it begins with would be replaced by its own."""
+    folder = options.folder(chosen, run)
+    if options.weights is not None:
+        check_other_file(folder / _MODEL, options.weights)
+    return folder
+
+
 def layers_given(objective: Objective) -> list[dict[str, Any]]:
     """What an objective keeps of each layer, as JSON takes it."""
     return [layer.to_dict() for layer in layers_of(objective.layout.split(objective.kept))]
@@ -37,6 +48,11 @@ def before(content: Mapping[str, Any]) -> tuple[str, int]:
     """What a table calls the network that a command was given, and how many weights it keeps."""
     kept = sum(layer["kept"] for layer in content["dense"]["layers"])
     return "dense" if kept == content["size"] else "as given", kept
+
+
+def where(content: Mapping[str, Any]) -> str:
+    """Where the files are that hold all of what was shown."""
+    return f"Results are in {content['out']}" if content["out"] else "No file was written"
 
 
 def evaluate(task: Task, model: Any, name: str) -> float:
@@ -59,7 +75,7 @@ def evaluate_if_possible(task: Task, model: Any, name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The compressed model, a report, a figure, and a page that shows them.
+    """The compressed model and a report, with a figure and a page that show them.
 
     Attributes
     ----------
@@ -79,14 +95,15 @@ class Outcome:
     folder: Path
     asked: Mapping[str, Any]
 
-    def write(
+    def show(
         self,
         result: Report | Trained,
         objective: Objective,
         metrics: Mapping[str, Any],
         figure: tuple[str, Callable[[Path], object]],
-    ) -> dict[str, Any]:
-        """Write all files, whole or not at all, and return what the report holds.
+        shown: Callable[[dict[str, Any]], object],
+    ) -> None:
+        """Write all files, whole or not at all, and show what the report holds, also where it can't be written.
 
         Parameters
         ----------
@@ -98,6 +115,8 @@ class Outcome:
             Of the networks that were measured on test data, by the names that they have in the report.
         figure:
             Name of the file, and what draws it.
+        shown:
+            Shows the report, whose `out` is None where nothing was written.
         """
         examined = examine(objective.current(objective.layout.flatten(result.masks)), self.method.curvature)
         weights = packed_model(self.task.model, result.masks)
@@ -111,16 +130,16 @@ class Outcome:
             "examined": examined.to_dict(),
             "origin": origin(self.options.device),
             "bytes": weights.to_dict(),
-            "out": text_of(self.folder),
         }
         name, draw = figure
-        write_folder(
-            self.folder,
-            {
-                "model.safetensors": weights.write,
-                "report.json": lambda path: save_json(content, path),
-                name: draw,
-                "report.html": lambda path: save_page(content, path),
-            },
-        )
-        return content
+        written = {**content, "out": text_of(self.folder)}
+        try:
+            write_folder(
+                self.folder,
+                {_MODEL: weights.write, "report.json": lambda path: save_json(written, path)},
+                {name: draw, "report.html": lambda path: save_page(written, path)},
+            )
+        except WoodfisherError:
+            shown({**content, "out": None})
+            raise
+        shown(written)

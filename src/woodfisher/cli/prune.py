@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
@@ -12,7 +13,15 @@ from tyro.conf import arg
 from woodfisher.checks import check_choice, check_fraction, check_sparsity
 from woodfisher.cli.console import note, out, print_json, process_group, progress, size_on_disk
 from woodfisher.cli.options import Folder, MethodOptions, Number, TaskOptions
-from woodfisher.cli.outcome import Outcome, before, evaluate, evaluate_if_possible, layers_given
+from woodfisher.cli.outcome import (
+    Outcome,
+    before,
+    evaluate,
+    evaluate_if_possible,
+    folder_for,
+    layers_given,
+    where,
+)
 from woodfisher.distributed import together
 from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
@@ -79,7 +88,7 @@ class Prune:
         method = self.method.method(self.criterion, strict=True)
         drop, sparsity = self._goal(method)
         aim = f"{sparsity:g}" if drop is None else f"drop{drop:g}"
-        folder = self.model.folder(self.out, f"{self.criterion}-{aim}")
+        folder = folder_for(self.model, self.out, f"{self.criterion}-{aim}")
         require_plots()
         require_page()
         note(f"loading {self.model.task}")
@@ -147,7 +156,7 @@ class Prune:
             "layers": [layer.to_dict() for layer in magnitude.layers],
         }
         curves = {self.criterion: report.layers, "magnitude": magnitude.layers}
-        content = outcome.write(
+        outcome.show(
             report,
             objective,
             {
@@ -156,11 +165,8 @@ class Prune:
                 "pruned": {"metric": pruned},
             },
             ("layers.png", lambda path: plot_layers(curves, report.sparsity, path)),
+            print_json if self.json else partial(_show, task, report, magnitude),
         )
-        if self.json:
-            print_json(content)
-        else:
-            _show(task, content, report, magnitude)
 
     def _goal(self, method: Method) -> tuple[float | None, float | None]:
         """The drop allowed or the sparsity, and None for the other."""
@@ -181,7 +187,7 @@ class Prune:
         return drop, None
 
 
-def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report) -> None:
+def _show(task: Task, report: Report, magnitude: Report, content: dict[str, Any]) -> None:
     console = out()
     summary = Table(title=f"{content['task']}: {report.sparsity:.2%} of {report.size:,} weights removed")
     for column in ("", f"test {task.metric_name}", "kept weights", "time"):
@@ -211,7 +217,7 @@ def _show(task: Task, content: dict[str, Any], report: Report, magnitude: Report
     if any(stage.measured is not None for stage in report.stages):
         console.print(_stages(report))
     console.print(size_on_disk(content["bytes"]))
-    console.print(f"Results are in {content['out']}", soft_wrap=True)
+    console.print(where(content), soft_wrap=True)
 
 
 def _stages(report: Report) -> Table:

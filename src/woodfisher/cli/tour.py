@@ -90,8 +90,8 @@ class Tour:
             {
                 "report.json": lambda path: save_json(content, path),
                 "spectra.csv": lambda path: save_csv(_spectra(seen), path),
-                **pictures(seen),
             },
+            pictures(seen),
         )
         if self.json:
             print_json(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from rich.table import Table
@@ -10,7 +11,15 @@ from rich.table import Table
 from woodfisher.checks import check_choice, check_sparsity
 from woodfisher.cli.console import note, out, print_json, progress, size_on_disk
 from woodfisher.cli.options import Epochs, Folder, MethodOptions, Number, TaskOptions
-from woodfisher.cli.outcome import Outcome, before, evaluate, evaluate_if_possible, layers_given
+from woodfisher.cli.outcome import (
+    Outcome,
+    before,
+    evaluate,
+    evaluate_if_possible,
+    folder_for,
+    layers_given,
+    where,
+)
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.schedule import Polynomial
 from woodfisher.results.metrics import mean_score, score
@@ -85,7 +94,7 @@ class Train:
         sparsity = method.goal(self.sparsity)
         check_sparsity(sparsity)
         schedule = self._schedule(sparsity)
-        folder = self.model.folder(self.out, f"train-{self.criterion}-{sparsity:g}")
+        folder = folder_for(self.model, self.out, f"train-{self.criterion}-{sparsity:g}")
         require_plots()
         require_page()
         require_lightning()
@@ -118,16 +127,13 @@ class Train:
             "preset": self.method.preset,
             "requested_sparsity": sparsity,
         }
-        content = Outcome(self.model, task, method, folder, asked).write(
+        Outcome(self.model, task, method, folder, asked).show(
             trained,
             objective,
             {"dense": {"metric": dense, "layers": layers_given(objective)}, "pruned": {"metric": pruned}},
             ("training.png", lambda path: plot_training(trained, task.metric_name, path)),
+            print_json if self.json else partial(_show, task, trained),
         )
-        if self.json:
-            print_json(content)
-        else:
-            _show(task, content, trained)
 
     def _schedule(self, sparsity: float) -> Polynomial:
         """The usual schedule with what was asked for instead."""
@@ -143,7 +149,7 @@ class Train:
         )
 
 
-def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
+def _show(task: Task, trained: Trained, content: dict[str, Any]) -> None:
     console = out()
     summary = Table(title=f"{content['task']}: {trained.sparsity:.2%} of {content['size']:,} weights removed")
     for column in ("", f"test {task.metric_name}", "validation", "kept weights"):
@@ -178,4 +184,4 @@ def _show(task: Task, content: dict[str, Any], trained: Trained) -> None:
         f"{len(trained.history)} times"
     )
     console.print(size_on_disk(content["bytes"]))
-    console.print(f"Results are in {content['out']}", soft_wrap=True)
+    console.print(where(content), soft_wrap=True)

@@ -118,7 +118,7 @@ def planned(objective: Gradients, curvature: WoodFisher, machine: Machine | None
         ways = [work.way(keep) for keep in ("memory", *work.alternatives())]
     fitting = [way for way in ways if work.budget.holds(way.bill)]
     if not fitting:
-        raise work.budget.refusal(
+        raise work.budget.refusal_after_trying(
             min(ways, key=lambda way: way.peak).bill,
             "take fewer samples, smaller blocks, or average several samples into a row (group)",
         )

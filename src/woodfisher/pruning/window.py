@@ -327,7 +327,7 @@ class _Room:
             needed = least * each + held
             besides = max(vectors, min(objective.workspace, needed // 5 + 1))
             rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
-            raise budget.refusal(
+            raise budget.refusal_after_trying(
                 [rows_bill, (_BESIDES, besides)],
                 "take a number of stages in blocks (criterion='woodfisher-block')",
             )

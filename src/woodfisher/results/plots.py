@@ -41,7 +41,8 @@ def plot_layers(layers: Mapping[str, Sequence[Layer]], overall: float, path: Pat
         Sparsity of all layers together, which a uniform choice would give each.
     """
     names = [
-        f"{layer.name.removesuffix('.weight')}  ({layer.size:,})" for layer in next(iter(layers.values()))
+        plain(f"{layer.name.removesuffix('.weight')}  ({layer.size:,})")
+        for layer in next(iter(layers.values()))
     ]
     height = 0.8 / len(layers)
     figure, axes = _figure((7.2, 1.6 + 0.34 * len(names)))
@@ -92,7 +93,7 @@ def plot_accuracy(
         )
     axes.axhline(dense, color=INK, linewidth=1, linestyle="--", label=f"dense: {score(dense, metric)}")
     axes.set_xlabel("sparsity, %")
-    axes.set_ylabel(metric)
+    axes.set_ylabel(plain(metric))
     axes.grid(alpha=0.25)
     figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
@@ -168,6 +169,11 @@ def plot_roofline(bench: Bench, path: Path) -> None:
     figure.suptitle("Factor and score", fontsize=11)
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
+
+
+def plain(text: str) -> str:
+    """Text of a user's as it is, where matplotlib would take what stands between dollars for mathematics."""
+    return text.replace("$", r"\$")
 
 
 def new_figure(size: tuple[float, float]) -> Any:
