@@ -1366,6 +1366,15 @@ def test_rows_of_more_samples_than_a_batch_has_come_in_factor_form():
     torch.testing.assert_close(kept.dense(), whole.dense())
 
 
+@pytest.mark.parametrize("name", ["0.bias", "1.running_var"])
+def test_what_of_the_model_is_not_finite_is_named(name):
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).eval()
+    model.state_dict()[name][1] = torch.nan
+    objective = wf.Objective(model, [samples(8)], cross_entropy, params=["2.weight"])
+    with pytest.raises(wf.WoodfisherError, match=f"The model's '{name}' itself holds NaN"):
+        objective.rows(8)
+
+
 def test_columns_of_a_hessian_are_a_slice_of_them():
     objective = wf.Objective(mlp(torch.float64), [samples(8, dtype=torch.float64)], cross_entropy)
     H = objective.hessian_columns(8, slice(None))

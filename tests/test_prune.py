@@ -421,3 +421,15 @@ def test_a_network_that_gives_nan_is_not_written(criterion, message):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     wf.prune(model, [(x, y)], cross_entropy, 0.1, params=name, criterion=criterion, **parts)
     assert not torch.equal(model(x), outputs)
+
+
+def test_what_a_metric_does_to_its_model_stays_there():
+    def metric(model):
+        with torch.no_grad():
+            model[0].bias += 1
+        return float((model[0].weight != 0).sum())
+
+    report = wf.prune(mlp(), None, max_drop=0.5, metric=metric, criterion="magnitude")
+    assert report.sparsity > 0
+    with pytest.raises(wf.WoodfisherError, match="metric= is what max_drop= is about"):
+        wf.prune(mlp(), None, None, 0.5, metric=metric, criterion="magnitude")

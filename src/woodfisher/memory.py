@@ -102,13 +102,13 @@ def _status(field: str) -> int:
 
 
 def parse_bytes(size: str | int) -> int:
-    """Bytes from a number, or from one with a unit.
+    """Bytes from a whole number, or from any with a unit.
 
     >>> parse_bytes("1.5KiB"), parse_bytes("2 GB"), parse_bytes("4gib"), parse_bytes(10)
     (1536, 2000000000, 4294967296, 10)
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", str(size), re.IGNORECASE)
-    if match is None or float(match[1]) <= 0:
+    if match is None or float(match[1]) <= 0 or ("." in match[1] and not match[2]):
         raise WoodfisherError(
             f"an amount of memory is a number of bytes, or as in 4GiB or 500MB; {size!r} came."
         )

@@ -104,7 +104,7 @@ class Prune:
                 task.loss,
                 sparsity,
                 max_drop=drop,
-                metric=task.validate,
+                metric=None if drop is None else task.validate,
                 criterion=method,
                 progress=show,
                 **self.model.chosen,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,13 +150,22 @@ class RowMaker:
         row, position = (~torch.isfinite(rows)).nonzero()[0].tolist()
         name = self._layout.name_at(position if columns is None else int(columns[position]))
         samples = some(batch, row * group, (row + 1) * group)
-        bad = [t for t in tensors_of(samples) if t.is_floating_point() and not torch.isfinite(t).all()]
-        cause = (
-            "The data of that row itself holds NaN or infinity: clean it."
-            if bad
-            else "Look for a division by zero or a logarithm of zero in the loss, or an overflow in "
-            f"{str(self._parameters[name].dtype).removeprefix('torch.')}."
-        )
+        model = self.forward.model
+        members = chain(model.named_parameters(), model.named_buffers())
+        broken = [name for name, tensor in members if not _finite(tensor)]
+        if not all(map(_finite, tensors_of(samples))):
+            cause = "The data of that row itself holds NaN or infinity: clean it."
+        elif broken:
+            cause = f"The model's {broken[0]!r} itself holds NaN or infinity: load a sound one."
+        else:
+            dtype = str(self._parameters[name].dtype).removeprefix("torch.")
+            cause = (
+                f"Look for a division by zero or a logarithm of zero in the loss, or an overflow in {dtype}."
+            )
         raise WoodfisherError(
             f"the gradient of {name!r} in row {done + row} is {float(rows[row, position])}. {cause}"
         )
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())

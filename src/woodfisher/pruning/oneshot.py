@@ -101,6 +101,10 @@ def prune(
     with together():
         if max_drop is not None and sparsity is not None:
             raise WoodfisherError("give a sparsity or a max_drop, not both: one follows from the other.")
+        if max_drop is None and metric is not None:
+            raise WoodfisherError(
+                "metric= is what max_drop= is about, and none was given: give it, or leave metric out."
+            )
         if max_drop is not None and not callable(metric):
             raise WoodfisherError(
                 "max_drop needs metric=, a function of the model that says how good it is on validation data, as in "
@@ -262,7 +266,7 @@ def _within(
 
         def measured() -> float:
             with phase("metric"), unmoved(objective.data):
-                return objective.ranks.first(lambda: _metric_of(metric, trial))
+                return objective.ranks.first(lambda: _metric_of(metric, copied(trial)))
 
         dense = measured()
         least = dense - max_drop * abs(dense)
