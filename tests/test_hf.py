@@ -226,7 +226,7 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"callback": "other"}, "the Trainer's model doesn't have the pruner's '0.weight'"),
+        ({"callback": "other"}, "the one that is trained doesn't have its '0.weight'"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3},
             "load_best_model_at_end=True would end with the weights of some earlier time",
@@ -238,6 +238,14 @@ def test_wrong_uses_are_explained(options, message, tmp_path):
         options = {"callback": PruningCallback(pruner_for(mlp(), pictures()))}
     trainer, _ = trainer_of("conv", tmp_path, **options)
     with pytest.raises(wf.WoodfisherError, match=message):
+        trainer.train()
+
+
+def test_a_callback_that_can_make_no_pruner_is_explained(tmp_path):
+    with pytest.raises(wf.WoodfisherError, match="a function that makes one; None came"):
+        PruningCallback(None)
+    trainer, _ = trainer_of("conv", tmp_path, callback=PruningCallback(lambda model: "pruner"))
+    with pytest.raises(wf.WoodfisherError, match="must return the Pruner that it makes; 'pruner' came"):
         trainer.train()
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import unreadable, write_whole
-from woodfisher.pruning.pruner import Pruner
+from woodfisher.integrations.made import Made
 
 with extra("hf", "pruning in Hugging Face's Trainer needs transformers and accelerate"):
     from transformers import TrainerCallback
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from woodfisher.pruning.pruner import Pruner
 
 FILE = "pruner.safetensors"
 """The pruner's state in a checkpoint's folder: the masks as tensors, the numbers as JSON in the metadata."""
@@ -58,8 +60,8 @@ class PruningCallback(TrainerCallback):
     def __init__(
         self, pruner: Pruner | Callable[[nn.Module], Pruner], checkpoint: str | Path | None = None
     ) -> None:
-        self.pruner = pruner if isinstance(pruner, Pruner) else None
-        self._make = None if isinstance(pruner, Pruner) else pruner
+        self._made = Made(pruner)
+        self.pruner = self._made.given
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
 
     def on_train_begin(
@@ -76,16 +78,8 @@ class PruningCallback(TrainerCallback):
                 "set it to False, and choose among the checkpoints yourself."
             )
         assert model is not None
-        if self._make is not None:
-            self.pruner = None  # the last one holds the masks of a model that may be the same
-            self.pruner = self._make(model)
-        if not isinstance(self.pruner, Pruner):
-            raise WoodfisherError(f"the function must return the Pruner that it makes; {self.pruner!r} came.")
-        if name := self.pruner.missing_in(model):
-            raise WoodfisherError(
-                f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "
-                "that the Trainer trains (with model_init: a function that makes one of the model)."
-            )
+        self.pruner = None  # the last one may hold the masks of the same model
+        self.pruner = self._made.of(model)
         # Goes into each checkpoint with the Trainer's own state, and tells that a file of the pruner's belongs to it.
         marks = cast("dict[str, Any]", state.stateful_callbacks)
         if state.global_step:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from woodfisher.errors import WoodfisherError, extra
+from woodfisher.errors import extra
 from woodfisher.gradients.parameters import unwrapped
-from woodfisher.pruning.pruner import Pruner
+from woodfisher.integrations.made import Made
 
 with extra("train", "training needs Lightning"):
     from lightning.pytorch import Callback
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lightning.pytorch import LightningModule, Trainer
+
+    from woodfisher.pruning.pruner import Pruner
 
 
 class PruningCallback(Callback):
@@ -52,27 +54,17 @@ class PruningCallback(Callback):
         on_pruned: Callable[[int, Any], None] | None = None,
         name: str = "",
     ) -> None:
-        if not isinstance(pruner, Pruner) and not callable(pruner):
-            raise WoodfisherError(f"give a Pruner, or a function that makes one; {pruner!r} came.")
         self.name = name
-        self.pruner = pruner if isinstance(pruner, Pruner) else None
-        self._make = None if isinstance(pruner, Pruner) else pruner
+        self._made = Made(pruner)
+        self.pruner = self._made.given
         self._on_pruned = on_pruned
         self._loaded: dict[str, Any] | None = None
         self._steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._make is not None and (self.pruner is None or self.pruner.missing_in(pl_module)):
-            if self.pruner is not None:
-                self.pruner.release()
-            self.pruner = self._make(pl_module)
-        if not isinstance(self.pruner, Pruner):
-            raise WoodfisherError(f"the function must return the Pruner that it makes; {self.pruner!r} came.")
-        if self.pruner.missing_in(pl_module):
-            raise WoodfisherError(
-                "the pruner is that of another model than the one that is trained: give the callback one of this "
-                "module, or a function that makes it."
-            )
+        if self.pruner is None or self.pruner.missing_in(pl_module):
+            self.pruner = None  # the last one may hold masks of a part of the module
+            self.pruner = self._made.of(pl_module)
         self._load()
 
     def _load(self) -> None:
