@@ -90,7 +90,7 @@ class Watcher(transformers.TrainerCallback):
         self.calls += 1
 
 
-def trainer_of(kind, folder, seed=0, callback=None, **options):
+def trainer_of(kind, folder, seed=0, callback=None, others=(), **options):
     build, make_batch = KINDS[kind]
     model, batch = build(seed), make_batch()
     if callback is None:
@@ -112,7 +112,7 @@ def trainer_of(kind, folder, seed=0, callback=None, **options):
     )
     rows = [{key: value[i] for key, value in batch.items()} for i in range(24)]
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback]
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *others]
     )
     return trainer, callback
 
@@ -209,6 +209,37 @@ def test_a_pruner_may_be_made_of_the_model_that_training_begins_with(tmp_path):
         trainer.train()
         assert callback.pruner.objective.model is trainer.model
         assert (callback.pruner.steps, round(callback.pruner.sparsity, 1)) == (3, 0.6)
+
+
+def of_layer(layer):
+    return lambda model: wf.Pruner(
+        model, wf.Objective(model, [pictures()], params=layer), SCHEDULE, criterion="magnitude"
+    )
+
+
+def two_callbacks(*names):
+    layers = ("net.conv.weight", "net.fc.weight")
+    return [PruningCallback(of_layer(layer), name=name) for layer, name in zip(layers, names, strict=True)]
+
+
+def test_two_callbacks_keep_their_states_apart(tmp_path):
+    first, other = two_callbacks("", "other")
+    trainer, _ = trainer_of("conv", tmp_path, callback=first, others=[other])
+    trainer.train()
+    files = sorted(path.name for path in (tmp_path / "checkpoint-3").glob("pruner*"))
+    assert files == ["pruner-other.safetensors", "pruner.safetensors"]
+    callbacks = two_callbacks("", "other")
+    resumed, _ = trainer_of("conv", tmp_path, seed=1, callback=callbacks[0], others=callbacks[1:])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [len(callback.pruner.history) for callback in callbacks] == [1, 1]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    first, same = two_callbacks("same", "same")
+    trainer, _ = trainer_of("conv", tmp_path, callback=first, others=[same])
+    with pytest.raises(wf.WoodfisherError, match="have the name 'same', .* one file: give each a name="):
+        trainer.train()
+    with pytest.raises(wf.WoodfisherError, match="'a/b' came, which is a path"):
+        PruningCallback(pruner_for, name="a/b")
 
 
 def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
