@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import unreadable, write_whole
-from woodfisher.integrations.made import Made
+from woodfisher.integrations.made import Made, warn_unless_done
 
 with extra("hf", "pruning in Hugging Face's Trainer needs transformers and accelerate"):
     from transformers import TrainerCallback
@@ -35,7 +35,8 @@ class PruningCallback(TrainerCallback):
     Each update is a step of the schedule, however many batches gradients accumulate over. A second `train()` goes on
     where a given pruner is in its schedule; a function makes one that begins anew.
     `train(resume_from_checkpoint=...)` goes on from the pruner's state too. A checkpoint that was written without this
-    callback starts the schedule. Trials of a hyperparameter search store no state.
+    callback starts the schedule. Training that ends before the schedule does warns. Trials of a hyperparameter search
+    store no state.
 
     In a checkpoint's folder `pruner.safetensors`, or `pruner-NAME.safetensors`, has the masks as tensors, and the
     numbers of the pruner's state as JSON in the metadata.
@@ -123,6 +124,12 @@ class PruningCallback(TrainerCallback):
             _folder(args, state) / self._file,
             lambda path: save_file(masks, path, metadata={"woodfisher": json.dumps(numbers)}),
         )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.pruner is not None
+        warn_unless_done(self.pruner)
 
     @staticmethod
     def _resume(pruner: Pruner, file: Path, *, marked: bool) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from woodfisher.errors import extra
 from woodfisher.gradients.parameters import unwrapped
-from woodfisher.integrations.made import Made
+from woodfisher.integrations.made import Made, warn_unless_done
 
 with extra("train", "training needs Lightning"):
     from lightning.pytorch import Callback
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 class PruningCallback(Callback):
-    """Lets a `Pruner` step after every step of the optimizer, and keeps its state in Lightning's checkpoints.
+    """Lets a `Pruner` step for every step of the optimizer, and keeps its state in Lightning's checkpoints.
+
+    Steps are those of `trainer.global_step`, and weights are removed as a batch ends. With manual optimization a batch
+    may have several, of several optimizers, but those alone that `configure_optimizers` returned. Training that ends
+    before the schedule does warns.
 
     Removed weights are zero, too, in the averages of `WeightAveraging`, `EMAWeightAveraging` and
     `StochasticWeightAveraging`, wherever these stand among the callbacks.
@@ -81,16 +85,15 @@ class PruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Where gradients accumulate over batches, most of them end without a step.
-        if trainer.global_step == self._steps:
-            return
-        self._steps = trainer.global_step
         assert self.pruner is not None
-        report = self.pruner.step()
-        if report is not None:
-            self._apply_to_averages(trainer, pl_module)
-            if self._on_pruned is not None:
-                self._on_pruned(self.pruner.steps, report)
+        # None where gradients accumulate over batches; with manual optimization any number.
+        for _ in range(self._steps, trainer.global_step):
+            report = self.pruner.step()
+            if report is not None:
+                self._apply_to_averages(trainer, pl_module)
+                if self._on_pruned is not None:
+                    self._on_pruned(self.pruner.steps, report)
+        self._steps = trainer.global_step
 
     def _apply_to_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero what is removed in callbacks' averages of the module, where it stays so: they add zeros from here on."""
@@ -112,6 +115,7 @@ class PruningCallback(Callback):
         # What averages weights puts its own into the module as training ends.
         assert self.pruner is not None
         self.pruner.apply(self.pruner.objective.source)
+        warn_unless_done(self.pruner, "steps of the optimizers that configure_optimizers returned")
 
     @property
     def state_key(self) -> str:

@@ -1,4 +1,4 @@
-"""What callbacks of all libraries have in common: where the pruner comes from."""
+"""What callbacks of all libraries have in common: where the pruner comes from, and whether it is done in the end."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.pruning.pruner import Pruner
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,3 +41,15 @@ class Made:
                 "callback a pruner of the latter, or a function that makes one of the model that it gets."
             )
         return pruner
+
+
+def warn_unless_done(pruner: Pruner, steps: str = "steps of the optimizer") -> None:
+    """Warn where training ended before the schedule did; `steps` says what was counted."""
+    goal = pruner.schedule.goal
+    asked = (pruner.schedule.at(step) for step in reversed(range(pruner.steps)))
+    last = next((sparsity for sparsity in asked if sparsity is not None), 0.0)
+    if last != goal:
+        warn(
+            f"training ended after {pruner.steps} {steps}, before the schedule reached its sparsity {goal:g} ({last:g} "
+            "by then): have it end sooner, or train longer."
+        )
