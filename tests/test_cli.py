@@ -273,16 +273,32 @@ def test_names_that_are_no_text_cost_no_results(name, shown, folder):
     assert shown in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_reader_that_has_enough_ends_the_command_quietly(folder):
-    command = f"{sys.executable} -m woodfisher inspect model.safetensors --json"
+def in_bash(command):
+    command = f"set -o pipefail; {sys.executable} -m woodfisher {command}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_reader_that_has_enough_ends_the_command_quietly(options, folder):
     save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
-    done = subprocess.run(["bash", "-c", f"{command} | true"], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    done = subprocess.run(
-        ["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False
-    )
+    done = in_bash(f"inspect model.safetensors {options} | true")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("command", ["inspect model.safetensors --json", "--help", "--version"])
+def test_results_that_cannot_be_written_are_one_line(command, folder):
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    done = in_bash(f"{command} > /dev/full")
     assert done.returncode == 2
     assert done.stderr == "woodfisher: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_get_nothing(closed, folder):
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    done = in_bash(f"inspect model.safetensors {closed}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("On disk" in done.stdout) == (closed == "2>&-")
 
 
 def test_compare(folder, capsys):
