@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -441,13 +442,14 @@ def test_a_pruned_network_without_a_metric_is_written(folder, capsys):
     assert (folder / "out" / "model.safetensors").exists()
 
 
-def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkeypatch):
-    evaluate, measured = Task.evaluate, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_has_ended_before_an_interruption_is_written(number, folder, capsys, monkeypatch):
+    evaluate, measured, handler = Task.evaluate, [], signal.getsignal(number)
 
     def interrupted(*arguments):
         measured.append(arguments)
         if len(measured) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return evaluate(*arguments)
 
     monkeypatch.setattr(Task, "evaluate", interrupted)
@@ -464,6 +466,7 @@ def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkey
     assert main([*arguments, "--out", "other"]) == 130
     assert "no results were written" in capsys.readouterr().err
     assert not (folder / "other").exists()
+    assert signal.getsignal(number) is handler
 
 
 def test_interruption_is_one_line(folder, capsys, monkeypatch):
