@@ -14,11 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 from safetensors.torch import save_file
 
 import woodfisher as wf
 from woodfisher.cli import main
+from woodfisher.cli.console import out
 from woodfisher.cli.options import MethodOptions
 from woodfisher.cli.prune import _stages
 from woodfisher.pruning.method import METHODS
@@ -389,6 +392,24 @@ def test_stages_of_a_fixed_number_have_no_tries_and_nothing_of_them_is_cut():
     shown = console.file.getvalue()
     assert "taken" not in shown and "…" not in shown
     assert "2 stages: change of the loss" in " ".join(shown.split())
+
+
+def test_on_narrow_terminals_names_fold_and_numbers_stay_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "34")
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("layer", "kept weights", "", "time"):
+        table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
+    table.add_row("block.conv.weight", "12,345,678", "█" * 20, "1.5 s")
+    out().print(table)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "─" not in line]
+    assert [row for row in rows if row] == [
+        ["kept"],
+        ["layer", "weights", "time"],
+        ["block", "12,345,678", "████…", "1.5", "s"],
+        [".conv"],
+        [".weig"],
+        ["ht"],
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:every weight of")

@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from torch import distributed
 
 from woodfisher.distributed import in_a_group
@@ -126,6 +128,17 @@ def results() -> TextIO:
 
 class _Results(Console):
     """The console for results."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; where a table has too little room, names of its rows fold, and numbers and words of headings don't."""
+        for table in objects:
+            if isinstance(table, Table):
+                table.columns[0].overflow = "fold"
+                for column in table.columns:
+                    if column.justify == "right":
+                        whole = [*str(column.header).split(), *map(str, column.cells)]
+                        column.min_width = max(map(cell_len, whole))
+        super().print(*objects, crop=False, **options)
 
     def on_broken_pipe(self) -> None:
         raise  # the error that is being handled: rich would exit with a code of its own
