@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from io import StringIO
@@ -13,11 +14,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Table
 from safetensors.torch import save_file
 
 import woodfisher as wf
 from woodfisher.cli import main
+from woodfisher.cli.console import out
 from woodfisher.cli.options import MethodOptions
 from woodfisher.cli.prune import _stages
 from woodfisher.pruning.method import METHODS
@@ -273,16 +277,32 @@ def test_names_that_are_no_text_cost_no_results(name, shown, folder):
     assert shown in (out / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_reader_that_has_enough_ends_the_command_quietly(folder):
-    command = f"{sys.executable} -m woodfisher inspect model.safetensors --json"
+def in_bash(command):
+    command = f"set -o pipefail; {sys.executable} -m woodfisher {command}"
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("options", ["", "--json"])
+def test_a_reader_that_has_enough_ends_the_command_quietly(options, folder):
     save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
-    done = subprocess.run(["bash", "-c", f"{command} | true"], capture_output=True, text=True, check=False)
-    assert done.stderr == ""
-    done = subprocess.run(
-        ["bash", "-c", f"{command} > /dev/full"], capture_output=True, text=True, check=False
-    )
+    done = in_bash(f"inspect model.safetensors {options} | true")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.mark.parametrize("command", ["inspect model.safetensors --json", "--help", "--version"])
+def test_results_that_cannot_be_written_are_one_line(command, folder):
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    done = in_bash(f"{command} > /dev/full")
     assert done.returncode == 2
     assert done.stderr == "woodfisher: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_get_nothing(closed, folder):
+    save_file({"a": torch.zeros(2)}, folder / "model.safetensors")
+    done = in_bash(f"inspect model.safetensors {closed}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("On disk" in done.stdout) == (closed == "2>&-")
 
 
 def test_compare(folder, capsys):
@@ -374,6 +394,24 @@ def test_stages_of_a_fixed_number_have_no_tries_and_nothing_of_them_is_cut():
     assert "2 stages: change of the loss" in " ".join(shown.split())
 
 
+def test_on_narrow_terminals_names_fold_and_numbers_stay_whole(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "34")
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("layer", "kept weights", "", "time"):
+        table.add_column(heading, justify="left" if heading in ("layer", "") else "right")
+    table.add_row("block.conv.weight", "12,345,678", "█" * 20, "1.5 s")
+    out().print(table)
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "─" not in line]
+    assert [row for row in rows if row] == [
+        ["kept"],
+        ["layer", "weights", "time"],
+        ["block", "12,345,678", "████…", "1.5", "s"],
+        [".conv"],
+        [".weig"],
+        ["ht"],
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:every weight of")
 def test_prune_to_a_drop(folder, capsys):
     arguments = ["prune", "--criterion", "magnitude", "--max-drop", "5%", "--json", "--out", "out"]
@@ -425,13 +463,14 @@ def test_a_pruned_network_without_a_metric_is_written(folder, capsys):
     assert (folder / "out" / "model.safetensors").exists()
 
 
-def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkeypatch):
-    evaluate, measured = Task.evaluate, []
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_has_ended_before_an_interruption_is_written(number, folder, capsys, monkeypatch):
+    evaluate, measured, handler = Task.evaluate, [], signal.getsignal(number)
 
     def interrupted(*arguments):
         measured.append(arguments)
         if len(measured) == 4:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         return evaluate(*arguments)
 
     monkeypatch.setattr(Task, "evaluate", interrupted)
@@ -448,6 +487,7 @@ def test_what_has_ended_before_an_interruption_is_written(folder, capsys, monkey
     assert main([*arguments, "--out", "other"]) == 130
     assert "no results were written" in capsys.readouterr().err
     assert not (folder / "other").exists()
+    assert signal.getsignal(number) is handler
 
 
 def test_interruption_is_one_line(folder, capsys, monkeypatch):

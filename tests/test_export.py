@@ -523,6 +523,11 @@ def test_export(options, file, folder, capsys):
     assert "Results are in" in capsys.readouterr().out
 
 
+def test_onnx_is_compared_on_one_sample_too(folder, capsys):
+    assert main([*EXPORT_IT, "--to", "onnx", "--samples", "1", "--batch", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["samples"] == 1
+
+
 def test_layers_that_do_not_win_are_not_converted(folder, capsys, monkeypatch):
     speeds = [LayerSpeed(name, (2, 2), 0.9, "csr", timed(1.0, 2.0)) for name in "02"]
     monkeypatch.setattr("woodfisher.cli.export.measure_layers", lambda *_: speeds)

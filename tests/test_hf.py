@@ -90,7 +90,7 @@ class Watcher(transformers.TrainerCallback):
         self.calls += 1
 
 
-def trainer_of(kind, folder, seed=0, callback=None, **options):
+def trainer_of(kind, folder, seed=0, callback=None, others=(), **options):
     build, make_batch = KINDS[kind]
     model, batch = build(seed), make_batch()
     if callback is None:
@@ -112,7 +112,7 @@ def trainer_of(kind, folder, seed=0, callback=None, **options):
     )
     rows = [{key: value[i] for key, value in batch.items()} for i in range(24)]
     trainer = transformers.Trainer(
-        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback]
+        model, arguments, train_dataset=rows, eval_dataset=rows, callbacks=[callback, *others]
     )
     return trainer, callback
 
@@ -163,7 +163,10 @@ def test_a_dense_checkpoint_starts_the_schedule(tmp_path):
     trainer, _ = trainer_of("conv", tmp_path, callback=transformers.TrainerCallback(), max_steps=3)
     trainer.train()
     resumed, callback = trainer_of("conv", tmp_path, seed=1)
-    resumed.train(resume_from_checkpoint=True)
+    with pytest.warns(
+        wf.WoodfisherWarning, match=r"after 3 steps of the optimizer, before the .* 0.8 \(0.6 by then"
+    ):
+        resumed.train(resume_from_checkpoint=True)
     assert (callback.pruner.steps, round(callback.pruner.sparsity, 1)) == (3, 0.6)
 
 
@@ -201,6 +204,7 @@ def test_a_checkpoint_elsewhere_is_named(tmp_path):
         assert torch.equal(value, model.state_dict()[name]), name
 
 
+@pytest.mark.filterwarnings("ignore:training ended after 3 steps:woodfisher.WoodfisherWarning")
 def test_a_pruner_may_be_made_of_the_model_that_training_begins_with(tmp_path):
     callback = PruningCallback(lambda model: pruner_for(model, pictures()))
     trainer, _ = trainer_of("conv", tmp_path, callback=callback, save_strategy="no", max_steps=3)
@@ -209,6 +213,37 @@ def test_a_pruner_may_be_made_of_the_model_that_training_begins_with(tmp_path):
         trainer.train()
         assert callback.pruner.objective.model is trainer.model
         assert (callback.pruner.steps, round(callback.pruner.sparsity, 1)) == (3, 0.6)
+
+
+def of_layer(layer):
+    return lambda model: wf.Pruner(
+        model, wf.Objective(model, [pictures()], params=layer), SCHEDULE, criterion="magnitude"
+    )
+
+
+def two_callbacks(*names):
+    layers = ("net.conv.weight", "net.fc.weight")
+    return [PruningCallback(of_layer(layer), name=name) for layer, name in zip(layers, names, strict=True)]
+
+
+def test_two_callbacks_keep_their_states_apart(tmp_path):
+    first, other = two_callbacks("", "other")
+    trainer, _ = trainer_of("conv", tmp_path, callback=first, others=[other])
+    trainer.train()
+    files = sorted(path.name for path in (tmp_path / "checkpoint-3").glob("pruner*"))
+    assert files == ["pruner-other.safetensors", "pruner.safetensors"]
+    callbacks = two_callbacks("", "other")
+    resumed, _ = trainer_of("conv", tmp_path, seed=1, callback=callbacks[0], others=callbacks[1:])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [len(callback.pruner.history) for callback in callbacks] == [1, 1]
+    for name, value in trainer.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+    first, same = two_callbacks("same", "same")
+    trainer, _ = trainer_of("conv", tmp_path, callback=first, others=[same])
+    with pytest.raises(wf.WoodfisherError, match="have the name 'same', .* one file: give each a name="):
+        trainer.train()
+    with pytest.raises(wf.WoodfisherError, match="'a/b' came, which is a path"):
+        PruningCallback(pruner_for, name="a/b")
 
 
 def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
@@ -226,7 +261,7 @@ def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"callback": "other"}, "the Trainer's model doesn't have the pruner's '0.weight'"),
+        ({"callback": "other"}, "the one that is trained doesn't have its '0.weight'"),
         (
             {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3},
             "load_best_model_at_end=True would end with the weights of some earlier time",
@@ -238,6 +273,14 @@ def test_wrong_uses_are_explained(options, message, tmp_path):
         options = {"callback": PruningCallback(pruner_for(mlp(), pictures()))}
     trainer, _ = trainer_of("conv", tmp_path, **options)
     with pytest.raises(wf.WoodfisherError, match=message):
+        trainer.train()
+
+
+def test_a_callback_that_can_make_no_pruner_is_explained(tmp_path):
+    with pytest.raises(wf.WoodfisherError, match="a function that makes one; None came"):
+        PruningCallback(None)
+    trainer, _ = trainer_of("conv", tmp_path, callback=PruningCallback(lambda model: "pruner"))
+    with pytest.raises(wf.WoodfisherError, match="must return the Pruner that it makes; 'pruner' came"):
         trainer.train()
 
 

@@ -113,6 +113,57 @@ def test_the_callback_steps_once_for_each_step_of_the_optimizer(accumulate, tmp_
         assert torch.equal(module.model.get_parameter(name) != 0, mask)
 
 
+class Manual(Small):
+    """Three steps of its optimizer in each batch."""
+
+    def __init__(self, returned=True):
+        super().__init__()
+        self.automatic_optimization, self.returned = False, returned
+        self.own = super().configure_optimizers()
+
+    def configure_optimizers(self):
+        return self.own if self.returned else None
+
+    def training_step(self, batch, index):
+        optimizer = self.optimizers() if self.returned else self.own
+        for _ in range(3):
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, index))
+            optimizer.step()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_manual_optimization_counts_every_step_that_lightning_counts(tmp_path):
+    pruned, options = [], {"limit_train_batches": 2, "enable_checkpointing": False}
+    whole, half, rest = Manual(), Manual(), Manual()
+    callback = PruningCallback(make_pruner, lambda step, report: pruned.append(step))
+    trainer = fit(whole, [callback], 2, **options)
+    assert callback.pruner.steps == trainer.global_step == 12
+    assert pruned == [2, 4, 6, 8, 10]
+    assert callback.pruner.sparsity == pytest.approx(0.75, abs=1 / 116)
+    fit(half, [PruningCallback(make_pruner), ModelCheckpoint(tmp_path, "half")], 1, limit_train_batches=2)
+    resumed = PruningCallback(make_pruner)
+    fit(rest, [resumed], 2, checkpoint=tmp_path / "half.ckpt", **options)
+    assert resumed.pruner.steps == 12
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, rest.state_dict()[name])
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (
+            lambda: Manual(returned=False),
+            r"after 0 steps of the optimizers that configure_optimizers returned, .* 0.75 \(0 by then",
+        ),
+        (Small, r"after 6 steps .*, before the schedule reached its sparsity 0.75 \(0.68125 by then\)"),
+    ],
+)
+def test_training_that_ends_before_the_schedule_warns(module, message):
+    with pytest.warns(wf.WoodfisherWarning, match=message):
+        fit(module(), [PruningCallback(make_pruner)], 1, enable_checkpointing=False)
+
+
 class Sentences(LightningModule):
     """A BERT, which returns its own loss."""
 
@@ -731,7 +782,7 @@ def test_a_callback_that_makes_pruners_makes_one_for_each_module():
     for module in (Small(), Small()):
         fit(module, [callback], 2, enable_checkpointing=False)
         assert float((module.model[0].weight == 0).float().mean()) > 0
-    with pytest.raises(WoodfisherError, match="the pruner is that of another model"):
+    with pytest.raises(WoodfisherError, match="that of another model: .* doesn't have its '0.weight'"):
         fit(Small(), [PruningCallback(make_pruner(Small()))], 1, enable_checkpointing=False)
 
 

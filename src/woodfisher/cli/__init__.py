@@ -13,7 +13,7 @@ import tyro
 from woodfisher._version import __version__
 from woodfisher.cli.bench import BenchCommand
 from woodfisher.cli.compare import Compare
-from woodfisher.cli.console import note, replace_what_cannot_be_shown, results_apart, several
+from woodfisher.cli.console import make_streams_usable, note, results_apart, several
 from woodfisher.cli.export import Export
 from woodfisher.cli.inspect import Inspect
 from woodfisher.cli.origin import given
@@ -60,19 +60,14 @@ COMMANDS: dict[str, Any] = {
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: the entry point of `woodfisher`."""
-    replace_what_cannot_be_shown()
+    make_streams_usable()
     args = sys.argv[1:] if args is None else list(args)
-    if args == ["--version"]:
-        sys.stdout.write(f"woodfisher {__version__}\n")
-        return 0
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="woodfisher",
-        description=DESCRIPTION,
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
     try:
+        if args == ["--version"]:
+            sys.stdout.write(f"woodfisher {__version__}\n")
+            sys.stdout.flush()
+            return 0
+        command = _parsed(args)
         with warnings.catch_warnings(), given(args), results_apart():
             warnings.simplefilter("always", WoodfisherWarning)
             warnings.showwarning = _shown_once()
@@ -94,6 +89,20 @@ def main(args: Sequence[str] | None = None) -> int:
         note(f"woodfisher: {error.args[0] if error.args else 'interrupted; no results were written'}")
         return 130
     return 0
+
+
+def _parsed(args: list[str]) -> Any:
+    """The command that is asked for; exits where that is help, once it is written."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="woodfisher",
+            description=DESCRIPTION,
+            args=args,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+    finally:
+        sys.stdout.flush()
 
 
 def _check_alone(command: object) -> None:

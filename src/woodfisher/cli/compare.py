@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
+import threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,19 @@ if TYPE_CHECKING:
 _COLUMNS = ("criterion", "requested_sparsity", "sparsity", "seed", "metric", "dense", "seconds", "error")
 
 
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Have SIGTERM interrupt as SIGINT does; in the main thread, which alone may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @dataclass(frozen=True)
 class Compare:
     """Prune one network by several methods to several sparsities, under one protocol.
@@ -45,6 +61,7 @@ class Compare:
     damping, ...) apply to every method that has them.
 
     With --out, writes OUT/report.json, OUT/results.csv, OUT/accuracy.png and OUT/report.html, which shows it all.
+    Interrupted or terminated, it sums up and writes what has ended.
     """
 
     model: TaskOptions = field(default_factory=TaskOptions)
@@ -65,6 +82,7 @@ class Compare:
     json: bool = False
     """Print one JSON object on standard output, and nothing else there."""
 
+    @_terminated_as_interrupted()
     def run(self) -> None:
         """Check everything, prune and evaluate seed by seed and method by method, write, show."""
         if self.sparsity == ():

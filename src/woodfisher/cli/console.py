@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -22,6 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 from torch import distributed
 
 from woodfisher.distributed import in_a_group
@@ -109,8 +111,11 @@ def _descriptor_apart() -> Iterator[TextIO]:
             stream.close()
 
 
-def replace_what_cannot_be_shown() -> None:
-    """Have standard streams put a mark for characters that they can't show."""
+def make_streams_usable() -> None:
+    """Have standard streams put a mark for characters that they can't show, and closed ones drop what they get."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -121,11 +126,29 @@ def results() -> TextIO:
     return _results.get() or sys.stdout
 
 
+class _Results(Console):
+    """The console for results."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print; where a table has too little room, names of its rows fold, and numbers and words of headings don't."""
+        for table in objects:
+            if isinstance(table, Table):
+                table.columns[0].overflow = "fold"
+                for column in table.columns:
+                    if column.justify == "right":
+                        whole = [*str(column.header).split(), *map(str, column.cells)]
+                        column.min_width = max(map(cell_len, whole))
+        super().print(*objects, crop=False, **options)
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that is being handled: rich would exit with a code of its own
+
+
 def out() -> Console:
     """Standard output, for results; a file or a pipe has room for tables of any width."""
     file = results()
     width = None if file.isatty() or "COLUMNS" in os.environ else _WIDE
-    return Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+    return _Results(file=file, width=width, markup=False, emoji=False, highlight=False)
 
 
 @contextmanager

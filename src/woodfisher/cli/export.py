@@ -126,7 +126,7 @@ class Export:
         model = task.model.eval()
         if self.to == "2:4":
             model = model.half()
-        inputs = _inputs(task.validation, max(self.samples, self.batch), model)
+        inputs = _inputs(task.validation, max(2, self.samples, self.batch), model)
         layers = self._layers(model, _first(inputs, 1))
         with tempfile.TemporaryDirectory() as scratch:
             draft = Path(scratch) / name

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import unreadable, write_whole
-from woodfisher.pruning.pruner import Pruner
+from woodfisher.integrations.made import Made, warn_unless_done
 
 with extra("hf", "pruning in Hugging Face's Trainer needs transformers and accelerate"):
     from transformers import TrainerCallback
@@ -23,18 +23,23 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-FILE = "pruner.safetensors"
-"""The pruner's state in a checkpoint's folder: the masks as tensors, the numbers as JSON in the metadata."""
+    from woodfisher.pruning.pruner import Pruner
 
-_MARK = "woodfisher"
+_PRESENT: dict[str, Any] = {"args": {}, "attributes": {}}
+"""What a callback puts into the state of the Trainer under its mark. One read from a checkpoint is another object."""
 
 
 class PruningCallback(TrainerCallback):
     """Lets a `Pruner` step after every step of the optimizer, and keeps its state in the Trainer's checkpoints.
 
-    Steps of the schedule are the Trainer's: however many batches gradients accumulate over, each update is one.
+    Each update is a step of the schedule, however many batches gradients accumulate over. A second `train()` goes on
+    where a given pruner is in its schedule; a function makes one that begins anew.
     `train(resume_from_checkpoint=...)` goes on from the pruner's state too. A checkpoint that was written without this
-    callback starts the schedule. Trials of a hyperparameter search store no state.
+    callback starts the schedule. Training that ends before the schedule does warns. Trials of a hyperparameter search
+    store no state.
+
+    In a checkpoint's folder `pruner.safetensors`, or `pruner-NAME.safetensors`, has the masks as tensors, and the
+    numbers of the pruner's state as JSON in the metadata.
 
     Parameters
     ----------
@@ -44,6 +49,8 @@ class PruningCallback(TrainerCallback):
         as the model takes them, in a list or in a plain `DataLoader` with the Trainer's collator.
     checkpoint:
         The folder that training resumes from, where that is not in `output_dir`: a callback isn't told.
+    name:
+        Of its state in checkpoints, where a Trainer has several of them, each with a pruner of its own.
 
     Examples
     --------
@@ -56,11 +63,19 @@ class PruningCallback(TrainerCallback):
     """
 
     def __init__(
-        self, pruner: Pruner | Callable[[nn.Module], Pruner], checkpoint: str | Path | None = None
+        self,
+        pruner: Pruner | Callable[[nn.Module], Pruner],
+        checkpoint: str | Path | None = None,
+        name: str = "",
     ) -> None:
-        self.pruner = pruner if isinstance(pruner, Pruner) else None
-        self._make = None if isinstance(pruner, Pruner) else pruner
+        if Path(name).name != name:
+            raise WoodfisherError(f"name is a part of a file's name; {name!r} came, which is a path.")
+        self.name = name
+        self._made = Made(pruner)
+        self.pruner = self._made.given
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        suffix = f"-{name}" if name else ""
+        self._mark, self._file = f"woodfisher{suffix}", f"pruner{suffix}.safetensors"
 
     def on_train_begin(
         self,
@@ -75,22 +90,20 @@ class PruningCallback(TrainerCallback):
                 "load_best_model_at_end=True would end with the weights of some earlier time, when fewer were removed: "
                 "set it to False, and choose among the checkpoints yourself."
             )
-        assert model is not None
-        if self._make is not None:
-            self.pruner = None  # the last one holds the masks of a model that may be the same
-            self.pruner = self._make(model)
-        if not isinstance(self.pruner, Pruner):
-            raise WoodfisherError(f"the function must return the Pruner that it makes; {self.pruner!r} came.")
-        if name := self.pruner.missing_in(model):
-            raise WoodfisherError(
-                f"the Trainer's model doesn't have the pruner's {name!r}: give the callback a pruner of the model "
-                "that the Trainer trains (with model_init: a function that makes one of the model)."
-            )
         # Goes into each checkpoint with the Trainer's own state, and tells that a file of the pruner's belongs to it.
         marks = cast("dict[str, Any]", state.stateful_callbacks)
+        if marks.get(self._mark) is _PRESENT:
+            raise WoodfisherError(
+                f"two callbacks that prune have the name {self.name!r}, and their states would go into one file: give "
+                "each a name= of its own."
+            )
+        assert model is not None
+        self.pruner = None  # the last one may hold the masks of the same model
+        self.pruner = self._made.of(model)
         if state.global_step:
-            self._resume(self.pruner, self._checkpoint or _folder(args, state), marked=_MARK in marks)
-        marks[_MARK] = {"args": {}, "attributes": {}}
+            file = (self._checkpoint or _folder(args, state)) / self._file
+            self._resume(self.pruner, file, marked=self._mark in marks)
+        marks[self._mark] = _PRESENT
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -108,32 +121,38 @@ class PruningCallback(TrainerCallback):
         numbers = self.pruner.state_dict()
         masks = {name: mask.cpu().contiguous() for name, mask in numbers.pop("masks").items()}
         write_whole(
-            _folder(args, state) / FILE,
+            _folder(args, state) / self._file,
             lambda path: save_file(masks, path, metadata={"woodfisher": json.dumps(numbers)}),
         )
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert self.pruner is not None
+        warn_unless_done(self.pruner)
+
     @staticmethod
-    def _resume(pruner: Pruner, folder: Path, *, marked: bool) -> None:
-        if not (folder / FILE).exists():
+    def _resume(pruner: Pruner, file: Path, *, marked: bool) -> None:
+        if not file.exists():
             if marked:
                 raise WoodfisherError(
-                    f"the checkpoint was written with a pruner, and {folder} has no {FILE}: give PruningCallback(..., "
-                    "checkpoint=folder) the folder that training resumes from."
+                    f"the checkpoint was written with a pruner, and {file.parent} has no {file.name}: give "
+                    "PruningCallback(..., checkpoint=folder) the folder that training resumes from."
                 )
             return
         try:
-            with safe_open(folder / FILE, framework="pt") as file:
-                masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
-                numbers = json.loads(file.metadata()["woodfisher"])
+            with safe_open(file, framework="pt") as state:
+                masks = {name: state.get_tensor(name) for name in state.keys()}  # noqa: SIM118  it is no dict
+                numbers = json.loads(state.metadata()["woodfisher"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise unreadable(folder / FILE, "the state of a pruner", error) from error
+            raise unreadable(file, "the state of a pruner", error) from error
         weights = pruner.objective.layout.split(pruner.objective.current().weights)
         for name, weight in weights.items():
             if name in masks and masks[name].shape == weight.shape and weight.cpu()[~masks[name]].any():
                 raise WoodfisherError(
-                    f"{folder / FILE} is of another run: weights of {name!r} that it has as removed are not zero "
-                    "in the checkpoint that training resumes from: give PruningCallback(..., checkpoint=folder) the "
-                    "folder of that."
+                    f"{file} is of another run: weights of {name!r} that it has as removed are not zero in the "
+                    "checkpoint that training resumes from: give PruningCallback(..., checkpoint=folder) the folder "
+                    "of that."
                 )
         pruner.load_state_dict({**numbers, "masks": masks})
 

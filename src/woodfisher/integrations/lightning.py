@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from woodfisher.errors import WoodfisherError, extra
+from woodfisher.errors import extra
 from woodfisher.gradients.parameters import unwrapped
-from woodfisher.pruning.pruner import Pruner
+from woodfisher.integrations.made import Made, warn_unless_done
 
 with extra("train", "training needs Lightning"):
     from lightning.pytorch import Callback
@@ -18,9 +18,15 @@ if TYPE_CHECKING:
 
     from lightning.pytorch import LightningModule, Trainer
 
+    from woodfisher.pruning.pruner import Pruner
+
 
 class PruningCallback(Callback):
-    """Lets a `Pruner` step after every step of the optimizer, and keeps its state in Lightning's checkpoints.
+    """Lets a `Pruner` step for every step of the optimizer, and keeps its state in Lightning's checkpoints.
+
+    Steps are those of `trainer.global_step`, and weights are removed as a batch ends. With manual optimization a batch
+    may have several, of several optimizers, but those alone that `configure_optimizers` returned. Training that ends
+    before the schedule does warns.
 
     Removed weights are zero, too, in the averages of `WeightAveraging`, `EMAWeightAveraging` and
     `StochasticWeightAveraging`, wherever these stand among the callbacks.
@@ -52,27 +58,17 @@ class PruningCallback(Callback):
         on_pruned: Callable[[int, Any], None] | None = None,
         name: str = "",
     ) -> None:
-        if not isinstance(pruner, Pruner) and not callable(pruner):
-            raise WoodfisherError(f"give a Pruner, or a function that makes one; {pruner!r} came.")
         self.name = name
-        self.pruner = pruner if isinstance(pruner, Pruner) else None
-        self._make = None if isinstance(pruner, Pruner) else pruner
+        self._made = Made(pruner)
+        self.pruner = self._made.given
         self._on_pruned = on_pruned
         self._loaded: dict[str, Any] | None = None
         self._steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._make is not None and (self.pruner is None or self.pruner.missing_in(pl_module)):
-            if self.pruner is not None:
-                self.pruner.release()
-            self.pruner = self._make(pl_module)
-        if not isinstance(self.pruner, Pruner):
-            raise WoodfisherError(f"the function must return the Pruner that it makes; {self.pruner!r} came.")
-        if self.pruner.missing_in(pl_module):
-            raise WoodfisherError(
-                "the pruner is that of another model than the one that is trained: give the callback one of this "
-                "module, or a function that makes it."
-            )
+        if self.pruner is None or self.pruner.missing_in(pl_module):
+            self.pruner = None  # the last one may hold masks of a part of the module
+            self.pruner = self._made.of(pl_module)
         self._load()
 
     def _load(self) -> None:
@@ -89,16 +85,15 @@ class PruningCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # Where gradients accumulate over batches, most of them end without a step.
-        if trainer.global_step == self._steps:
-            return
-        self._steps = trainer.global_step
         assert self.pruner is not None
-        report = self.pruner.step()
-        if report is not None:
-            self._apply_to_averages(trainer, pl_module)
-            if self._on_pruned is not None:
-                self._on_pruned(self.pruner.steps, report)
+        # None where gradients accumulate over batches; with manual optimization any number.
+        for _ in range(self._steps, trainer.global_step):
+            report = self.pruner.step()
+            if report is not None:
+                self._apply_to_averages(trainer, pl_module)
+                if self._on_pruned is not None:
+                    self._on_pruned(self.pruner.steps, report)
+        self._steps = trainer.global_step
 
     def _apply_to_averages(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Zero what is removed in callbacks' averages of the module, where it stays so: they add zeros from here on."""
@@ -120,6 +115,7 @@ class PruningCallback(Callback):
         # What averages weights puts its own into the module as training ends.
         assert self.pruner is not None
         self.pruner.apply(self.pruner.objective.source)
+        warn_unless_done(self.pruner, "steps of the optimizers that configure_optimizers returned")
 
     @property
     def state_key(self) -> str:
