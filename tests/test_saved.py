@@ -193,6 +193,16 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
         assert torch.equal(other.state_dict()[name], value)
 
 
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this torch has no such dtype")
+def test_powers_of_two_in_eight_bits_come_back(tmp_path):
+    scales = torch.zeros(40, 120, dtype=torch.uint8)
+    scales[::9, ::4] = 130
+    pack_state({"scales": scales.view(torch.float8_e8m0fnu)}).write(tmp_path / "w.safetensors")
+    saved = read(tmp_path / "w.safetensors")
+    assert saved.compressed == {"scales"}
+    assert torch.equal(saved.tensors["scales"].view(torch.uint8), scales)
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     for masks in (
         {"0.weight": torch.ones(2, 2).bool()},

@@ -20,7 +20,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.files import unreadable, write_whole
 from woodfisher.gradients.parameters import inputs_first, unwrapped
 from woodfisher.gradients.sharding import is_shard
-from woodfisher.saving.bitmask import PARTS, pack, unpack
+from woodfisher.saving.bitmask import PARTS, bits, pack, unpack
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def pack_state(
     """
     state, tied = once(tensors)
     if masks is None:
-        masks = {name: _bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
+        masks = {name: bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
     for name, mask in masks.items():
         if not isinstance(mask, Tensor):
             raise WoodfisherError(f"a mask is a bool tensor; that of {name!r} is a {type(mask).__name__}.")
@@ -406,16 +406,10 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
 
 def _smaller(tensor: Tensor, kept: Tensor) -> dict[str, Tensor] | None:
     """The parts of a weight in the bitmask form, or None where that is no smaller or loses bits of removed weights."""
-    if kept.all() or not kept.ndim or _bits(tensor)[~kept].any():
+    if kept.all() or not kept.ndim or bits(tensor)[~kept].any():
         return None
     parts = pack(tensor, kept)
     return parts if sum(map(_bytes, parts.values())) < _bytes(tensor) else None
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes as whole numbers of its shape, of which those of −0 are not 0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(integers[tensor.element_size()])
 
 
 def _bytes(tensor: Tensor) -> int:
