@@ -19,7 +19,15 @@ from models import Tied, mlp
 from woodfisher.export import save_dense, save_export
 from woodfisher.saving.bitmask import PARTS, pack, unpack
 from woodfisher.saving.contents import contents_of
-from woodfisher.saving.saved import COMPRESSED, INPUTS_FIRST, MASKED, pack_state, packed_model, read
+from woodfisher.saving.saved import (
+    COMPRESSED,
+    INPUTS_FIRST,
+    MASKED,
+    pack_state,
+    packed_model,
+    plain_state,
+    read,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "shipping.md"
@@ -191,6 +199,23 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
     other.load_state_dict(wf.load_weights(tmp_path / "model.safetensors"))
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value)
+
+
+def test_tensors_of_one_memory_that_are_read_otherwise_are_stored_apart(tmp_path):
+    weight, phases = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([1 + 2j, 3 - 4j])
+    state = {
+        "weight": weight, "bits": weight.view(torch.int32),
+        "phases": phases, "conjugate": phases.conj(), "negative": phases.conj().imag, "imaginary": phases.imag,
+    }  # fmt: skip
+    path = tmp_path / "w.safetensors"
+    for content in (pack_state(state).content, plain_state(state)):
+        path.write_bytes(content)
+        again = wf.load_weights(path)
+        assert again.keys() == state.keys()
+        assert again["bits"].tolist() == [0x3F800000, 0, -0x40000000]
+        assert again["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+        assert again["negative"].tolist() == [-2, 4]
+        assert again["imaginary"].tolist() == [2, -4]
 
 
 @pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this torch has no such dtype")

@@ -269,8 +269,9 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies in memory, which those that are tied have in common."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    """Where a tensor lies in memory, and how it is read there, which those that are tied have in common."""
+    where = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return *where, tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def read(path: Path) -> Saved:
