@@ -228,6 +228,13 @@ def test_powers_of_two_in_eight_bits_come_back(tmp_path):
     assert torch.equal(saved.tensors["scales"].view(torch.uint8), scales)
 
 
+def test_models_without_tensors_are_not_saved(tmp_path):
+    for save in (wf.save_weights, save_dense, save_export):
+        with pytest.raises(wf.WoodfisherError, match="the model has no tensors"):
+            save(nn.Sequential(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     for masks in (
         {"0.weight": torch.ones(2, 2).bool()},

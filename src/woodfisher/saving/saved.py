@@ -265,6 +265,8 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         else:
             seen[place] = name
             state[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if not state:
+        raise WoodfisherError("the model has no tensors, and a file of weights is to hold some.")
     return state, tied
 
 
