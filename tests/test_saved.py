@@ -184,6 +184,10 @@ def test_a_models_own_masks_are_tensors_like_others(tmp_path):
     path = tmp_path / "w.safetensors"
     pack_state(state, {}).write(path)
     assert wf.load_weights(path).keys() == state.keys()
+    path.write_bytes(plain_state(state))
+    assert wf.load_weights(path).keys() == state.keys()
+    torch.save(state, tmp_path / "w.pt")
+    assert wf.load_weights(tmp_path / "w.pt").keys() == state.keys()
     with pytest.warns(wf.WoodfisherWarning, match="the mask of 'a' is not saved"):
         pack_state(state, {"a": state["a_mask"]}).write(path)
     assert wf.load_weights(path).keys() == state.keys()
@@ -233,6 +237,11 @@ def test_models_without_tensors_are_not_saved(tmp_path):
         with pytest.raises(wf.WoodfisherError, match="the model has no tensors"):
             save(nn.Sequential(), tmp_path / "model.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_files_of_safetensors_own_save_model_have_tied_weights_under_both_names(tmp_path):
+    safetensors.torch.save_model(Tied(), str(tmp_path / "model.safetensors"))
+    assert wf.load_weights(tmp_path / "model.safetensors").keys() == Tied().state_dict().keys()
 
 
 def test_masks_that_do_not_fit_are_refused(tmp_path):

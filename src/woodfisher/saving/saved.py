@@ -142,8 +142,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The dense state dict of a `.safetensors` file, compressed or plain, or of a state dict in a `.pt` file.
 
     Nothing in the file is executed. A state dict in a `.pt` file may be nested under `state_dict`,
-    `model_state_dict` or `model`, and its names may carry the prefix `module.`. The masks that files of pruned
-    models hold are left out.
+    `model_state_dict` or `model`, and its names may carry the prefix `module.`. The masks that files of
+    `save_weights` hold are left out.
     """
     return read(Path(path)).tensors
 
@@ -379,18 +379,17 @@ def _prefixes(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _masked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors whose mask stands beside them: as the header lists them, or by their names."""
-
-    def has_mask(name: str) -> bool:
-        mask = tensors.get(f"{name}_mask")
-        return mask is not None and mask.dtype == torch.bool and mask.shape == tensors[name].shape
-
-    if MASKED not in metadata:
-        return [name for name in tensors if has_mask(name)]
-    names = json.loads(metadata[MASKED])
-    if not isinstance(names, list) or not all(name in tensors and has_mask(name) for name in names):
+    """Names of the tensors whose mask stands beside them: as the header lists them."""
+    names = json.loads(metadata.get(MASKED, "[]"))
+    if not isinstance(names, list) or not all(has_mask(name, tensors) for name in names):
         raise ValueError(f"{MASKED} in its header must list weights that have a mask of their shape")
     return names
+
+
+def has_mask(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether beside the tensor of that name stands one that can be its mask, a bool of its shape."""
+    tensor, mask = tensors.get(name), tensors.get(f"{name}_mask")
+    return tensor is not None and mask is not None and mask.dtype == torch.bool and mask.shape == tensor.shape
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
