@@ -354,6 +354,34 @@ def test_recurrent_layers_of_fewer_inputs_come_back_from_files(tmp_path):
     assert str(again) == str(small)
 
 
+class Scaled(nn.Module):
+    """Channels go through an embedding, a bare parameter, and a norm that has no other parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = nn.Embedding(20, 8), nn.Parameter(torch.ones(8))
+        self.norm, self.fc, self.last = nn.BatchNorm1d(8, affine=False), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.table(x) * self.scale
+        return self.last(torch.relu(self.norm(self.fc(x)) + x))
+
+
+def test_channels_of_bare_parameters_embeddings_and_norms_come_back_from_files(tmp_path):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model, example = Scaled().eval(), torch.arange(6)
+    for silent in (model.table.weight.T, model.fc.weight, model.fc.bias):
+        silent.data[:3] = 0
+    small = wf.shrink(model, example)
+    assert small.scale.shape == (5,)
+    save_export(small, tmp_path / "small.safetensors")
+    again = load_export(model, tmp_path / "small.safetensors")
+    assert torch.equal(again(example), small(example))
+    assert str(again) == str(small)
+    assert again.norm.num_features == again.table.embedding_dim == 5
+
+
 def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     model = convnet()
