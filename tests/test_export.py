@@ -96,6 +96,17 @@ def test_sparse_convolutions_are_the_dense_ones(count):
     assert isinstance(model[0], nn.Conv2d)
 
 
+def test_sparse_layers_know_what_the_dense_ones_know_of_themselves():
+    model = convnet()
+    sparse = to_sparse(model, LAYERS)
+    attributes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    for name in ("0", "2", "3"):
+        dense, layer = model.get_submodule(name), sparse.get_submodule(name)
+        for attribute in (*attributes, "padding_mode", "groups"):
+            assert getattr(layer, attribute) == getattr(dense, attribute)
+    assert (sparse[5].in_features, sparse[5].out_features) == (288, 12)
+
+
 def test_states_of_sparse_layers_round_trip():
     model = convnet()
     sparse, other = to_sparse(model, LAYERS), to_sparse(model, LAYERS)

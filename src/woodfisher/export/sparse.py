@@ -48,7 +48,6 @@ class SparseLayer(nn.Module):
 
     def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.outputs, self.inputs = matrix.shape
         self.register_buffer("crow_indices", matrix.crow_indices().int())
         self.register_buffer("col_indices", matrix.col_indices().int())
         self.register_buffer("values", matrix.values().detach())
@@ -56,9 +55,9 @@ class SparseLayer(nn.Module):
         self.register_load_state_dict_post_hook(_check)  # type: ignore[no-untyped-call]
 
     @property
+    @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
-        return self.outputs, self.inputs
 
     @property
     def weight(self) -> Tensor:
@@ -67,12 +66,14 @@ class SparseLayer(nn.Module):
 
     def matrix(self, *, check: bool = False) -> Tensor:
         """The sparse matrix, which shares its memory with the buffers."""
-        shape = self.outputs, self.inputs
+        outputs, *inputs = self.weight_shape
+        shape = outputs, math.prod(inputs)
         return sparse_matrix(self.crow_indices, self.col_indices, self.values, shape, check=check)
 
     def extra_repr(self) -> str:
         block = "x".join(map(str, self.values.shape[1:]))
-        return f"{self.inputs}, {self.outputs}, {self.values.numel()} values" + (
+        outputs, *inputs = self.weight_shape
+        return f"{math.prod(inputs)}, {outputs}, {self.values.numel()} values" + (
             f" in blocks of {block}" if block else ""
         )
 
@@ -82,13 +83,18 @@ class SparseLayer(nn.Module):
 
 
 class SparseLinear(SparseLayer):
-    """A Linear layer `(…, inputs)` → `(…, outputs)`."""
+    """A Linear layer `(…, in_features)` → `(…, out_features)`."""
 
     def __init__(self, matrix: Tensor, linear: nn.Linear) -> None:
         super().__init__(matrix, linear.bias)
+        self.out_features, self.in_features = linear.weight.shape
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        rows, matrix = input.reshape(-1, self.inputs), self.matrix()
+        rows, matrix = input.reshape(-1, self.in_features), self.matrix()
         if len(rows) == 1 and self.values.ndim == 1:
             # A product with one vector reads the matrix once, which takes half of the time or less.
             vector = rows[0]
@@ -96,7 +102,7 @@ class SparseLinear(SparseLayer):
         else:
             out = (matrix @ rows.T).T
             out = out.contiguous() if self.bias is None else (out + self.bias).contiguous()
-        return out.reshape(*input.shape[:-1], self.outputs)
+        return out.reshape(*input.shape[:-1], self.out_features)
 
 
 class SparseConv2d(SparseLayer):
@@ -105,12 +111,14 @@ class SparseConv2d(SparseLayer):
     def __init__(self, matrix: Tensor, conv: nn.Conv2d) -> None:
         super().__init__(matrix, conv.bias)
         assert not isinstance(conv.padding, str)
+        self.out_channels, self.in_channels = conv.weight.shape[:2]
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation = conv.padding, conv.dilation
+        self.padding_mode, self.groups = conv.padding_mode, conv.groups
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        return self.outputs, self.inputs // math.prod(self.kernel_size), *self.kernel_size
+        return self.out_channels, self.in_channels, *self.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
         batched = input if input.ndim == 4 else input[None]
@@ -119,10 +127,10 @@ class SparseConv2d(SparseLayer):
             patches = batched.flatten(2)
         else:
             patches = unfold(batched, self.kernel_size, self.dilation, self.padding, self.stride)
-        out = self.matrix() @ patches.transpose(0, 1).reshape(self.inputs, -1)
+        out = self.matrix() @ patches.transpose(0, 1).flatten(1)
         if self.bias is not None:
             out = out + self.bias[:, None]
-        out = out.reshape(self.outputs, len(batched), height, width).transpose(0, 1)
+        out = out.reshape(self.out_channels, len(batched), height, width).transpose(0, 1)
         return out.contiguous() if input.ndim == 4 else out[0].contiguous()
 
     def _length(self, length: int, i: int) -> int:
