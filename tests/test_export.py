@@ -682,6 +682,23 @@ def test_layers_that_cannot_be_sparse_here_are_refused():
         to_sparse(prune_(Named()).bfloat16(), ["layer"])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sparse_layers_compute_in_their_own_dtype_under_autocast(dtype):
+    model = prune_(Converting())
+    sparse = to_sparse(model, ["conv"])
+    with torch.autocast("cpu", dtype):
+        assert sparse.conv(IMAGES).dtype == torch.float32
+        assert sparse.conv(IMAGES.to(dtype)).dtype == torch.float32
+        assert sparse(IMAGES).dtype == dtype
+        assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(sparse(IMAGES), model(IMAGES))
+    for layer in (sparse.to(dtype), to_sparse(Named(), ["layer"]).to(dtype)):
+        with pytest.raises(
+            wf.WoodfisherError, match=r"float32 and float64, and the model is in b?float16: convert"
+        ):
+            layer(IMAGES[..., :8])
+
+
 def test_a_sparse_file_takes_the_dtype_of_the_network(tmp_path):
     model, x = prune_(Named().double()), torch.randn(2, 8)
     save_export(to_sparse(model, ["layer"]), tmp_path / "sparse.safetensors")

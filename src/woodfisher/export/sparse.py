@@ -77,9 +77,18 @@ class SparseLayer(nn.Module):
             f" in blocks of {block}" if block else ""
         )
 
-    @abstractmethod
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        """What the dense layer gives."""
+        """What the dense layer gives, in the dtype of the weight also where autocast has a narrower one."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(input.to(self.values.dtype))
+        _check_dtype(self.values)
+        return self.product(input)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """The weight times the input, and the bias."""
 
 
 class SparseLinear(SparseLayer):
@@ -93,8 +102,8 @@ class SparseLinear(SparseLayer):
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_features, self.in_features
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        rows, matrix = input.reshape(-1, self.in_features), self.matrix()
+    def product(self, x: Tensor) -> Tensor:
+        rows, matrix = x.reshape(-1, self.in_features), self.matrix()
         if len(rows) == 1 and self.values.ndim == 1:
             # A product with one vector reads the matrix once, which takes half of the time or less.
             vector = rows[0]
@@ -102,7 +111,7 @@ class SparseLinear(SparseLayer):
         else:
             out = (matrix @ rows.T).T
             out = out.contiguous() if self.bias is None else (out + self.bias).contiguous()
-        return out.reshape(*input.shape[:-1], self.out_features)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
 
 class SparseConv2d(SparseLayer):
@@ -120,8 +129,8 @@ class SparseConv2d(SparseLayer):
     def weight_shape(self) -> tuple[int, ...]:
         return self.out_channels, self.in_channels, *self.kernel_size
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        batched = input if input.ndim == 4 else input[None]
+    def product(self, x: Tensor) -> Tensor:
+        batched = x if x.ndim == 4 else x[None]
         height, width = (self._length(batched.shape[2 + i], i) for i in range(2))
         if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
             patches = batched.flatten(2)
@@ -131,7 +140,7 @@ class SparseConv2d(SparseLayer):
         if self.bias is not None:
             out = out + self.bias[:, None]
         out = out.reshape(self.out_channels, len(batched), height, width).transpose(0, 1)
-        return out.contiguous() if input.ndim == 4 else out[0].contiguous()
+        return out.contiguous() if x.ndim == 4 else out[0].contiguous()
 
     def _length(self, length: int, i: int) -> int:
         covered = self.dilation[i] * (self.kernel_size[i] - 1) + 1
@@ -283,14 +292,19 @@ def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
 
 
 def _layer_with(layer: nn.Linear | nn.Conv2d, matrix: Tensor) -> SparseLayer:
+    _check_dtype(matrix)
+    sparse: SparseLayer
+    sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
+    return sparse.train(layer.training)
+
+
+def _check_dtype(matrix: Tensor) -> None:
+    """Raise where torch can't multiply with a sparse matrix of this dtype."""
     if matrix.device.type == "cpu" and matrix.dtype.itemsize < 4:
         raise WoodfisherError(
             f"on a CPU torch multiplies with sparse matrices in float32 and float64, and the model is in "
             f"{str(matrix.dtype).removeprefix('torch.')}: convert it with .float()."
         )
-    sparse: SparseLayer
-    sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
-    return sparse.train(layer.training)
 
 
 def _can_be_sparse(module: nn.Module) -> bool:
