@@ -107,6 +107,16 @@ def test_sparse_layers_know_what_the_dense_ones_know_of_themselves():
     assert (sparse[5].in_features, sparse[5].out_features) == (288, 12)
 
 
+def test_inputs_of_other_widths_are_told():
+    sparse = to_sparse(convnet(), LAYERS)
+    for shape in ((5, 4, 16, 16), (4, 16, 16), (16, 16)):
+        with pytest.raises(wf.WoodfisherError, match=r"takes images of 3 channels.* shape \(.*16, 16\) came"):
+            sparse[0](torch.randn(shape))
+    for shape in ((2, 16), (288, 2), ()):
+        with pytest.raises(wf.WoodfisherError, match=r"takes \(…, 288\) inputs; shape"):
+            sparse[5](torch.randn(shape))
+
+
 def test_states_of_sparse_layers_round_trip():
     model = convnet()
     sparse, other = to_sparse(model, LAYERS), to_sparse(model, LAYERS)

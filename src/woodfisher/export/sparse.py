@@ -103,6 +103,10 @@ class SparseLinear(SparseLayer):
         return self.out_features, self.in_features
 
     def product(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise WoodfisherError(
+                f"the layer takes (…, {self.in_features}) inputs; shape {tuple(x.shape)} came."
+            )
         rows, matrix = x.reshape(-1, self.in_features), self.matrix()
         if len(rows) == 1 and self.values.ndim == 1:
             # A product with one vector reads the matrix once, which takes half of the time or less.
@@ -130,6 +134,11 @@ class SparseConv2d(SparseLayer):
         return self.out_channels, self.in_channels, *self.kernel_size
 
     def product(self, x: Tensor) -> Tensor:
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise WoodfisherError(
+                f"the convolution takes images of {self.in_channels} channels, (samples, {self.in_channels}, height, "
+                f"width) or one without samples; shape {tuple(x.shape)} came."
+            )
         batched = x if x.ndim == 4 else x[None]
         height, width = (self._length(batched.shape[2 + i], i) for i in range(2))
         if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
