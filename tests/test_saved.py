@@ -244,6 +244,22 @@ def test_files_of_safetensors_own_save_model_have_tied_weights_under_both_names(
     assert wf.load_weights(tmp_path / "model.safetensors").keys() == Tied().state_dict().keys()
 
 
+@pytest.mark.parametrize("save", [wf.save_weights, save_dense, save_export])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(2, 2, device="meta"), "'weight' is on the meta device and has no numbers"),
+        (nn.LazyLinear(2), "'weight' has no shape before the model has run"),
+        (nn.Linear(2, 2).state_dict(), "must be a torch.nn.Module; a OrderedDict came"),
+        (None, "must be a torch.nn.Module; a NoneType came"),
+    ],
+)
+def test_models_without_weights_are_not_saved(save, model, message, tmp_path):
+    with pytest.raises(wf.WoodfisherError, match=message):
+        save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     for masks in (
         {"0.weight": torch.ones(2, 2).bool()},
@@ -252,6 +268,8 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(wf.WoodfisherError, match="a mask is a bool tensor of a weight's shape"):
             wf.save_weights(mlp(), tmp_path / "model.safetensors", masks)
+    with pytest.raises(wf.WoodfisherError, match="masks are a dict of bool tensors.*; a list came"):
+        wf.save_weights(mlp(), tmp_path / "model.safetensors", [torch.ones(4, 6).bool()])
     assert not list(tmp_path.iterdir())
 
 

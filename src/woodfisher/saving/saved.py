@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
@@ -168,6 +169,11 @@ def pack_state(
     state, tied = once(tensors)
     if masks is None:
         masks = {name: bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
+    if not isinstance(masks, Mapping):
+        raise WoodfisherError(
+            f"masks are a dict of bool tensors by the names of weights, as in Report.masks; a {type(masks).__name__} "
+            "came."
+        )
     for name, mask in masks.items():
         if not isinstance(mask, Tensor):
             raise WoodfisherError(f"a mask is a bool tensor; that of {name!r} is a {type(mask).__name__}.")
@@ -249,16 +255,7 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         if not isinstance(tensor, Tensor):
             warn(f"the model's {name!r} is no tensor, and is not saved.")
             continue
-        if is_shard(tensor):
-            raise WoodfisherError(
-                f"{name!r} is spread over processes (a DTensor): load get_model_state_dict(model, "
-                "options=StateDictOptions(full_state_dict=True)) into a plain model, and save that."
-            )
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise WoodfisherError(
-                f"{name!r} is sparse or nested, which a file of weights can't hold: make it dense (to_dense()), or "
-                "register it with persistent=False."
-            )
+        _check_whole(name, tensor)
         place = _place(tensor)
         if tensor.numel() and place in seen:
             tied[name] = seen[place]
@@ -268,6 +265,28 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
     if not state:
         raise WoodfisherError("the model has no tensors, and a file of weights is to hold some.")
     return state, tied
+
+
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """Raise unless all numbers of a tensor are here, in a form that a file can hold."""
+    if is_lazy(tensor):
+        raise WoodfisherError(
+            f"{name!r} has no shape before the model has run: call the model on a batch first."
+        )
+    if tensor.is_meta:
+        raise WoodfisherError(
+            f"{name!r} is on the meta device and has no numbers: load some, with load_state_dict(…, assign=True), say."
+        )
+    if is_shard(tensor):
+        raise WoodfisherError(
+            f"{name!r} is spread over processes (a DTensor): load get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) into a plain model, and save that."
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise WoodfisherError(
+            f"{name!r} is sparse or nested, which a file of weights can't hold: make it dense (to_dense()), or "
+            "register it with persistent=False."
+        )
 
 
 def _place(tensor: Tensor) -> tuple[Any, ...]:
