@@ -233,11 +233,27 @@ def test_tampered_exports_end_in_one_error(tamper, message, tmp_path):
         (["nothing"], "has none of that name"),
         ({"5": "coo"}, "a layout is csr, or bsr4"),
         ({"5": "bsr5"}, "a layout is csr, or bsr4"),
+        ({"5": None}, "a layout is csr, or bsr4 .*; None came"),
+        ("05", "layers are a list of names.*; '05' came"),
+        (None, "layers are a list of names.*; None came"),
     ],
 )
 def test_layers_that_can_not_be_sparse(layers, message):
     with pytest.raises(wf.WoodfisherError, match=message):
         to_sparse(convnet(), layers)
+
+
+def test_a_shared_layer_goes_by_any_of_its_names(tmp_path):
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    model = nn.Sequential(layer, layer)
+    for names in (["0"], ["1"], ["0", "1"]):
+        sparse = to_sparse(model, names)
+        assert [type(each) for each in sparse] == [
+            SparseLinear if name in names else nn.Linear for name in ("0", "1")
+        ]
+        torch.testing.assert_close(sparse(x), model(x))
+        save_export(sparse, tmp_path / "sparse.safetensors")
+        assert torch.equal(load_export(model, tmp_path / "sparse.safetensors")(x), sparse(x))
 
 
 def test_layers_with_groups_hooks_or_parametrizations_stay_dense():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from woodfisher.gradients.outputs import outputs_of
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.saving.saved import sparse_matrix
 from woodfisher.saving.structure import is_blocked
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _BLOCKS = (16, 8, 4)
 """Sizes of the square blocks that are looked for."""
@@ -245,6 +243,10 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
     >>> to_sparse(model, ["0"])[0]
     SparseLinear(8, 4, 32 values)
     """
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise WoodfisherError(
+            f"layers are a list of names, or a dict of layouts by name, as in ['0', '2']; {layers!r} came."
+        )
     layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
     model = unwrapped(model)
     replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
@@ -256,7 +258,7 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
 
 def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """The layer of that name, which can have a sparse weight."""
-    layer = dict(model.named_modules()).get(name)
+    layer = dict(model.named_modules(remove_duplicate=False)).get(name)
     if not name:
         raise WoodfisherError(
             "a model that is one layer can't have that layer replaced: put it into a torch.nn.Sequential."
@@ -291,7 +293,8 @@ def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
         warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta")
         if layout == "csr":
             return _layer_with(layer, weight.to_sparse_csr())
-        size = int(layout.removeprefix("bsr")) if layout.removeprefix("bsr").isdigit() else 0
+        number = str(layout).removeprefix("bsr")
+        size = int(number) if number.isdecimal() else 0
         if not size or weight.shape[0] % size or weight.shape[1] % size:
             raise WoodfisherError(
                 f"a layout is csr, or bsr4 and the like for blocks that divide the weight; {layout!r} came for one of "
