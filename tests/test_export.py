@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import re
 import sys
 from contextlib import suppress
 from types import SimpleNamespace
@@ -429,6 +430,10 @@ def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     with pytest.raises(wf.WoodfisherError, match="takes 1 tensors"):
         again((IMAGES, IMAGES))
+    for images in (IMAGES.double(), IMAGES[:, :2], IMAGES[0], IMAGES.bfloat16()):
+        came = re.escape(f"{images.dtype} of shape {tuple(images.shape)} came")
+        with pytest.raises(wf.WoodfisherError, match=rf"tensor\(float\) of shape \[.*3, 16, 16\]; .*{came}"):
+            again(images)
     with pytest.raises(wf.WoodfisherError, match="at least two samples"):
         to_onnx(model, IMAGES[:1], tmp_path / "other.onnx")
     monkeypatch.setattr("woodfisher.export.onnx.difference", lambda *_: 2e-5)
