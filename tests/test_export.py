@@ -448,7 +448,7 @@ def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*other*"))
 
 
-def test_models_that_can_not_be_traced_are_explained(tmp_path):
+def test_models_that_can_not_be_traced_are_explained(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
 
     class Branching(nn.Module):
@@ -457,6 +457,17 @@ def test_models_that_can_not_be_traced_are_explained(tmp_path):
 
     with pytest.raises(wf.WoodfisherError, match="torch can't export the model to ONNX"):
         to_onnx(Branching(), torch.randn(2, 3), tmp_path / "model.onnx")
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_onnxruntime_can_not_run_is_explained(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(
+        wf.WoodfisherError, match="can't run the exported model: .*find an implementation"
+    ) as told:
+        to_onnx(mlp().bfloat16(), torch.randn(2, 6).bfloat16(), tmp_path / "model.onnx")
+    assert ".part" not in str(told.value)
     assert not list(tmp_path.iterdir())
 
 

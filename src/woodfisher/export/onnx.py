@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +125,14 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
 
     def write(draft: Path) -> None:
         program.save(str(draft), external_data=False)
-        apart = difference(OnnxModel(draft)(example_inputs), wanted)
+        try:
+            outputs = OnnxModel(draft)(example_inputs)
+        except WoodfisherError as error:
+            raise WoodfisherError(
+                f"onnxruntime can't run the exported model: {_line(error.__cause__ or error)}. If it is in another "
+                "dtype than float32, in which there are few operations, convert it with .float()."
+            ) from error
+        apart = difference(outputs, wanted)
         if not apart <= tolerance:
             raise WoodfisherError(
                 f"onnxruntime's outputs are {apart:.1e} of the largest output away from the model's, and at most "
@@ -137,9 +144,15 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its progress and of packages that it can do without."""
+    """Without what the exporter says of its progress, of packages that it can do without, and of graphs that fail."""
     loggers = logging_from(logging.CRITICAL, "torch.onnx", "torch.fx", "torch.export", "torch._export")
-    with loggers, warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    nowhere = io.StringIO()
+    with (
+        loggers,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         warnings.simplefilter("ignore")
         yield
 
