@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import math
+import re
 import sys
 from contextlib import suppress
 from types import SimpleNamespace
@@ -94,6 +95,27 @@ def test_sparse_convolutions_are_the_dense_ones(count):
     torch.testing.assert_close(sparse(x), model(x))
     torch.testing.assert_close(sparse[0](x[0]), model[0](x[0]))
     assert isinstance(model[0], nn.Conv2d)
+
+
+def test_sparse_layers_know_what_the_dense_ones_know_of_themselves():
+    model = convnet()
+    sparse = to_sparse(model, LAYERS)
+    attributes = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation")
+    for name in ("0", "2", "3"):
+        dense, layer = model.get_submodule(name), sparse.get_submodule(name)
+        for attribute in (*attributes, "padding_mode", "groups"):
+            assert getattr(layer, attribute) == getattr(dense, attribute)
+    assert (sparse[5].in_features, sparse[5].out_features) == (288, 12)
+
+
+def test_inputs_of_other_widths_are_told():
+    sparse = to_sparse(convnet(), LAYERS)
+    for shape in ((5, 4, 16, 16), (4, 16, 16), (16, 16)):
+        with pytest.raises(wf.WoodfisherError, match=r"takes images of 3 channels.* shape \(.*16, 16\) came"):
+            sparse[0](torch.randn(shape))
+    for shape in ((2, 16), (288, 2), ()):
+        with pytest.raises(wf.WoodfisherError, match=r"takes \(…, 288\) inputs; shape"):
+            sparse[5](torch.randn(shape))
 
 
 def test_states_of_sparse_layers_round_trip():
@@ -212,11 +234,27 @@ def test_tampered_exports_end_in_one_error(tamper, message, tmp_path):
         (["nothing"], "has none of that name"),
         ({"5": "coo"}, "a layout is csr, or bsr4"),
         ({"5": "bsr5"}, "a layout is csr, or bsr4"),
+        ({"5": None}, "a layout is csr, or bsr4 .*; None came"),
+        ("05", "layers are a list of names.*; '05' came"),
+        (None, "layers are a list of names.*; None came"),
     ],
 )
 def test_layers_that_can_not_be_sparse(layers, message):
     with pytest.raises(wf.WoodfisherError, match=message):
         to_sparse(convnet(), layers)
+
+
+def test_a_shared_layer_goes_by_any_of_its_names(tmp_path):
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4)
+    model = nn.Sequential(layer, layer)
+    for names in (["0"], ["1"], ["0", "1"]):
+        sparse = to_sparse(model, names)
+        assert [type(each) for each in sparse] == [
+            SparseLinear if name in names else nn.Linear for name in ("0", "1")
+        ]
+        torch.testing.assert_close(sparse(x), model(x))
+        save_export(sparse, tmp_path / "sparse.safetensors")
+        assert torch.equal(load_export(model, tmp_path / "sparse.safetensors")(x), sparse(x))
 
 
 def test_layers_with_groups_hooks_or_parametrizations_stay_dense():
@@ -354,6 +392,34 @@ def test_recurrent_layers_of_fewer_inputs_come_back_from_files(tmp_path):
     assert str(again) == str(small)
 
 
+class Scaled(nn.Module):
+    """Channels go through an embedding, a bare parameter, and a norm that has no other parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.scale = nn.Embedding(20, 8), nn.Parameter(torch.ones(8))
+        self.norm, self.fc, self.last = nn.BatchNorm1d(8, affine=False), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.table(x) * self.scale
+        return self.last(torch.relu(self.norm(self.fc(x)) + x))
+
+
+def test_channels_of_bare_parameters_embeddings_and_norms_come_back_from_files(tmp_path):
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model, example = Scaled().eval(), torch.arange(6)
+    for silent in (model.table.weight.T, model.fc.weight, model.fc.bias):
+        silent.data[:3] = 0
+    small = wf.shrink(model, example)
+    assert small.scale.shape == (5,)
+    save_export(small, tmp_path / "small.safetensors")
+    again = load_export(model, tmp_path / "small.safetensors")
+    assert torch.equal(again(example), small(example))
+    assert str(again) == str(small)
+    assert again.norm.num_features == again.table.embedding_dim == 5
+
+
 def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     pytest.importorskip("onnxruntime")
     model = convnet()
@@ -364,6 +430,10 @@ def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     with pytest.raises(wf.WoodfisherError, match="takes 1 tensors"):
         again((IMAGES, IMAGES))
+    for images in (IMAGES.double(), IMAGES[:, :2], IMAGES[0], IMAGES.bfloat16()):
+        came = re.escape(f"{images.dtype} of shape {tuple(images.shape)} came")
+        with pytest.raises(wf.WoodfisherError, match=rf"tensor\(float\) of shape \[.*3, 16, 16\]; .*{came}"):
+            again(images)
     with pytest.raises(wf.WoodfisherError, match="at least two samples"):
         to_onnx(model, IMAGES[:1], tmp_path / "other.onnx")
     monkeypatch.setattr("woodfisher.export.onnx.difference", lambda *_: 2e-5)
@@ -378,7 +448,7 @@ def test_onnx_takes_any_batch_and_equals_the_model(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*other*"))
 
 
-def test_models_that_can_not_be_traced_are_explained(tmp_path):
+def test_models_that_can_not_be_traced_are_explained(tmp_path, capsys):
     pytest.importorskip("onnxruntime")
 
     class Branching(nn.Module):
@@ -387,6 +457,17 @@ def test_models_that_can_not_be_traced_are_explained(tmp_path):
 
     with pytest.raises(wf.WoodfisherError, match="torch can't export the model to ONNX"):
         to_onnx(Branching(), torch.randn(2, 3), tmp_path / "model.onnx")
+    assert capsys.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_onnxruntime_can_not_run_is_explained(tmp_path):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(
+        wf.WoodfisherError, match="can't run the exported model: .*find an implementation"
+    ) as told:
+        to_onnx(mlp().bfloat16(), torch.randn(2, 6).bfloat16(), tmp_path / "model.onnx")
+    assert ".part" not in str(told.value)
     assert not list(tmp_path.iterdir())
 
 
@@ -646,6 +727,23 @@ def test_layers_that_cannot_be_sparse_here_are_refused():
         to_sparse(encoder, ["linear1"])
     with pytest.raises(wf.WoodfisherError, match="the model is in bfloat16"):
         to_sparse(prune_(Named()).bfloat16(), ["layer"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sparse_layers_compute_in_their_own_dtype_under_autocast(dtype):
+    model = prune_(Converting())
+    sparse = to_sparse(model, ["conv"])
+    with torch.autocast("cpu", dtype):
+        assert sparse.conv(IMAGES).dtype == torch.float32
+        assert sparse.conv(IMAGES.to(dtype)).dtype == torch.float32
+        assert sparse(IMAGES).dtype == dtype
+        assert torch.is_autocast_enabled("cpu")
+    torch.testing.assert_close(sparse(IMAGES), model(IMAGES))
+    for layer in (sparse.to(dtype), to_sparse(Named(), ["layer"]).to(dtype)):
+        with pytest.raises(
+            wf.WoodfisherError, match=r"float32 and float64, and the model is in b?float16: convert"
+        ):
+            layer(IMAGES[..., :8])
 
 
 def test_a_sparse_file_takes_the_dtype_of_the_network(tmp_path):

@@ -19,7 +19,15 @@ from models import Tied, mlp
 from woodfisher.export import save_dense, save_export
 from woodfisher.saving.bitmask import PARTS, pack, unpack
 from woodfisher.saving.contents import contents_of
-from woodfisher.saving.saved import COMPRESSED, INPUTS_FIRST, MASKED, pack_state, packed_model, read
+from woodfisher.saving.saved import (
+    COMPRESSED,
+    INPUTS_FIRST,
+    MASKED,
+    pack_state,
+    packed_model,
+    plain_state,
+    read,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "shipping.md"
@@ -176,6 +184,10 @@ def test_a_models_own_masks_are_tensors_like_others(tmp_path):
     path = tmp_path / "w.safetensors"
     pack_state(state, {}).write(path)
     assert wf.load_weights(path).keys() == state.keys()
+    path.write_bytes(plain_state(state))
+    assert wf.load_weights(path).keys() == state.keys()
+    torch.save(state, tmp_path / "w.pt")
+    assert wf.load_weights(tmp_path / "w.pt").keys() == state.keys()
     with pytest.warns(wf.WoodfisherWarning, match="the mask of 'a' is not saved"):
         pack_state(state, {"a": state["a_mask"]}).write(path)
     assert wf.load_weights(path).keys() == state.keys()
@@ -193,6 +205,61 @@ def test_tied_weights_are_stored_once_and_come_back_under_both_names(tmp_path):
         assert torch.equal(other.state_dict()[name], value)
 
 
+def test_tensors_of_one_memory_that_are_read_otherwise_are_stored_apart(tmp_path):
+    weight, phases = torch.tensor([1.0, 0.0, -2.0]), torch.tensor([1 + 2j, 3 - 4j])
+    state = {
+        "weight": weight, "bits": weight.view(torch.int32),
+        "phases": phases, "conjugate": phases.conj(), "negative": phases.conj().imag, "imaginary": phases.imag,
+    }  # fmt: skip
+    path = tmp_path / "w.safetensors"
+    for content in (pack_state(state).content, plain_state(state)):
+        path.write_bytes(content)
+        again = wf.load_weights(path)
+        assert again.keys() == state.keys()
+        assert again["bits"].tolist() == [0x3F800000, 0, -0x40000000]
+        assert again["conjugate"].tolist() == [1 - 2j, 3 + 4j]
+        assert again["negative"].tolist() == [-2, 4]
+        assert again["imaginary"].tolist() == [2, -4]
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this torch has no such dtype")
+def test_powers_of_two_in_eight_bits_come_back(tmp_path):
+    scales = torch.zeros(40, 120, dtype=torch.uint8)
+    scales[::9, ::4] = 130
+    pack_state({"scales": scales.view(torch.float8_e8m0fnu)}).write(tmp_path / "w.safetensors")
+    saved = read(tmp_path / "w.safetensors")
+    assert saved.compressed == {"scales"}
+    assert torch.equal(saved.tensors["scales"].view(torch.uint8), scales)
+
+
+def test_models_without_tensors_are_not_saved(tmp_path):
+    for save in (wf.save_weights, save_dense, save_export):
+        with pytest.raises(wf.WoodfisherError, match="the model has no tensors"):
+            save(nn.Sequential(), tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_of_safetensors_own_save_model_have_tied_weights_under_both_names(tmp_path):
+    safetensors.torch.save_model(Tied(), str(tmp_path / "model.safetensors"))
+    assert wf.load_weights(tmp_path / "model.safetensors").keys() == Tied().state_dict().keys()
+
+
+@pytest.mark.parametrize("save", [wf.save_weights, save_dense, save_export])
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (nn.Linear(2, 2, device="meta"), "'weight' is on the meta device and has no numbers"),
+        (nn.LazyLinear(2), "'weight' has no shape before the model has run"),
+        (nn.Linear(2, 2).state_dict(), "must be a torch.nn.Module; a OrderedDict came"),
+        (None, "must be a torch.nn.Module; a NoneType came"),
+    ],
+)
+def test_models_without_weights_are_not_saved(save, model, message, tmp_path):
+    with pytest.raises(wf.WoodfisherError, match=message):
+        save(model, tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_masks_that_do_not_fit_are_refused(tmp_path):
     for masks in (
         {"0.weight": torch.ones(2, 2).bool()},
@@ -201,6 +268,8 @@ def test_masks_that_do_not_fit_are_refused(tmp_path):
     ):
         with pytest.raises(wf.WoodfisherError, match="a mask is a bool tensor of a weight's shape"):
             wf.save_weights(mlp(), tmp_path / "model.safetensors", masks)
+    with pytest.raises(wf.WoodfisherError, match="masks are a dict of bool tensors.*; a list came"):
+        wf.save_weights(mlp(), tmp_path / "model.safetensors", [torch.ones(4, 6).bool()])
     assert not list(tmp_path.iterdir())
 
 

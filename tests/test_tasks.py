@@ -656,6 +656,15 @@ def test_safetensors_with_masks(tmp_path):
     assert torch.equal(model[0].weight, source[0].weight)
 
 
+def test_masks_that_the_model_has_itself_are_loaded(tmp_path):
+    source, model = nn.Linear(3, 2), nn.Linear(3, 2)
+    for each, mask in ((source, [True, False]), (model, [True, True])):
+        each.register_buffer("bias_mask", torch.tensor(mask))
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    load_into(model, tmp_path / "weights.pt")
+    assert model.bias_mask.tolist() == [True, False]
+
+
 def without(name):
     return lambda state: {key: value for key, value in state.items() if key != name}
 

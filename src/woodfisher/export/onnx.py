@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import logging
 import re
-import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from woodfisher.checks import described
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import write_whole
 from woodfisher.gradients.batches import tensors_of
@@ -55,19 +56,24 @@ class OnnxModel:
             self._session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise WoodfisherError(f"onnxruntime can't read {path}: {error}") from error
-        self._names = [each.name for each in self._session.get_inputs()]
+        self._inputs = self._session.get_inputs()
 
     def __call__(self, example_inputs: Any) -> list[Tensor]:
         _, named = arguments_of((example_inputs, ()))
-        values = [tensor.detach().cpu().numpy() for tensor in _tensors(example_inputs)]
-        if len(values) != len(self._names):
+        tensors, names = _tensors(example_inputs), [each.name for each in self._inputs]
+        if len(tensors) != len(names):
             raise WoodfisherError(
-                f"the file takes {len(self._names)} tensors ({', '.join(self._names)}); {len(values)} came."
+                f"the file takes {len(names)} tensors ({', '.join(names)}); {len(tensors)} came."
             )
-        names = list(named) if named.keys() == set(self._names) else self._names
-        return [
-            torch.from_numpy(each) for each in self._session.run(None, dict(zip(names, values, strict=True)))
-        ]
+        names = list(named) if named.keys() == set(names) else names
+        try:
+            values = [tensor.detach().cpu().numpy() for tensor in tensors]
+            outputs = self._session.run(None, dict(zip(names, values, strict=True)))
+        except Exception as error:  # which type it has depends on what onnxruntime finds wrong
+            takes = ", ".join(f"{each.name}: {each.type} of shape {each.shape}" for each in self._inputs)
+            came = ", ".join(f"{name}: {described(each)}" for name, each in zip(names, tensors, strict=True))
+            raise WoodfisherError(f"onnxruntime takes {takes}; {came} came: {_line(error)}") from error
+        return [torch.from_numpy(each) for each in outputs]
 
 
 def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, tolerance: float = TOLERANCE) -> None:
@@ -112,15 +118,21 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
         raise
     except Exception as error:  # whatever the exporter raises says that this model can't go
         cause = error.__cause__ or error
-        reason = _ESCAPES.sub("", str(cause)).strip().partition("\n")[0]
         raise WoodfisherError(
-            f"torch can't export the model to ONNX with batches of any size: {type(cause).__name__}: {reason}"
+            f"torch can't export the model to ONNX with batches of any size: {type(cause).__name__}: {_line(cause)}"
         ) from error
     assert program is not None
 
     def write(draft: Path) -> None:
         program.save(str(draft), external_data=False)
-        apart = difference(OnnxModel(draft)(example_inputs), wanted)
+        try:
+            outputs = OnnxModel(draft)(example_inputs)
+        except WoodfisherError as error:
+            raise WoodfisherError(
+                f"onnxruntime can't run the exported model: {_line(error.__cause__ or error)}. If it is in another "
+                "dtype than float32, in which there are few operations, convert it with .float()."
+            ) from error
+        apart = difference(outputs, wanted)
         if not apart <= tolerance:
             raise WoodfisherError(
                 f"onnxruntime's outputs are {apart:.1e} of the largest output away from the model's, and at most "
@@ -132,11 +144,22 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what the exporter says of its progress and of packages that it can do without."""
+    """Without what the exporter says of its progress, of packages that it can do without, and of graphs that fail."""
     loggers = logging_from(logging.CRITICAL, "torch.onnx", "torch.fx", "torch.export", "torch._export")
-    with loggers, warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+    nowhere = io.StringIO()
+    with (
+        loggers,
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),
+    ):
         warnings.simplefilter("ignore")
         yield
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message, without colours."""
+    return _ESCAPES.sub("", str(error)).strip().partition("\n")[0]
 
 
 def _any_number(arguments: Sequence[Any], named: dict[str, Any]) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,6 @@ from woodfisher.gradients.outputs import outputs_of
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.saving.saved import sparse_matrix
 from woodfisher.saving.structure import is_blocked
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
 
 _BLOCKS = (16, 8, 4)
 """Sizes of the square blocks that are looked for."""
@@ -48,7 +46,6 @@ class SparseLayer(nn.Module):
 
     def __init__(self, matrix: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        self.outputs, self.inputs = matrix.shape
         self.register_buffer("crow_indices", matrix.crow_indices().int())
         self.register_buffer("col_indices", matrix.col_indices().int())
         self.register_buffer("values", matrix.values().detach())
@@ -56,9 +53,9 @@ class SparseLayer(nn.Module):
         self.register_load_state_dict_post_hook(_check)  # type: ignore[no-untyped-call]
 
     @property
+    @abstractmethod
     def weight_shape(self) -> tuple[int, ...]:
         """Of the dense weight."""
-        return self.outputs, self.inputs
 
     @property
     def weight(self) -> Tensor:
@@ -67,28 +64,48 @@ class SparseLayer(nn.Module):
 
     def matrix(self, *, check: bool = False) -> Tensor:
         """The sparse matrix, which shares its memory with the buffers."""
-        shape = self.outputs, self.inputs
+        outputs, *inputs = self.weight_shape
+        shape = outputs, math.prod(inputs)
         return sparse_matrix(self.crow_indices, self.col_indices, self.values, shape, check=check)
 
     def extra_repr(self) -> str:
         block = "x".join(map(str, self.values.shape[1:]))
-        return f"{self.inputs}, {self.outputs}, {self.values.numel()} values" + (
+        outputs, *inputs = self.weight_shape
+        return f"{math.prod(inputs)}, {outputs}, {self.values.numel()} values" + (
             f" in blocks of {block}" if block else ""
         )
 
-    @abstractmethod
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        """What the dense layer gives."""
+        """What the dense layer gives, in the dtype of the weight also where autocast has a narrower one."""
+        device = input.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.forward(input.to(self.values.dtype))
+        _check_dtype(self.values)
+        return self.product(input)
+
+    @abstractmethod
+    def product(self, x: Tensor) -> Tensor:
+        """The weight times the input, and the bias."""
 
 
 class SparseLinear(SparseLayer):
-    """A Linear layer `(…, inputs)` → `(…, outputs)`."""
+    """A Linear layer `(…, in_features)` → `(…, out_features)`."""
 
     def __init__(self, matrix: Tensor, linear: nn.Linear) -> None:
         super().__init__(matrix, linear.bias)
+        self.out_features, self.in_features = linear.weight.shape
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        rows, matrix = input.reshape(-1, self.inputs), self.matrix()
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        return self.out_features, self.in_features
+
+    def product(self, x: Tensor) -> Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise WoodfisherError(
+                f"the layer takes (…, {self.in_features}) inputs; shape {tuple(x.shape)} came."
+            )
+        rows, matrix = x.reshape(-1, self.in_features), self.matrix()
         if len(rows) == 1 and self.values.ndim == 1:
             # A product with one vector reads the matrix once, which takes half of the time or less.
             vector = rows[0]
@@ -96,7 +113,7 @@ class SparseLinear(SparseLayer):
         else:
             out = (matrix @ rows.T).T
             out = out.contiguous() if self.bias is None else (out + self.bias).contiguous()
-        return out.reshape(*input.shape[:-1], self.outputs)
+        return out.reshape(*x.shape[:-1], self.out_features)
 
 
 class SparseConv2d(SparseLayer):
@@ -105,25 +122,32 @@ class SparseConv2d(SparseLayer):
     def __init__(self, matrix: Tensor, conv: nn.Conv2d) -> None:
         super().__init__(matrix, conv.bias)
         assert not isinstance(conv.padding, str)
+        self.out_channels, self.in_channels = conv.weight.shape[:2]
         self.kernel_size, self.stride = conv.kernel_size, conv.stride
         self.padding, self.dilation = conv.padding, conv.dilation
+        self.padding_mode, self.groups = conv.padding_mode, conv.groups
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
-        return self.outputs, self.inputs // math.prod(self.kernel_size), *self.kernel_size
+        return self.out_channels, self.in_channels, *self.kernel_size
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  its name in torch
-        batched = input if input.ndim == 4 else input[None]
+    def product(self, x: Tensor) -> Tensor:
+        if x.ndim not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise WoodfisherError(
+                f"the convolution takes images of {self.in_channels} channels, (samples, {self.in_channels}, height, "
+                f"width) or one without samples; shape {tuple(x.shape)} came."
+            )
+        batched = x if x.ndim == 4 else x[None]
         height, width = (self._length(batched.shape[2 + i], i) for i in range(2))
         if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0):
             patches = batched.flatten(2)
         else:
             patches = unfold(batched, self.kernel_size, self.dilation, self.padding, self.stride)
-        out = self.matrix() @ patches.transpose(0, 1).reshape(self.inputs, -1)
+        out = self.matrix() @ patches.transpose(0, 1).flatten(1)
         if self.bias is not None:
             out = out + self.bias[:, None]
-        out = out.reshape(self.outputs, len(batched), height, width).transpose(0, 1)
-        return out.contiguous() if input.ndim == 4 else out[0].contiguous()
+        out = out.reshape(self.out_channels, len(batched), height, width).transpose(0, 1)
+        return out.contiguous() if x.ndim == 4 else out[0].contiguous()
 
     def _length(self, length: int, i: int) -> int:
         covered = self.dilation[i] * (self.kernel_size[i] - 1) + 1
@@ -219,6 +243,10 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
     >>> to_sparse(model, ["0"])[0]
     SparseLinear(8, 4, 32 values)
     """
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise WoodfisherError(
+            f"layers are a list of names, or a dict of layouts by name, as in ['0', '2']; {layers!r} came."
+        )
     layouts = layers if isinstance(layers, dict) else dict.fromkeys(layers, "csr")
     model = unwrapped(model)
     replaced = {name: _as_sparse(layer_named(model, name), layout) for name, layout in layouts.items()}
@@ -230,7 +258,7 @@ def to_sparse(model: nn.Module, layers: Iterable[str] | dict[str, str]) -> nn.Mo
 
 def layer_named(model: nn.Module, name: str) -> nn.Linear | nn.Conv2d:
     """The layer of that name, which can have a sparse weight."""
-    layer = dict(model.named_modules()).get(name)
+    layer = dict(model.named_modules(remove_duplicate=False)).get(name)
     if not name:
         raise WoodfisherError(
             "a model that is one layer can't have that layer replaced: put it into a torch.nn.Sequential."
@@ -265,7 +293,8 @@ def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
         warnings.filterwarnings("ignore", "Sparse .* tensor support is in beta")
         if layout == "csr":
             return _layer_with(layer, weight.to_sparse_csr())
-        size = int(layout.removeprefix("bsr")) if layout.removeprefix("bsr").isdigit() else 0
+        number = str(layout).removeprefix("bsr")
+        size = int(number) if number.isdecimal() else 0
         if not size or weight.shape[0] % size or weight.shape[1] % size:
             raise WoodfisherError(
                 f"a layout is csr, or bsr4 and the like for blocks that divide the weight; {layout!r} came for one of "
@@ -275,14 +304,19 @@ def _as_sparse(layer: nn.Linear | nn.Conv2d, layout: str) -> SparseLayer:
 
 
 def _layer_with(layer: nn.Linear | nn.Conv2d, matrix: Tensor) -> SparseLayer:
+    _check_dtype(matrix)
+    sparse: SparseLayer
+    sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
+    return sparse.train(layer.training)
+
+
+def _check_dtype(matrix: Tensor) -> None:
+    """Raise where torch can't multiply with a sparse matrix of this dtype."""
     if matrix.device.type == "cpu" and matrix.dtype.itemsize < 4:
         raise WoodfisherError(
             f"on a CPU torch multiplies with sparse matrices in float32 and float64, and the model is in "
             f"{str(matrix.dtype).removeprefix('torch.')}: convert it with .float()."
         )
-    sparse: SparseLayer
-    sparse = SparseLinear(matrix, layer) if isinstance(layer, nn.Linear) else SparseConv2d(matrix, layer)
-    return sparse.train(layer.training)
 
 
 def _can_be_sparse(module: nn.Module) -> bool:

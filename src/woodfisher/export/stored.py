@@ -102,10 +102,8 @@ def load_export(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Make layers as narrow as their tensors are; what can't be made so is left to `load_state_dict` to refuse."""
+    """Make modules as narrow as their tensors are; what can't be made so is left to `load_state_dict` to refuse."""
     for name, module in model.named_modules():
-        if not isinstance(module, (nn.Linear, nn.PReLU, nn.RNNBase, _ConvNd, _NormBase)):
-            continue
         held: dict[str, Any] = {**module._parameters, **module._buffers}
         for key, old in held.items():
             new = tensors.get(f"{name}.{key}".lstrip("."))
@@ -128,6 +126,8 @@ def _count(module: nn.Module) -> None:
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, nn.RNNBase):
         module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = module.weight.shape
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(module.weight)
     elif isinstance(module, _ConvNd):
@@ -137,5 +137,7 @@ def _count(module: nn.Module) -> None:
         if module.groups > 1 and module.groups == module.in_channels == module.out_channels:
             module.groups = outputs
         module.out_channels, module.in_channels = outputs, inputs * module.groups
-    elif isinstance(module, _NormBase) and module.weight is not None:
-        module.num_features = len(module.weight)
+    elif isinstance(module, _NormBase):
+        held = module.running_mean if module.weight is None else module.weight
+        if held is not None:
+            module.num_features = len(held)

@@ -134,8 +134,7 @@ class Objective(Gradients):
         sampler: Callable[[Any], Tensor] | None = None,
         precision: Precision = "float32",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise WoodfisherError(f"model must be a torch.nn.Module; a {type(model).__name__} came.")
+        self.source = unwrapped(model)
         if isinstance(model, torch.jit.ScriptModule):
             raise WoodfisherError(
                 "a module that TorchScript made can't be pruned: give the one that it was made from."
@@ -144,7 +143,6 @@ class Objective(Gradients):
         self.loss, self._sampler, self._precision = loss, sampler, precision
         check_data([] if data is None else data)
         self.data: Iterable[Batch] = [] if data is None else read_apart(data)
-        self.source = unwrapped(model)
         self._sharded = is_sharded(self.source)
         with watching() as watch:
             self._bind(params, exclude)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,14 @@ ENDS = {":first": 0, ":last": -1}
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside wrappers: those that share its parameters, and an `AveragedModel`, which has its own."""
-    while isinstance(model, (DataParallel, DistributedDataParallel, AveragedModel)) or hasattr(
-        model, "_orig_mod"
+    inner: Any = model
+    while isinstance(inner, (DataParallel, DistributedDataParallel, AveragedModel)) or hasattr(
+        inner, "_orig_mod"
     ):
-        inner = model._orig_mod if hasattr(model, "_orig_mod") else model.module
-        assert isinstance(inner, nn.Module)
-        model = inner
-    return model
+        inner = inner._orig_mod if hasattr(inner, "_orig_mod") else inner.module
+    if not isinstance(inner, nn.Module):
+        raise WoodfisherError(f"model must be a torch.nn.Module; a {type(inner).__name__} came.")
+    return inner
 
 
 def inputs_first(module: nn.Module) -> bool:

@@ -46,13 +46,13 @@ def unpack(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     missing = [part for part in PARTS if part not in parts]
     if missing:
         raise ValueError(f"its {' and '.join(missing)} is missing")
-    shape, values, bits = _shape(parts["shape"]), parts["compressed"], parts["bitmask"]
+    shape, values, bitmask = _shape(parts["shape"]), parts["compressed"], parts["bitmask"]
     expected = (*shape[:-1], -(-shape[-1] // 8))
-    if bits.dtype != torch.uint8 or tuple(bits.shape) != expected:
+    if bitmask.dtype != torch.uint8 or tuple(bitmask.shape) != expected:
         raise ValueError(
-            f"its bitmask must be uint8 of shape {expected}; {bits.dtype} of {tuple(bits.shape)} came"
+            f"its bitmask must be uint8 of shape {expected}; {bitmask.dtype} of {tuple(bitmask.shape)} came"
         )
-    unpacked = np.unpackbits(bits.numpy(), axis=-1, bitorder="little")
+    unpacked = np.unpackbits(bitmask.numpy(), axis=-1, bitorder="little")
     kept = torch.from_numpy(unpacked[..., : shape[-1]].astype(bool)).reshape(shape)
     if unpacked[..., shape[-1] :].any():
         raise ValueError("its bitmask has bits beyond the end of a row")
@@ -63,8 +63,14 @@ def unpack(parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     if not torch.equal(parts["row_offsets"], _offsets(kept)):
         raise ValueError("its row_offsets are not those of its bitmask")
     weight = torch.zeros(shape, dtype=values.dtype)
-    weight[kept] = values
+    bits(weight)[kept] = bits(values)  # torch can't put values of every dtype into their places
     return weight, kept
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """A tensor's bytes as whole numbers of its shape, which share its memory; those of −0 are not 0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(integers[tensor.element_size()])
 
 
 def _shape(stored: Tensor) -> tuple[int, ...]:

@@ -14,13 +14,14 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import unreadable, write_whole
 from woodfisher.gradients.parameters import inputs_first, unwrapped
 from woodfisher.gradients.sharding import is_shard
-from woodfisher.saving.bitmask import PARTS, pack, unpack
+from woodfisher.saving.bitmask import PARTS, bits, pack, unpack
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -142,8 +143,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     """The dense state dict of a `.safetensors` file, compressed or plain, or of a state dict in a `.pt` file.
 
     Nothing in the file is executed. A state dict in a `.pt` file may be nested under `state_dict`,
-    `model_state_dict` or `model`, and its names may carry the prefix `module.`. The masks that files of pruned
-    models hold are left out.
+    `model_state_dict` or `model`, and its names may carry the prefix `module.`. The masks that files of
+    `save_weights` hold are left out.
     """
     return read(Path(path)).tensors
 
@@ -167,7 +168,12 @@ def pack_state(
     """
     state, tied = once(tensors)
     if masks is None:
-        masks = {name: _bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
+        masks = {name: bits(tensor) != 0 for name, tensor in state.items() if tensor.is_floating_point()}
+    if not isinstance(masks, Mapping):
+        raise WoodfisherError(
+            f"masks are a dict of bool tensors by the names of weights, as in Report.masks; a {type(masks).__name__} "
+            "came."
+        )
     for name, mask in masks.items():
         if not isinstance(mask, Tensor):
             raise WoodfisherError(f"a mask is a bool tensor; that of {name!r} is a {type(mask).__name__}.")
@@ -249,28 +255,44 @@ def once(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]
         if not isinstance(tensor, Tensor):
             warn(f"the model's {name!r} is no tensor, and is not saved.")
             continue
-        if is_shard(tensor):
-            raise WoodfisherError(
-                f"{name!r} is spread over processes (a DTensor): load get_model_state_dict(model, "
-                "options=StateDictOptions(full_state_dict=True)) into a plain model, and save that."
-            )
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise WoodfisherError(
-                f"{name!r} is sparse or nested, which a file of weights can't hold: make it dense (to_dense()), or "
-                "register it with persistent=False."
-            )
+        _check_whole(name, tensor)
         place = _place(tensor)
         if tensor.numel() and place in seen:
             tied[name] = seen[place]
         else:
             seen[place] = name
             state[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if not state:
+        raise WoodfisherError("the model has no tensors, and a file of weights is to hold some.")
     return state, tied
 
 
+def _check_whole(name: str, tensor: Tensor) -> None:
+    """Raise unless all numbers of a tensor are here, in a form that a file can hold."""
+    if is_lazy(tensor):
+        raise WoodfisherError(
+            f"{name!r} has no shape before the model has run: call the model on a batch first."
+        )
+    if tensor.is_meta:
+        raise WoodfisherError(
+            f"{name!r} is on the meta device and has no numbers: load some, with load_state_dict(…, assign=True), say."
+        )
+    if is_shard(tensor):
+        raise WoodfisherError(
+            f"{name!r} is spread over processes (a DTensor): load get_model_state_dict(model, "
+            "options=StateDictOptions(full_state_dict=True)) into a plain model, and save that."
+        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        raise WoodfisherError(
+            f"{name!r} is sparse or nested, which a file of weights can't hold: make it dense (to_dense()), or "
+            "register it with persistent=False."
+        )
+
+
 def _place(tensor: Tensor) -> tuple[Any, ...]:
-    """Where a tensor lies in memory, which those that are tied have in common."""
-    return tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    """Where a tensor lies in memory, and how it is read there, which those that are tied have in common."""
+    where = tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+    return *where, tensor.dtype, tensor.is_conj(), tensor.is_neg()
 
 
 def read(path: Path) -> Saved:
@@ -376,18 +398,17 @@ def _prefixes(tensors: Mapping[str, Any]) -> list[str]:
 
 
 def _masked(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors whose mask stands beside them: as the header lists them, or by their names."""
-
-    def has_mask(name: str) -> bool:
-        mask = tensors.get(f"{name}_mask")
-        return mask is not None and mask.dtype == torch.bool and mask.shape == tensors[name].shape
-
-    if MASKED not in metadata:
-        return [name for name in tensors if has_mask(name)]
-    names = json.loads(metadata[MASKED])
-    if not isinstance(names, list) or not all(name in tensors and has_mask(name) for name in names):
+    """Names of the tensors whose mask stands beside them: as the header lists them."""
+    names = json.loads(metadata.get(MASKED, "[]"))
+    if not isinstance(names, list) or not all(has_mask(name, tensors) for name in names):
         raise ValueError(f"{MASKED} in its header must list weights that have a mask of their shape")
     return names
+
+
+def has_mask(name: str, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether beside the tensor of that name stands one that can be its mask, a bool of its shape."""
+    tensor, mask = tensors.get(name), tensors.get(f"{name}_mask")
+    return tensor is not None and mask is not None and mask.dtype == torch.bool and mask.shape == tensor.shape
 
 
 def _state_dict(content: Any) -> dict[str, Tensor]:
@@ -406,16 +427,10 @@ def _state_dict(content: Any) -> dict[str, Tensor]:
 
 def _smaller(tensor: Tensor, kept: Tensor) -> dict[str, Tensor] | None:
     """The parts of a weight in the bitmask form, or None where that is no smaller or loses bits of removed weights."""
-    if kept.all() or not kept.ndim or _bits(tensor)[~kept].any():
+    if kept.all() or not kept.ndim or bits(tensor)[~kept].any():
         return None
     parts = pack(tensor, kept)
     return parts if sum(map(_bytes, parts.values())) < _bytes(tensor) else None
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes as whole numbers of its shape, of which those of −0 are not 0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.view(integers[tensor.element_size()])
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from woodfisher.errors import WoodfisherError
-from woodfisher.saving.saved import load_weights
+from woodfisher.saving.saved import has_mask, load_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -38,12 +38,14 @@ def restored(network: Callable[[], Network], path: Path) -> Network:
 
 
 def load_into(model: nn.Module, path: Path) -> None:
-    """Load a `.pt` or `.safetensors` file of exactly the tensors in the model's state dict.
+    """Load a `.pt` or `.safetensors` file of exactly the tensors in the model's state dict, and masks of them.
 
     The file is read as `load_weights` does. One that does not fit raises, and leaves the model as it was.
     """
     came = load_weights(path)
     state: dict[str, Tensor] = model.state_dict()
+    masks = {f"{name}_mask" for name in came if has_mask(name, came)} - state.keys()
+    came = {name: tensor for name, tensor in came.items() if name not in masks}
     problem = _misfit(state, came)
     if problem:
         raise WoodfisherError(
