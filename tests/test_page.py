@@ -11,7 +11,7 @@ import pytest
 from woodfisher import WoodfisherError
 from woodfisher.cli import main
 from woodfisher.results.page import render
-from woodfisher.results.page.charts import counting, linear, logarithmic, signed_logarithmic
+from woodfisher.results.page.charts import Series, chart, counting, linear, logarithmic, signed_logarithmic
 from woodfisher.results.page.record import parse
 
 CURVATURE = {"kind": "WoodFisher", "samples": 400, "block_size": 2000, "damping": "auto"}
@@ -423,3 +423,15 @@ def test_logarithmic_scales():
     assert places[3] - places[2] == pytest.approx(places[2] - places[1])
     assert (0.0, "0") in signed.ticks
     assert signed_logarithmic([]).place(0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("how", "marked"), [("line", (40, 0)), ("dots", (40, 90)), ("crosses", (40, 90)), ("step", (0, 0))]
+)
+def test_lines_of_few_points_are_marked_and_dots_always(how, marked):
+    def marks(count):
+        points = [(float(n), float(n)) for n in range(count)]
+        drawn = chart("a chart", [Series("one", points, how=how)], linear([0.0, 90.0]), linear([0.0, 90.0]))
+        return drawn.count('class="marker') + drawn.count('class="cross')
+
+    assert (marks(40), marks(90)) == marked

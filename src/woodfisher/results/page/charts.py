@@ -200,7 +200,7 @@ def chart(
         for (a, b), half in zip(one.points, one.spread or [None] * len(one.points), strict=True):
             if half:
                 _line(svg, across(a), down(b - half), across(a), down(b + half), f"stroke {colour} thin")
-        if one.how == "step" or len(one.points) > _MARKED:
+        if one.how == "step" or (one.how == "line" and len(one.points) > _MARKED):
             continue
         shape = _CROSS if one.how == "crosses" else _SHAPES[one.colour % len(_SHAPES)]
         kind = "cross" if one.how == "crosses" else "marker"
