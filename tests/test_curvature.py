@@ -503,3 +503,11 @@ def test_rows_that_overflow_have_no_relative_damping():
     rows = wf.WoodFisher(damping=wf.Relative(1.0))
     with pytest.raises(wf.WoodfisherError, match=r"Relative\(factor=1.0\) is inf here"):
         rows.of_rows(torch.full((4, 6), 1e200, dtype=torch.float64))
+
+
+def test_a_damping_that_rounding_swallows_is_told():
+    rows = torch.randn(5, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.warns(wf.WoodfisherWarning, match="a damping of 1e-15 is so small .* raise it"):
+        wf.WoodFisher(block_size=None, damping=1e-15).of_rows(rows) @ rows[0]
+    finv = wf.WoodFisher(block_size=None, damping=1e-10).of_rows(rows)
+    torch.testing.assert_close(finv.forward(finv @ rows[0]), rows[0], rtol=1e-3, atol=1e-5)

@@ -12,6 +12,7 @@ from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.curvature.rows import Rows, as_rows, block_rows
 from woodfisher.memory import Scratch
 from woodfisher.triangles import column_energies, gram_triangles
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 SINGLE_TOLERANCE = 2e-4
 """Largest relative uncertainty of a diagonal entry that float32 products may leave."""
+
+_LOST = 1e-3
+"""Share of a product with F⁻¹ that rounding in float64 may take before it is told."""
 
 LEAST_SCALE = 1e-30
 """nλ below which squares of float32 rows that matter beside it may be too small for float32."""
@@ -127,8 +131,19 @@ class LowRankInverse(InverseOperator):
                         gram_triangles(G, K[inside])
                     else:
                         K[inside] += gram_triangles(G, torch.empty_like(K[inside]))
+            self._tell_what_is_lost(K)
             factor[group] = self._inverted(K)
         return factor
+
+    def _tell_what_is_lost(self, gram: Tensor) -> None:
+        """Warn where I − VᵀV cancels: 1 − ‖v‖² may be as small as nλ beside the largest entry of GGᵀ."""
+        largest = float(gram.diagonal(dim1=1, dim2=2).max())
+        lost = torch.finfo(gram.dtype).eps * largest / (self.divisor * self.damping)
+        if lost > _LOST:
+            warn(
+                f"a damping of {self.damping:.3g} is so small beside the curvature that products with F⁻¹ are wrong by "
+                f"a share of {lost:.1g} or more: raise it."
+            )
 
     def _inverted(self, gram: Tensor) -> Tensor:
         """The same from GGᵀ, which becomes K."""

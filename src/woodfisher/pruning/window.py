@@ -33,6 +33,7 @@ MOST_OPERATIONS = 130_000_000_000
 CANDIDATES = 11
 """Float64 vectors of all weights that a run and its ways to take a stage hold at once, at most."""
 
+_PRIOR = "the prior that F shrinks to, before a stage and after it"
 _BESIDES = "a chunk of samples with its gradients, or vectors of a stage"
 
 LOSSES = 4
@@ -269,7 +270,7 @@ def window_for(
         (_BESIDES, max(chunk, room.vectors)),
     ]
     if held:
-        bill.insert(2, ("the prior that F shrinks to, before a stage and after it", held))
+        bill.insert(2, (_PRIOR, held))
     return Window(
         weights=weights,
         held_out=held_out,
@@ -324,11 +325,11 @@ class _Room:
         chunk = max(min(objective.workspace, budget.room // 6), 0)
         rows = max(budget.room - max(chunk, vectors) - held, 0) // each
         if rows < least:
-            needed = least * each + held
-            besides = max(vectors, min(objective.workspace, needed // 5 + 1))
+            needed = least * each
+            besides = max(vectors, min(objective.workspace, (needed + held) // 5 + 1))
             rows_bill = (f"{least} gradient rows of {weights} weights with their copies", needed)
             raise budget.refusal_after_trying(
-                [rows_bill, (_BESIDES, besides)],
+                [rows_bill, *[(_PRIOR, held)] * (held > 0), (_BESIDES, besides)],
                 "take a number of stages in blocks (criterion='woodfisher-block')",
             )
         return cls(budget, rows, chunk, vectors)
