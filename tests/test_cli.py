@@ -463,6 +463,15 @@ def test_a_pruned_network_without_a_metric_is_written(folder, capsys):
     assert (folder / "out" / "model.safetensors").exists()
 
 
+@pytest.fixture
+def _interruptible():
+    """SIGINT interrupts, also where the tests run in the background, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_what_has_ended_before_an_interruption_is_written(number, folder, capsys, monkeypatch):
     evaluate, measured, handler = Task.evaluate, [], signal.getsignal(number)
