@@ -506,6 +506,14 @@ def test_distance_is_the_divergence_of_softened_outputs():
     assert distance(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-15)
     with pytest.raises(WoodfisherError, match="returned a tuple"):
         distance((student,), teacher, 3.0)
+    for outputs in (
+        torch.randn(5),
+        torch.randn(5, 1),
+    ):  # over samples, or one class alone, it would mean nothing
+        with pytest.raises(
+            WoodfisherError, match=r"two classes at least, and the model returned a tensor \(5,"
+        ):
+            distance(outputs, outputs, 3.0)
 
 
 def test_distillation_keeps_the_outputs_of_the_dense_network():

@@ -255,10 +255,11 @@ class Epochs:
 
 def distance(outputs: Any, wanted: Any, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) of logits `N × … × classes` at temperature T, the mean over samples."""
-    if not isinstance(outputs, Tensor):
+    if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[-1] < 2:
+        came = f"tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise WoodfisherError(
-            f"distillation compares logits, and the model returned a {type(outputs).__name__}: give a task whose "
-            "model returns a tensor, or distil=0."
+            "distillation compares logits, a tensor (samples, …, classes) of two classes at least, and the model "
+            f"returned a {came}: give a task whose model returns such, or distil=0."
         )
     student, teacher = (log_softmax(logits / temperature, dim=-1) for logits in (outputs, wanted))
     return kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean() * temperature**2
