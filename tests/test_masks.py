@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn, optim
 from torch.nn.functional import cross_entropy
-from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import woodfisher as wf
 from models import ConvNet, Tied, mlp, samples
 from training import Recorder, assert_held, data, plain, pruner_of, two_processes
+from woodfisher.pruning.masks import Masks
 
 SCHEDULE = wf.Milestones({1: 0.4, 3: 0.7})
 KEPT = [36, 22, 22, 11, 11, 11]
@@ -509,3 +510,18 @@ def test_one_model_takes_one_pruner():
     assert first.sparsity == 0.5
     first.release()
     pruner_of(model, SCHEDULE)
+
+
+def test_pruners_may_be_collected_in_the_midst_of_a_step():
+    held = []
+    handle = register_optimizer_step_post_hook(lambda *_: held.clear())
+    try:
+        for model in (mlp(), mlp()):
+            parameters = dict(model.named_parameters())
+            held.append(Masks(parameters, {name: p != 0 for name, p in parameters.items()}))
+        model = mlp()
+        model(torch.randn(2, 6)).sum().backward()
+        optim.SGD(model.parameters(), 0.1).step()
+    finally:
+        handle.remove()
+    assert not held

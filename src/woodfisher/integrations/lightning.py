@@ -67,7 +67,8 @@ class PruningCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pruner is None or self.pruner.missing_in(pl_module):
-            self.pruner = None  # the last one may hold masks of a part of the module
+            if self.pruner is not None and self._made.given is None:
+                self.pruner.release()  # it may hold masks of a part of the module
             self.pruner = self._made.of(pl_module)
         self._load()
 

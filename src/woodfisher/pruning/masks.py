@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from woodfisher.gradients.parameters import unwrapped
 from woodfisher.gradients.sharding import is_shard, local, own_part, reshard
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -61,8 +62,8 @@ class Masks:
         self._optimizers: weakref.WeakSet[Optimizer] = weakref.WeakSet()
         self._idle = self.trained_elsewhere = False
         handles = [_hooked(parameter, self._parts, name) for name, parameter in self.parameters.items()]
-        handles.append(register_optimizer_step_post_hook(_to(weakref.ref(self))))
         self._release = weakref.finalize(self, _remove, handles)
+        _watch_optimizers()
         _held.add(self)
         self.enforce()
 
@@ -223,15 +224,19 @@ def _hooked(parameter: nn.Parameter, parts: Mapping[str, Tensor], name: str) -> 
     return handle
 
 
-def _to(masks: weakref.ref[Masks]) -> Callable[..., None]:
-    """A hook on all optimizers that doesn't keep the masks alive."""
+@cache
+def _watch_optimizers() -> RemovableHandle:
+    """Have every optimizer tell all masks in force of its steps, for as long as the process lives.
 
-    def after_step(optimizer: Optimizer, *_details: Any) -> None:
-        alive = masks()
-        if alive is not None:
-            alive._after_step(optimizer)
+    A hook of each mask would be taken away when that is collected, which may be in the midst of some optimizer's step,
+    as it goes through its hooks.
+    """
 
-    return after_step
+    def tell(optimizer: Optimizer, *_details: Any) -> None:
+        for masks in list(_held):
+            masks._after_step(optimizer)
+
+    return register_optimizer_step_post_hook(tell)
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
