@@ -130,16 +130,16 @@ class Outcome:
             "examined": examined.to_dict(),
             "origin": origin(self.options.device),
             "bytes": weights.to_dict(),
+            "out": text_of(self.folder),
         }
         name, draw = figure
-        written = {**content, "out": text_of(self.folder)}
         try:
             write_folder(
                 self.folder,
-                {_MODEL: weights.write, "report.json": lambda path: save_json(written, path)},
-                {name: draw, "report.html": lambda path: save_page(written, path)},
+                {_MODEL: weights.write, "report.json": lambda path: save_json(content, path)},
+                {name: draw, "report.html": lambda path: save_page(content, path)},
             )
         except WoodfisherError:
             shown({**content, "out": None})
             raise
-        shown(written)
+        shown(content)

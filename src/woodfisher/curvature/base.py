@@ -98,11 +98,11 @@ class InverseOperator(ABC):
 
     def submatrices(self, index: Tensor) -> Tensor:
         """[F⁻¹]_{QQ} for `m` groups of `k` flat indexes, int64 `(m, k)`: float64 `(m, k, k)`."""
-        self.check_index(index)
+        self._check_groups(index)
         return self._submatrices(index.to(self.device))
 
     def check_index(self, index: Tensor) -> None:
-        """Raise unless `index` are groups of weights, each once in its group."""
+        """Raise unless `index` are groups of weights that there are."""
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 2:
             raise WoodfisherError(
                 "an index must be an int64 tensor of shape (groups, weights in a group); "
@@ -112,6 +112,10 @@ class InverseOperator(ABC):
             raise WoodfisherError(
                 f"indexes must lie in 0…{self.size - 1}; {int(index.min())}…{int(index.max())} came."
             )
+
+    def _check_groups(self, index: Tensor) -> None:
+        """Raise unless they are, and each stands once in its group."""
+        self.check_index(index)
         twice = (index.sort(dim=1).values.diff(dim=1) == 0).any(1).nonzero()
         if len(twice):
             raise WoodfisherError(
@@ -129,7 +133,7 @@ class InverseOperator(ABC):
         w:
             Values of these weights, `(m, k)`.
         """
-        self.check_index(index)
+        self._check_groups(index)
         if not isinstance(w, Tensor) or w.shape != index.shape:
             raise WoodfisherError(
                 f"each index has one weight: w must be a tensor of shape {tuple(index.shape)}; {described(w)} came."
@@ -325,6 +329,18 @@ def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
             f"{_listed(index[failed[0, 0]])}: the damping is too small for float64. Raise it."
         )
     return torch.linalg.solve_triangular(factor, vectors, upper=False).square().sum((1, 2))
+
+
+def kept_first(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of bool `mask` `(…, n)`: what is True before the rest, in order, as many places as any of the batch needs.
+
+    Returns
+    -------
+    `(…, k)`: whether the places are True in `mask`, and which they are, int64.
+    """
+    most = int(mask.sum(-1).max())
+    kept, order = mask.sort(dim=-1, descending=True, stable=True)
+    return kept[..., :most], order[..., :most]
 
 
 def by_owner(owners: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from woodfisher.curvature.base import InverseOperator, spans
+from woodfisher.curvature.base import InverseOperator, kept_first, spans
 from woodfisher.curvature.rows import Rows, as_rows, block_rows
 from woodfisher.errors import IndefiniteError, WoodfisherError
 
@@ -102,17 +102,15 @@ class DenseInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         mask = keep.reshape(self._shape[:2])
-        most = int(mask.sum(1).max())
-        kept, order = (t[:, :most] for t in mask.sort(dim=1, descending=True, stable=True))
         b = b.reshape(*mask.shape, 1)
         out = torch.zeros_like(b)
         for blocks in self._batches:
-            here, own = kept[blocks, :, None], order[blocks, :, None]
-            L = torch.take_along_dim(self._factor[blocks], own, 1) * here
+            kept, own = (t[..., None] for t in kept_first(mask[blocks]))
+            L = torch.take_along_dim(self._factor[blocks], own, 1) * kept
             F = L @ L.mT
-            F.diagonal(dim1=1, dim2=2).add_(~kept[blocks])
+            F.diagonal(dim1=1, dim2=2).add_(~kept[..., 0])
             solved = torch.cholesky_solve(torch.take_along_dim(b[blocks], own, 1), cholesky(F, self._what))
-            out[blocks] = out[blocks].scatter(1, own, solved * here)
+            out[blocks] = out[blocks].scatter(1, own, solved * kept)
         return out.flatten()
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, energies, pieces, spans
+from woodfisher.curvature.base import InverseOperator, energies, kept_first, pieces, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.curvature.rows import Rows, as_rows, block_rows
 from woodfisher.memory import Scratch
@@ -125,7 +125,8 @@ class LowRankInverse(InverseOperator):
                 for columns in cut:
                     G = block_rows(self._rows, B, blocks, columns)
                     if keep is not None:
-                        G = _kept_first(G, keep[blocks, :, columns])
+                        kept, order = kept_first(keep[blocks, :, columns])
+                        G = torch.take_along_dim(G, order, 2) * kept
                     G = G.to(torch.float64, memory_format=torch.contiguous_format)
                     if columns.start == 0:
                         gram_triangles(G, K[inside])
@@ -232,7 +233,7 @@ class LowRankInverse(InverseOperator):
             most = int(here[among].sum(1).max())
             for span in spans(len(among), 16 * N * (most + N)):
                 groups = among[span]
-                there, order = (t[:, :most] for t in here[groups].sort(dim=1, descending=True, stable=True))
+                there, order = kept_first(here[groups])
                 own = index[groups].gather(1, order)
                 G = self._rows.select(own.flatten()).double().unflatten(1, own.shape).movedim(1, 0)
                 V = self._factor[b] @ (G * there[:, None])
@@ -245,10 +246,3 @@ class LowRankInverse(InverseOperator):
         factor = self._factored(mask)
         b = torch.where(keep, b, 0)
         return torch.where(keep, self._correct(b, factor).flatten(), 0)
-
-
-def _kept_first(G: Tensor, keep: Tensor) -> Tensor:
-    """The columns of `G` `(count, N, B)` in `keep` `(count, 1, B)`, with zeros where others of the batch have more."""
-    most = int(keep.sum(2).max())
-    kept, order = (t[..., :most] for t in keep.sort(dim=2, descending=True, stable=True))
-    return torch.take_along_dim(G, order, 2) * kept

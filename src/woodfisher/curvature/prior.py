@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, by_owner, spans
+from woodfisher.curvature.base import InverseOperator, by_owner, kept_first, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.errors import NoFactorsError
 from woodfisher.memory import Scratch
@@ -197,12 +197,10 @@ class RestrictedPrior:
         place = self.kept.cumsum(0) - 1
         for part in self._prior.parts:
             left = self.kept[part.index]
-            counts = left.sum(1).tolist()
             for some in spans(len(left), 4 * 8 * left.shape[1] ** 2):
-                most = max(counts[some])
-                if not most:
+                filled, order = kept_first(left[some])
+                if not filled.shape[1]:
                     continue
-                filled, order = (t[:, :most] for t in left[some].sort(dim=1, descending=True, stable=True))
                 both = filled[:, :, None] & filled[:, None, :]
                 P = part.A[order[:, :, None], order[:, None, :]] * part.s[some, None, None] * both
                 P.diagonal(dim1=1, dim2=2).add_(torch.where(filled, self._more, P.new_ones(())))
