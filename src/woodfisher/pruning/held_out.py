@@ -45,7 +45,7 @@ class HeldOut:
     def of(cls, objective: Objective, drawn: Sequence[Batch]) -> HeldOut:
         """Those that were drawn; raises where the objective's loss on them is not finite."""
         batches = [objective.on_device(chunk) for chunk in rechunk(drawn, FORWARD_BATCH, 1)]
-        dense, first = (_mean_loss(objective, batches, rounded) for rounded in (False, True))
+        dense, first = (mean_loss(objective, batches, rounded=rounded) for rounded in (False, True))
         at = objective.on(batches)
         if not math.isfinite(dense):
             for _ in at.iter_rows(sum(map(samples_in, batches))):
@@ -58,12 +58,12 @@ class HeldOut:
 
     def loss(self, objective: Objective) -> float:
         """The mean loss; infinity where it is not finite."""
-        return _finite(_mean_loss(objective, self.batches, rounded=False))
+        return _finite(mean_loss(objective, self.batches))
 
     def quick_loss(self, objective: Objective, turn: int | None = None) -> float:
         """The same in the precision of gradients, on all batches, or on the one whose turn it is."""
         batches = self.batches if turn is None else [self.batches[turn % len(self.batches)]]
-        return _finite(_mean_loss(objective, batches, rounded=True))
+        return _finite(mean_loss(objective, batches, rounded=True))
 
     def yardstick(self, loss: float) -> float:
         """What rises are held against where the loss is this: it, or the first one where that is larger."""
@@ -84,7 +84,8 @@ def floor_of(objective: Objective, loss: float) -> float:
     return least if least < loss else loss - abs(loss)
 
 
-def _mean_loss(objective: Objective, batches: Sequence[Batch], rounded: bool) -> float:
+def mean_loss(objective: Objective, batches: Sequence[Batch], *, rounded: bool = False) -> float:
+    """The mean loss on some samples, from forward passes; in the precision of gradients where `rounded`."""
     with phase("check"):
         return objective.on(batches).mean_loss(rounded=rounded)
 
