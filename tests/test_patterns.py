@@ -144,6 +144,21 @@ def test_a_set_with_fewer_weights_than_n_m_keeps_them():
     assert keep.tolist() == [True, False, False, False, True, True, False, False]
 
 
+@pytest.mark.parametrize("pattern", [wf.NM(2, 4), wf.NM(8, 16), wf.NM(16, 32)])
+def test_of_equal_weights_the_first_of_a_set_stay(pattern):
+    selection = Selection(Layout({"w": (2, 64)}), pattern)
+    index, n = pattern.quota(selection.layout)
+    keep = by_size(torch.ones(128), 64, selection)
+    assert keep[index].tolist() == [[place < n for place in range(2 * n)]] * len(index)
+
+
+def test_of_equal_weights_the_first_of_a_layer_count_for_the_floor():
+    selection = Selection(Layout({"v": (40, 10), "w": (40, 10)}), floor=0.3)
+    keep = by_size(torch.cat([torch.ones(400), torch.full((400,), 2.0)]), 400, selection)
+    assert keep[:400].nonzero().flatten().tolist() == list(range(120))
+    assert keep[400:].nonzero().flatten().tolist() == list(range(280))
+
+
 def test_a_bias_that_begins_at_zero_is_no_removed_weight():
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 4))
     with torch.no_grad():
@@ -196,9 +211,9 @@ def test_group_energies_are_those_of_the_dense_inverse(count, rows, width, large
     held = wf.WoodFisher(block_size=size // count, damping=damping).of_rows(torch.randn(rows, size))
     finv = BlockDiagonalInverse([(kept.nonzero().squeeze(1), held), removed_part(kept, damping)])
     index = torch.stack([torch.randperm(48)[:width] for _ in range(5)])
-    w = torch.randn(5, width, dtype=torch.float64)
+    w = torch.randn(48, dtype=torch.float64)
     dense = finv.dense()
-    expected = [float(v @ torch.linalg.solve(dense[q][:, q], v)) for q, v in zip(index, w, strict=True)]
+    expected = [float(w[q] @ torch.linalg.solve(dense[q][:, q], w[q])) for q in index]
     assert finv.group_energies(index, w).tolist() == pytest.approx(expected, rel=1e-9)
 
 

@@ -95,8 +95,9 @@ def test_a_plan_counts_its_work_and_reads_one_batch_at_most():
     made = wf.plan(objective, wf.WoodFisher(400, 10, 1e-3, memory="8GiB"))
     assert set(reads) == {20}
     assert (made.rows, made.weights, made.blocks, made.block_size) == (400, 36, 5, 10)
-    assert made.flops == 3 * 10 * (2 * 400 * 10 + 200) + 4 * (2 * 400 * 4 + 2 * 16) + 2 * (
-        2 * 400 * 2 + 2 * 4
+    # Blocks of 10, 10, 10, 4 and 2 weights: GᵀG, its Cholesky factor and the inverse of that.
+    assert made.flops == pytest.approx(
+        sum(B * (2 * 400 * B + B * B / 3 + B * B / 3) for B in (10, 10, 10, 4, 2))
     )
     assert made.keep == "memory"
     assert made.peak == made.budget.base + sum(size for _, size in made.bill)

@@ -93,6 +93,16 @@ def test_more_zeros_than_asked_for_are_left_as_they_are():
     assert torch.equal(weights_of(model), before)
 
 
+def test_each_report_of_a_sweep_has_its_own_warnings():
+    model = mlp()
+    wf.prune(model, [], sparsity=0.5, criterion="magnitude")
+    with pytest.warns(wf.WoodfisherWarning, match="zero already"):
+        points = wf.sweep(model, [], None, [0.1, 0.2, 0.8], criterion="magnitude")
+    said = [[text for text in point.report.warnings if "zero already" in text] for point in points]
+    assert [len(each) for each in said] == [1, 1, 0]
+    assert "10.00%" in said[0][0] and "20.00%" in said[1][0]
+
+
 @pytest.mark.parametrize("there", [0.0, 0.5])
 def test_where_nothing_is_to_go_nothing_moves(there):
     model, data = mlp(), [samples(12), samples(12)]

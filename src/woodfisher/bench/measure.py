@@ -18,6 +18,7 @@ from woodfisher.bench.spread import Spread
 from woodfisher.checks import check_count, check_positive
 from woodfisher.curvature import WoodFisher
 from woodfisher.curvature.base import WORKSPACE
+from woodfisher.curvature.blocks import operations
 from woodfisher.curvature.lowrank import multiplied_in
 from woodfisher.curvature.machine import seconds_of
 from woodfisher.errors import WoodfisherError
@@ -79,13 +80,8 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations that the phase is counted as, whatever a kernel performs.
-
-        Dual: 3N²d, a full product GGᵀ and a triangular one L⁻¹G; the factors, 2N³/3 a block, are left out.
-        Primal: 2NBd + ⅔B²d, a full product GᵀG, the Cholesky factor and its inverse.
-        """
-        N, B, d = self.rows, self.block_size, self.weights
-        return 3 * N * N * d if self.dual else 2 * N * B * d + 2 * B * B * d / 3
+        """Floating-point operations that the phase is counted as (`curvature.blocks.operations`)."""
+        return operations(self.rows, self.block_size, self.weights)
 
     @property
     def row_bytes(self) -> int:

@@ -30,9 +30,8 @@ LARGEST = 4096
 class InverseOperator(ABC):
     """F⁻¹ for a symmetric positive definite curvature F over `size` weights.
 
-    A variant supplies the five abstract methods; products, dense forms and checks are derived here, once.
-    Arithmetic is float64 inside whatever the storage; results come in the dtype of the argument, and
-    `diag` and `submatrices` in float64.
+    A variant supplies the abstract methods; products, dense forms and checks are derived here, once.
+    Results come in the dtype of the argument, and `diag` and `submatrices` in float64.
 
     Examples
     --------
@@ -63,6 +62,13 @@ class InverseOperator(ABC):
     @abstractmethod
     def _submatrices(self, index: Tensor) -> Tensor:
         """[F⁻¹]_{QQ} for each row Q of the checked index `(m, k)`: float64 `(m, k, k)`."""
+
+    @abstractmethod
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        """wᵀ ([F⁻¹]_QQ)⁻¹ w for groups Q with weights `w`, both `(m, k)`: float64 `(m,)`.
+
+        Q are the weights that are `inside` `(m, k)` their group alone; the index of others may be any.
+        """
 
     @abstractmethod
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
@@ -101,8 +107,8 @@ class InverseOperator(ABC):
         self._check_groups(index)
         return self._submatrices(index.to(self.device))
 
-    def check_index(self, index: Tensor) -> None:
-        """Raise unless `index` are groups of weights that there are."""
+    def _check_groups(self, index: Tensor) -> None:
+        """Raise unless `index` are groups of weights that there are, each once in its group."""
         if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.ndim != 2:
             raise WoodfisherError(
                 "an index must be an int64 tensor of shape (groups, weights in a group); "
@@ -112,10 +118,6 @@ class InverseOperator(ABC):
             raise WoodfisherError(
                 f"indexes must lie in 0…{self.size - 1}; {int(index.min())}…{int(index.max())} came."
             )
-
-    def _check_groups(self, index: Tensor) -> None:
-        """Raise unless they are, and each stands once in its group."""
-        self.check_index(index)
         twice = (index.sort(dim=1).values.diff(dim=1) == 0).any(1).nonzero()
         if len(twice):
             raise WoodfisherError(
@@ -123,45 +125,20 @@ class InverseOperator(ABC):
                 "stands twice in its group. Name each once."
             )
 
-    def group_energies(self, index: Tensor, w: Tensor) -> Tensor:
-        """wᵀ ([F⁻¹]_QQ)⁻¹ w, twice what the loss rises by without them, for groups Q of weights: float64 `(m,)`.
+    def group_energies(self, index: Tensor, point: Tensor) -> Tensor:
+        """w_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q, twice what the loss rises by without them, for groups Q of weights: float64 `(m,)`.
 
         Parameters
         ----------
         index:
             Flat indexes of the groups, int64 `(m, k)`, all different within a group.
-        w:
-            Values of these weights, `(m, k)`.
+        point:
+            w of all weights, `(size,)`.
         """
+        check_vector("point", point, self.size)
         self._check_groups(index)
-        if not isinstance(w, Tensor) or w.shape != index.shape:
-            raise WoodfisherError(
-                f"each index has one weight: w must be a tensor of shape {tuple(index.shape)}; {described(w)} came."
-            )
-        index, w = index.to(self.device), w.to(self.device, torch.float64)
-        return self._energies(index, w, torch.ones_like(index, dtype=torch.bool))
-
-    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
-        """The energies of the weights that are `inside` `(m, k)` their groups alone; the index of others may be any."""
-        if index.shape[1] > LARGEST:
-            return torch.stack(
-                [self._energy_by_solve(*each) for each in zip(index, w, inside, strict=True)]
-            ).reshape(len(index))
-        found = w.new_empty(len(index))
-        for span in spans(len(index), 8 * index.shape[1] ** 2):
-            own = inside[span]
-            matrices = self._submatrices(index[span]) * (own[:, :, None] & own[:, None, :])
-            matrices += torch.diag_embed((~own).double())
-            found[span] = energies(matrices, (w[span] * own)[..., None], index[span])
-        return found
-
-    def _energy_by_solve(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
-        """The least δᵀFδ with δ = −w on the group, at the minimum over the others."""
-        gone = torch.zeros(self.size, dtype=torch.float64, device=self.device)
-        gone[index[inside]] = w[inside]
-        pull = self._forward_product(gone[:, None])[:, 0]
-        others = torch.ones_like(gone, dtype=torch.bool).index_fill(0, index[inside], False)
-        return gone @ pull - pull @ self._restricted_solve(others, pull)
+        index, point = index.to(self.device), point.to(self.device, torch.float64)
+        return self._energies(index, point[index], torch.ones_like(index, dtype=torch.bool))
 
     def restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         """Solve with the curvature of the kept weights alone: F_SS x_S = b_S, x = 0 elsewhere.
@@ -317,6 +294,28 @@ class DiagonalInverse(InverseOperator):
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         return torch.where(keep, b / self.curvature, 0)
+
+
+def energies_by_submatrices(finv: InverseOperator, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+    """`InverseOperator._energies` from [F⁻¹]_QQ, or by a restricted solve for each of the groups above `LARGEST`."""
+    if index.shape[1] > LARGEST:
+        return torch.stack([_energy_by_solve(finv, *each) for each in zip(index, w, inside, strict=True)])
+    found = w.new_empty(len(index))
+    for span in spans(len(index), 8 * index.shape[1] ** 2):
+        own = inside[span]
+        matrices = finv._submatrices(index[span]) * (own[:, :, None] & own[:, None, :])
+        matrices += torch.diag_embed((~own).double())
+        found[span] = energies(matrices, (w[span] * own)[..., None], index[span])
+    return found
+
+
+def _energy_by_solve(finv: InverseOperator, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+    """The least δᵀFδ with δ = −w on the group, at the minimum over the others."""
+    gone = torch.zeros(finv.size, dtype=torch.float64, device=finv.device)
+    gone[index[inside]] = w[inside]
+    pull = finv._forward_product(gone[:, None])[:, 0]
+    others = torch.ones_like(gone, dtype=torch.bool).index_fill(0, index[inside], False)
+    return gone @ pull - pull @ finv._restricted_solve(others, pull)
 
 
 def energies(matrices: Tensor, vectors: Tensor, index: Tensor) -> Tensor:

@@ -27,6 +27,15 @@ if TYPE_CHECKING:
     from woodfisher.curvature.rows import Rows
 
 
+def operations(rows: int, block: int, weights: int) -> float:
+    """Floating-point operations that factoring and scoring are counted as, whatever a kernel performs.
+
+    Dual, for N < B: 3N²d, a full product GGᵀ and a triangular one L⁻¹G; the factors, 2N³/3 a block, are left out.
+    Primal: 2NBd + ⅔B²d, a full product GᵀG, the Cholesky factor and its inverse.
+    """
+    return (3 * rows**2 if rows < block else 2 * rows * block + 2 * block**2 / 3) * weights
+
+
 class FisherBlocks(InverseOperator):
     """Inverses of `count` blocks F = λI + GᵀG/n out of gradient rows, in the dual form for N < B, else the primal.
 

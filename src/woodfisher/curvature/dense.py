@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
-from woodfisher.curvature.base import InverseOperator, kept_first, spans
-from woodfisher.curvature.rows import Rows, as_rows, block_rows
+import torch
+
+from woodfisher.curvature.base import InverseOperator, energies_by_submatrices, kept_first, spans
+from woodfisher.curvature.rows import block_rows
 from woodfisher.errors import IndefiniteError, WoodfisherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from woodfisher.curvature.rows import Rows
 
 _LEAF = 64
 
@@ -100,6 +106,9 @@ class DenseInverse(InverseOperator):
                 out[groups] += entries * (inside[groups, :, None] & same[groups])
         return out
 
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        return energies_by_submatrices(self, index, w, inside)
+
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         mask = keep.reshape(self._shape[:2])
         b = b.reshape(*mask.shape, 1)
@@ -114,9 +123,8 @@ class DenseInverse(InverseOperator):
         return out.flatten()
 
 
-def primal_blocks(rows: Rows | Tensor, count: int, damping: float, divisor: float) -> DenseInverse:
+def primal_blocks(rows: Rows, count: int, damping: float, divisor: float) -> DenseInverse:
     """Inverses of `count` blocks F = λI + GᵀG/n factored as they are: the primal form, for N ≥ B."""
-    rows = as_rows(rows)
     B = rows.size // count
     F = torch.empty(count, B, B, dtype=torch.float64, device=rows.device)
     for blocks in spans(count, 8 * rows.count * B):

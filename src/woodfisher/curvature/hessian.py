@@ -11,6 +11,7 @@ from woodfisher.checks import check_count, check_not_negative
 from woodfisher.curvature.base import DiagonalInverse, Estimator
 from woodfisher.curvature.dense import DenseInverse
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.batches import take
 from woodfisher.memory import Budget, new_matrix
 from woodfisher.watch import report_progress
 
@@ -41,6 +42,11 @@ class _HessianEstimator(Estimator):
         removed = torch.tensor(self.damping or 1.0, dtype=torch.float64, device=objective.device)
         return torch.where(objective.kept, self.damping, removed)
 
+    def _fixed(self, objective: Gradients) -> Objective:
+        """The objective on samples that are the same for all columns, in whatever order its data comes."""
+        whole = objective.joined()
+        return whole.on(list(take(whole.data, self.samples)))
+
 
 @dataclass(frozen=True)
 class ExactHessian(_HessianEstimator):
@@ -64,7 +70,7 @@ class ExactHessian(_HessianEstimator):
             [(f"the Hessian of {d} weights, its factor and those of what is kept", 4 * 8 * d * d)],
             "choose fewer weights (params), or use WoodFisher, whose memory grows with d and not with d²",
         )
-        H = exact_hessian(objective.joined(), self.samples)
+        H = exact_hessian(self._fixed(objective), self.samples)
         H.diagonal().add_(self._shift(objective))
         return DenseInverse(H[None], "the damped Hessian", self.damping)
 
@@ -93,7 +99,7 @@ class DiagonalHessian(_HessianEstimator):
         diagonal = torch.cat(
             [
                 columns[where].diagonal().clone()
-                for where, columns in _columns(objective.joined(), self.samples)
+                for where, columns in _columns(self._fixed(objective), self.samples)
             ]
         )
         damped = diagonal + self._shift(objective)

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from woodfisher.checks import check_choice, check_count, check_positive
-from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, InverseOperator, spans
+from woodfisher.curvature.base import (
+    BlockDiagonalInverse,
+    Estimator,
+    InverseOperator,
+    energies_by_submatrices,
+    spans,
+)
 from woodfisher.errors import WoodfisherError
 from woodfisher.memory import Budget
 from woodfisher.watch import warn
@@ -66,6 +72,9 @@ class KroneckerInverse(InverseOperator):
             mixed = (W[:, :, None] * W[:, None, :]) @ (1 / self._spectrum)
             out[groups] = (mixed * U[:, :, None] * U[:, None, :]).sum(-1)
         return out
+
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        return energies_by_submatrices(self, index, w, inside)
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         # The curvature of the kept weights alone is no Kronecker product: conjugate gradients, preconditioned

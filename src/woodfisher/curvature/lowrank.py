@@ -7,9 +7,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, energies, kept_first, pieces, spans
+from woodfisher.curvature.base import (
+    InverseOperator,
+    energies,
+    energies_by_submatrices,
+    kept_first,
+    pieces,
+    spans,
+)
 from woodfisher.curvature.dense import cholesky, triangular_inverse
-from woodfisher.curvature.rows import Rows, as_rows, block_rows
+from woodfisher.curvature.rows import HeldRows, block_rows
 from woodfisher.memory import Scratch
 from woodfisher.triangles import column_energies, gram_triangles
 from woodfisher.watch import warn
@@ -18,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
+
+    from woodfisher.curvature.rows import Rows
 
 SINGLE_TOLERANCE = 2e-4
 """Largest relative uncertainty of a diagonal entry that float32 products may leave."""
@@ -73,7 +82,7 @@ class LowRankInverse(InverseOperator):
     Parameters
     ----------
     rows:
-        Gradient rows of the run, `(N, count · B)`; a tensor is kept, not copied.
+        Gradient rows of the run, `(N, count · B)`.
     count:
         Blocks in the run.
     damping:
@@ -84,21 +93,21 @@ class LowRankInverse(InverseOperator):
 
     damping: float
 
-    def __init__(self, rows: Rows | Tensor, count: int, damping: float, divisor: float) -> None:
-        self._rows = as_rows(rows)
-        self.size, self.device = self._rows.size, self._rows.device
+    def __init__(self, rows: Rows, count: int, damping: float, divisor: float) -> None:
+        self._rows = rows
+        self.size, self.device = rows.size, rows.device
         self.damping, self.divisor = damping, divisor
         self._products = torch.float64
-        self._shape = (count, self._rows.count, self.size // count)
+        self._shape = (count, rows.count, rows.size // count)
 
     @classmethod
     def of_gram(cls, rows: Tensor, gram: Tensor, damping: float, divisor: float) -> LowRankInverse:
-        """One block whose GGᵀ is known, float64 `(N, N)`; vectors are multiplied by rows in the rows' own dtype.
+        """One block of `rows` `(N, B)` whose GGᵀ is known, float64 `(N, N)`; products with rows are in their own dtype.
 
         That reads the rows once. It is for steps that are checked afterwards: at small damping they lose the digits
         that float64 keeps.
         """
-        made = cls(rows, 1, damping, divisor)
+        made = cls(HeldRows(rows), 1, damping, divisor)
         made._products = rows.dtype
         made._factor = made._inverted(gram[None].clone())
         return made
@@ -223,7 +232,7 @@ class LowRankInverse(InverseOperator):
         """By Woodbury once more, ([F⁻¹]_QQ)⁻¹ = λ(I + VᵀCV) with C = (I − VVᵀ)⁻¹ and V the columns Q of L⁻¹G."""
         _, N, B = self._shape
         if index.shape[1] <= N:
-            return super()._energies(index, w, inside)
+            return energies_by_submatrices(self, index, w, inside)
         block = index // B
         found = (w.square() * inside).sum(1)
         eye = torch.eye(N, dtype=torch.float64, device=self.device)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from woodfisher.curvature.base import WORKSPACE
+from woodfisher.curvature.blocks import operations
 from woodfisher.curvature.machine import Machine
 from woodfisher.curvature.rows import disk_room
 from woodfisher.errors import WoodfisherError
@@ -65,8 +66,7 @@ class Plan(Needs):
     chunk:
         Bytes that a chunk of samples may take while gradients are gathered.
     flops:
-        Operations of factoring and scoring: 3N²d in the dual form, 2NBd + 2B²d in the primal form of blocks of at
-        most N weights.
+        Of factoring and scoring, as `blocks.operations` counts them.
     traffic:
         Bytes of rows that are written and read.
     budget, bill, seconds:
@@ -223,10 +223,7 @@ class _Work:
             *max(gathering, pruning, key=lambda phase: sum(size for _, size in phase)),
             ("scratch", scratch),
         ]
-        flops = sum(
-            run.count * run.size * (3 * N**2 if run.size > N else 2 * N * run.size + 2 * run.size**2)
-            for run in self.runs
-        )
+        flops = sum(operations(N, run.size, run.count * run.size) for run in self.runs)
         auto = self.curvature.damping == "auto"
         traffic = (1 + READS) * self.dense
         return Plan(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.curvature.base import InverseOperator, by_owner, kept_first, spans
+from woodfisher.curvature.base import InverseOperator, by_owner, energies_by_submatrices, kept_first, spans
 from woodfisher.curvature.dense import cholesky, triangular_inverse
 from woodfisher.errors import NoFactorsError
 from woodfisher.memory import Scratch
@@ -324,6 +324,9 @@ class PriorInverse(InverseOperator):
         V = self._factor[0] @ self._through[:, index.flatten()].double()
         V = V.unflatten(1, index.shape).movedim(0, 1)
         return (self._prior.submatrices(index) - V.mT @ V) / self.damping
+
+    def _energies(self, index: Tensor, w: Tensor, inside: Tensor) -> Tensor:
+        return energies_by_submatrices(self, index, w, inside)
 
     def _restricted_solve(self, keep: Tensor, b: Tensor) -> Tensor:
         prior, rows = self._prior.restricted(keep), self._rows[:, keep]

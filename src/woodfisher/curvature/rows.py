@@ -354,11 +354,6 @@ def _indexes(span: slice, index: Tensor | None, device: torch.device) -> Tensor:
     return torch.arange(span.start, span.stop, device=device) if index is None else index[span]
 
 
-def as_rows(rows: Rows | Tensor) -> Rows:
-    """Rows in memory where a tensor `(N, d)` came."""
-    return rows if isinstance(rows, Rows) else HeldRows(rows)
-
-
 def block_rows(rows: Rows, B: int, blocks: slice, columns: slice) -> Tensor:
     """The rows of some of the blocks of B weights each, or of some columns of one block: `(count, N, k)`."""
     span = slice(blocks.start * B + columns.start, (blocks.stop - 1) * B + columns.stop)

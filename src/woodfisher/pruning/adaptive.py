@@ -84,9 +84,9 @@ def adaptive_run(
     With first_order="auto" the gradient takes part where the data is enough to believe it: gradients of samples
     that come again and again fit these samples, which one stage at a time does not show. So where the plan
     reads the data many times (`MOST_PASSES`) the run is made with and without; at each target the one with the lower
-    loss on the held-out samples counts. Removing by magnitude alone competes with both. No sample has a part in that, so
-    where it has the lowest loss on the held-out ones it has to rise less on more samples than these, too: on a few
-    hundred a rise is often less than its noise. The first `skip` samples of the data are passed over.
+    loss on the held-out samples counts. Removing by magnitude alone competes with both. No sample has a part in that,
+    so where its loss is the lowest on the held-out ones it has to be so by its rise on more of them, too: a rise on a
+    few hundred is often less than its noise. The first `skip` samples of the data are passed over.
     """
     stream = Stream(objective.data)
     stream.skip(skip)

@@ -231,6 +231,7 @@ def _sweep(
                 )
             if amount >= now:
                 reached[amount] = _pruned(objective, [], method, selection, watch)
+                watch.restart()
         data = objective.data
         wanted = sorted(set(amounts) - set(reached), reverse=True)
         passed = pruned_through(objective, wanted, method, selection)

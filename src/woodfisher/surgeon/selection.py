@@ -255,12 +255,12 @@ class Selection:
         fixed = torch.zeros_like(alive)
         if self._quota is not None:
             index, number = self._quota
-            best = torch.where(alive, rank, -torch.inf)[index].topk(number).indices
-            fixed[index.gather(1, best)] = True
+            order = torch.where(alive, rank, -torch.inf)[index].argsort(dim=1, descending=True, stable=True)
+            fixed[index.gather(1, order[:, :number])] = True
         elif self.floor:
             for where in self.layout.slices.values():
                 units, sizes = self._units.sums_in(where, kept[where].long())
-                order = torch.where(alive, rank, -torch.inf)[units].argsort(descending=True)
+                order = torch.where(alive, rank, -torch.inf)[units].argsort(descending=True, stable=True)
                 needed = self._needed(where.stop - where.start)
                 before = sizes[order].cumsum(0) - sizes[order]
                 fixed[units[order[before < needed]]] = True

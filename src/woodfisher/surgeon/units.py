@@ -49,9 +49,9 @@ class Units(ABC):
         """The same units on a device."""
 
     @property
+    @abstractmethod
     def width(self) -> int:
         """Weights of the first unit."""
-        return 1
 
 
 class Singles(Units):
@@ -86,6 +86,10 @@ class Singles(Units):
 
     def to(self, device: torch.device) -> Units:
         return Singles(device)
+
+    @property
+    def width(self) -> int:
+        return 1
 
 
 class Groups(Units):
