@@ -446,6 +446,11 @@ def test_wrong_uses_are_explained(arguments, message):
         ),
         (lambda s: s["masks"].pop("2.weight"), "has no mask for '2.weight', and the pruner a mask of shape"),
         (lambda s: s["masks"].update(other=torch.ones(1)), "for 'other', and the pruner no mask"),
+        (lambda s: s["masks"].update({"2.weight": s["masks"]["2.weight"].to("meta")}), "on meta came"),
+        (
+            lambda s: s["masks"].update({"2.weight": s["masks"]["2.weight"].float()}),
+            "a bool tensor with values",
+        ),
     ],
 )
 def test_a_state_of_other_weights_is_refused(change, message):
@@ -457,6 +462,17 @@ def test_a_state_of_other_weights_is_refused(change, message):
     with pytest.raises(wf.WoodfisherError, match=message):
         pruner.load_state_dict(state)
     assert (pruner.steps, kept_by(pruner)) == (0, 36)
+
+
+def test_a_state_from_behind_the_end_of_the_schedule_warns():
+    first = pruner_of(mlp(), wf.Polynomial(0.25, 0.5, begin=0, end=2))
+    for _ in range(4):
+        first.step()
+    state = first.state_dict()
+    pruner_of(mlp(), wf.one_shot(0.9, at=4)).load_state_dict(state)
+    pruner_of(mlp(), wf.Milestones({0: 0.5, 9: 0.5})).load_state_dict(state)
+    with pytest.warns(wf.WoodfisherWarning, match=r"of step 4, at .* 50.00%, .* ends at step 3 with 75.00%"):
+        pruner_of(mlp(), wf.Polynomial(0.5, 0.75, begin=0, end=3)).load_state_dict(state)
 
 
 def test_the_wrapped_model_does_as_well():

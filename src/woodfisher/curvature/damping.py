@@ -129,8 +129,9 @@ def positive_scale(energies: Tensor, size: int, group: int) -> float:
     if scale == 0:
         warn(
             "every gradient row is zero, so that the curvature says nothing and weights are ranked by magnitude: the "
-            "model fits these samples perfectly, nothing passes through it any more, or the loss compares samples with "
-            "each other, which says nothing of one alone."
+            "model fits these samples perfectly, nothing passes through it any more, the loss compares samples with "
+            "each other, which says nothing of one alone, or activation checkpointing with use_reentrant=True cuts "
+            "gradients off (set it to False)."
         )
         return 1.0
     return scale

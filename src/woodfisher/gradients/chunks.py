@@ -130,6 +130,7 @@ def _bytes_saved(objective: Objective, row: Batch) -> int:
     if value.grad_fn is None:
         raise WoodfisherError(
             "the loss does not depend on any chosen weight: check that the loss is computed from the "
-            f"model's outputs, and the chosen parameters ({', '.join(objective.layout.shapes)})."
+            f"model's outputs, that no activation checkpointing has use_reentrant=True, and the chosen parameters "
+            f"({', '.join(objective.layout.shapes)})."
         )
     return sum(saved.values())

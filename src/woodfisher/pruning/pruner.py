@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from woodfisher.checks import check_count, check_seed
+from woodfisher.checks import check_count, check_seed, described
 from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.isolation import isolated, reseeded
@@ -217,11 +218,24 @@ class Pruner:
                     f"the checkpoint has {_described(there)} for {name!r}, and the pruner {_described(here)}: choose "
                     "the same weights of the same model as when it was saved."
                 )
+            mask = masks[name]
+            if mask.dtype != torch.bool or mask.is_meta:
+                raise WoodfisherError(
+                    f"the mask of {name!r} in a pruner's state must be a bool tensor with values; {described(mask)} on "
+                    f"{mask.device} came: load what state_dict() gave."
+                )
         for number in ("steps", "times", "seed"):
             check_count(f"{number} of a pruner's state", state[number], least=0)
         reshard(self.objective.source)
         self.steps, self._times, self.seed = int(state["steps"]), int(state["times"]), int(state["seed"])
-        self._masks.set({name: mask.bool() for name, mask in masks.items()})
+        self._masks.set(masks)
+        goal = self.selection.target(self.schedule.goal)
+        if self.steps > self.schedule.reached and self.selection.amount(self._kept) > goal:
+            warn(
+                f"the state is of step {self.steps}, at a sparsity of {self.sparsity:.2%}, and this pruner's schedule "
+                f"ends at step {self.schedule.reached} with {self.schedule.goal:.2%}: nothing more will be removed. "
+                "Give it the schedule of the run that is resumed, or one that goes on from there."
+            )
 
     def _prune(self, sparsity: float) -> Report | None:
         objective = self.objective.current(self._kept, steps=self.steps)

@@ -35,6 +35,11 @@ class Schedule(ABC):
     def goal(self) -> float:
         """The sparsity that is reached in the end."""
 
+    @property
+    @abstractmethod
+    def reached(self) -> int:
+        """The step after which the model has that sparsity."""
+
     @abstractmethod
     def in_epochs(self, steps: int) -> Schedule:
         """The same schedule where its times are in epochs of `steps` steps each."""
@@ -74,6 +79,10 @@ class Milestones(Schedule):
     @property
     def goal(self) -> float:
         return max(self.sparsities.values())
+
+    @property
+    def reached(self) -> int:
+        return min(math.ceil(time) for time, sparsity in self.sparsities.items() if sparsity == self.goal)
 
     def in_epochs(self, steps: int) -> Milestones:
         check_count("steps", steps)
@@ -143,6 +152,10 @@ class Polynomial(Schedule):
     @property
     def goal(self) -> float:
         return self.final
+
+    @property
+    def reached(self) -> int:
+        return math.ceil(self.end if self.final > self.initial else self.begin - _ROUNDING)
 
     def in_epochs(self, steps: int) -> Polynomial:
         check_count("steps", steps)
