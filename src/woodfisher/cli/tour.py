@@ -16,8 +16,8 @@ from woodfisher.gradients.isolation import copied
 from woodfisher.results.metrics import score
 from woodfisher.results.numbers import fixed, per_cent, significant
 from woodfisher.results.plots import require_plots
+from woodfisher.results.tour_plots import ends, pictures
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
-from woodfisher.tour_plots import ends, pictures
 
 if TYPE_CHECKING:
     from torch import nn
