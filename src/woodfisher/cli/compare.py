@@ -23,7 +23,7 @@ from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.oneshot import SPARSITIES, sweep
 from woodfisher.results.examine import examine
-from woodfisher.results.metrics import mean_score, score
+from woodfisher.results.numbers import mean_score, score
 from woodfisher.results.page import require_page, save_page
 from woodfisher.results.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn

@@ -12,7 +12,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_other_file, save_json, text_of, write_folder
 from woodfisher.pruning.report import layers_of
 from woodfisher.results.examine import examine
-from woodfisher.results.metrics import score
+from woodfisher.results.numbers import score
 from woodfisher.results.page import save_page
 from woodfisher.saving.saved import packed_model
 

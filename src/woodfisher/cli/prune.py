@@ -27,7 +27,7 @@ from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.oneshot import prune
-from woodfisher.results.metrics import mean_score, score
+from woodfisher.results.numbers import mean_score, score
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_layers, require_plots
 

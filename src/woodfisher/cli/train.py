@@ -22,7 +22,7 @@ from woodfisher.cli.outcome import (
 )
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.schedule import Polynomial
-from woodfisher.results.metrics import mean_score, score
+from woodfisher.results.numbers import mean_score, score
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_training, require_plots
 from woodfisher.training.gradual import Training, gradually, require_lightning, train

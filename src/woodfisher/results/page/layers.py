@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from woodfisher.results.metrics import difference
-from woodfisher.results.numbers import amount, count, per_cent, significant
+from woodfisher.results.numbers import amount, count, per_cent, signed_score, significant
 from woodfisher.results.page.charts import Row, bars, key, linear, logarithmic, series_class
 from woodfisher.results.page.parts import Figure, Section, Table
 
@@ -86,7 +85,7 @@ def sparsity_section(methods: Sequence[Pruned], note: str = "") -> Section:
             count(layer.size),
             count(layer.kept),
             *(per_cent(1 - by[layer.name], 2) if layer.name in by else "" for by in shares),
-            difference(100 * (layer.sparsity - 1 + uniform), "%"),
+            signed_score(100 * (layer.sparsity - 1 + uniform), "%"),
         ]
         for layer in first.layers
     ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.results.metrics import difference, mean_score, score
-from woodfisher.results.numbers import count, duration, per_cent, significant
+from woodfisher.results.numbers import count, duration, mean_score, per_cent, score, signed_score, significant
 from woodfisher.results.page.layers import Pruned, flops_section, sparsity_section, spectrum_section
 from woodfisher.results.page.parts import Card, Page, Section, Table
 from woodfisher.results.page.record import Comparison, Gradual, Pruning, Result
@@ -190,7 +189,7 @@ def _led(report: Comparison, best: Cell | None, shown: Sequence[Result]) -> tupl
     slowest = max((c.seconds or 0.0 for c in report.summary if c.criterion == best.criterion), default=0.0)
     cards.append(Card("Time", duration(slowest), f"at most for a run of {best.criterion}"))
     seeds = f", mean of {report.seeds} seeds" if report.seeds > 1 else ""
-    change = difference(best.mean - report.dense.metric, report.metric)
+    change = signed_score(best.mean - report.dense.metric, report.metric)
     return (
         f"At {at} {best.criterion} is best with {score(best.mean, report.metric)}{seeds}, {change} against the "
         "dense network.",

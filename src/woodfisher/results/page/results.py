@@ -5,8 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import difference, mean_score, score, vanishes
-from woodfisher.results.numbers import amount, count, duration, fewer, per_cent
+from woodfisher.results.numbers import (
+    amount,
+    count,
+    duration,
+    fewer,
+    mean_score,
+    per_cent,
+    score,
+    signed_score,
+    vanishes,
+)
 from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.results.page.layers import flops_left, known_flops
 from woodfisher.results.page.parts import Card, Figure, Section, Table
@@ -35,7 +44,7 @@ def verdict(report: Pruning | Gradual) -> str:
 
 def metric_card(report: Task, metric: float | None, beside: str = "") -> Card:
     """The metric against the dense network's."""
-    change = "" if metric is None else f" ({difference(metric - report.dense.metric, report.metric)})"
+    change = "" if metric is None else f" ({signed_score(metric - report.dense.metric, report.metric)})"
     return Card(
         f"Test {report.metric}",
         mean_score(metric, None, report.metric),
@@ -104,7 +113,7 @@ def trained_section(report: Gradual) -> Section:
 
 
 def _row(name: str, metric: float | None, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
-    change = "" if metric is None else difference(metric - report.dense.metric, report.metric)
+    change = "" if metric is None else signed_score(metric - report.dense.metric, report.metric)
     return [name, mean_score(metric, None, report.metric), change, *_weights(report, layers), took]
 
 

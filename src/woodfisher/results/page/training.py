@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import score
-from woodfisher.results.numbers import count, per_cent, significant
+from woodfisher.results.numbers import count, per_cent, score, significant
 from woodfisher.results.page.charts import Series, chart, counting, key, linear, swatch
 from woodfisher.results.page.parts import Figure, Section, Table
 
