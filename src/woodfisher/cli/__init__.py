@@ -1,4 +1,4 @@
-"""The command line: one module a command, which only calls the public API."""
+"""The command line: one module a command."""
 
 from __future__ import annotations
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
 
     from woodfisher.results.page.record import Gradual, Staged
 
-"""Most points of a line that get a marker each."""
-
 _OPEN_ROWS = 8
 """Most rows of a table that is not folded away."""
 
