@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
     from woodfisher.export import LayerSpeed
 
-    Run = Callable[[Any], list[torch.Tensor]]
+    Forward = Callable[[Any], list[torch.Tensor]]
 
 _TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
 
@@ -176,7 +176,7 @@ class Export:
         """How layers do on one sample, for csr."""
         return measure_layers(model, inputs) if self.to == "csr" else []
 
-    def _exported(self, model: nn.Module, inputs: Any, layers: list[LayerSpeed], path: Path) -> Run:
+    def _exported(self, model: nn.Module, inputs: Any, layers: list[LayerSpeed], path: Path) -> Forward:
         """Convert, write, and read back as what runs."""
         if self.to == "onnx":
             to_onnx(model, _first(inputs, max(2, self.samples)), path, tolerance=self._allowed)
@@ -232,7 +232,7 @@ class Export:
                 "written. --layers converts the ones that you name."
             )
 
-    def _measured(self, model: nn.Module, exported: Run, inputs: Any) -> list[dict[str, Any]]:
+    def _measured(self, model: nn.Module, exported: Forward, inputs: Any) -> list[dict[str, Any]]:
         results = []
         for count in dict.fromkeys((1, self.batch)):
             some = _first(inputs, count)

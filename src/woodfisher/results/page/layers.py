@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from woodfisher.pruning.report import Layer
-    from woodfisher.results.page.record import Task
+    from woodfisher.results.page.record import TaskReport
 
 ZEROS = (
     "A FLOP counts as removed where one of its factors is a removed weight. A kernel for sparse weights leaves it "
@@ -25,7 +25,7 @@ _ROUNDING = 1e-9
 """Share of a layer's largest eigenvalue below which others are the rounding of float32 gradients."""
 
 
-class Pruned(NamedTuple):
+class MethodLayers(NamedTuple):
     """Layers as a method left them."""
 
     name: str
@@ -38,12 +38,12 @@ class Pruned(NamedTuple):
         return {layer.name: layer.kept / layer.size for layer in self.layers}
 
 
-def known_flops(report: Task) -> dict[str, int]:
+def known_flops(report: TaskReport) -> dict[str, int]:
     """Layer → FLOPs of a sample in it when dense; empty where they were not counted."""
     return (report.examined.flops if report.examined is not None else None) or {}
 
 
-def flops_left(report: Task, layers: Sequence[Layer]) -> tuple[float, int] | None:
+def flops_left(report: TaskReport, layers: Sequence[Layer]) -> tuple[float, int] | None:
     """FLOPs that these layers have left, and all; every weight of a layer has an equal part in its FLOPs."""
     flops = known_flops(report)
     if not flops or any(layer.name not in flops for layer in layers):
@@ -54,12 +54,12 @@ def flops_left(report: Task, layers: Sequence[Layer]) -> tuple[float, int] | Non
     )
 
 
-def missing(report: Task, what: str) -> str:
+def missing(report: TaskReport, what: str) -> str:
     """Why a report has no `flops` or `spectrum`."""
     return _NO_RECORD if report.examined is None else report.examined.missing.get(what, _NO_RECORD)
 
 
-def sparsity_section(methods: Sequence[Pruned], note: str = "") -> Section:
+def sparsity_section(methods: Sequence[MethodLayers], note: str = "") -> Section:
     """What each method keeps of every layer, against the same for all; the first method is the one in question."""
     first = methods[0]
     uniform = sum(layer.kept for layer in first.layers) / sum(layer.size for layer in first.layers)
@@ -121,7 +121,7 @@ def sparsity_section(methods: Sequence[Pruned], note: str = "") -> Section:
     )
 
 
-def flops_section(report: Task, methods: Sequence[Pruned], note: str = "") -> Section:
+def flops_section(report: TaskReport, methods: Sequence[MethodLayers], note: str = "") -> Section:
     """FLOPs of every layer, kept and removed, or why they were not counted."""
     title = "FLOPs by layer"
     sums = [flops_left(report, method.layers) for method in methods]
@@ -196,7 +196,7 @@ def _unit(values: Iterable[float]) -> tuple[float, str]:
     return next((unit for unit in units if largest >= unit[0]), (1.0, ""))
 
 
-def spectrum_section(report: Task, damping: float | None, when: str) -> Section:
+def spectrum_section(report: TaskReport, damping: float | None, when: str) -> Section:
     """Eigenvalues of every layer's block of the curvature against the damping, or why there are none."""
     title = "The curvature's spectrum by layer"
     spectrum = report.examined.spectrum if report.examined is not None else None

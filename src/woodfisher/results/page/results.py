@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from woodfisher.pruning.report import Layer
-    from woodfisher.results.page.record import Comparison, Gradual, Outcome, Pruning, Task
+    from woodfisher.results.page.record import CompareReport, Outcome, PruneReport, TaskReport, TrainReport
 
 
-def verdict(report: Pruning | Gradual) -> str:
+def verdict(report: PruneReport | TrainReport) -> str:
     """What the metric did, in a sentence."""
     metric, left = report.pruned.metric, f"{count(report.kept)} of {count(report.size)} weights left"
     if metric is None:
@@ -42,7 +42,7 @@ def verdict(report: Pruning | Gradual) -> str:
     return f"With {left}, test {name} {moved} {value}."
 
 
-def metric_card(report: Task, metric: float | None, beside: str = "") -> Card:
+def metric_card(report: TaskReport, metric: float | None, beside: str = "") -> Card:
     """The metric against the dense network's."""
     change = "" if metric is None else f" ({signed_score(metric - report.dense.metric, report.metric)})"
     return Card(
@@ -59,7 +59,7 @@ def size_card(outcome: Outcome) -> Card:
     )
 
 
-def flops_card(report: Task, outcome: Outcome) -> Card:
+def flops_card(report: TaskReport, outcome: Outcome) -> Card:
     """FLOPs left, where they were counted."""
     sums = flops_left(report, outcome.layers)
     if sums is None:
@@ -78,7 +78,7 @@ def time_card(seconds: Mapping[str, float]) -> Card:
     )
 
 
-def result_section(report: Pruning) -> Section:
+def result_section(report: PruneReport) -> Section:
     """Dense, magnitude and the method side by side."""
     columns = ["", "test", "against dense", "weights left", "removed", *_flops_column(report), "time"]
     name, weights = _given(report)
@@ -91,7 +91,7 @@ def result_section(report: Pruning) -> Section:
     return Section("result", "Result", tables=[Table(f"On test data, {report.metric}", columns, rows)])
 
 
-def trained_section(report: Gradual) -> Section:
+def trained_section(report: TrainReport) -> Section:
     """Dense and trained side by side, on test and validation data."""
     columns = ["", "test", "validation", "weights left", "removed", *_flops_column(report)]
     name, weights = _given(report)
@@ -112,19 +112,21 @@ def trained_section(report: Gradual) -> Section:
     return Section("result", "Result", tables=[Table(report.metric, columns, rows)])
 
 
-def _row(name: str, metric: float | None, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
+def _row(
+    name: str, metric: float | None, report: PruneReport, layers: Sequence[Layer], took: str
+) -> list[str]:
     change = "" if metric is None else signed_score(metric - report.dense.metric, report.metric)
     return [name, mean_score(metric, None, report.metric), change, *_weights(report, layers), took]
 
 
-def _given(report: Pruning | Gradual) -> tuple[str, list[str]]:
+def _given(report: PruneReport | TrainReport) -> tuple[str, list[str]]:
     """What the network that was given is called, and its weights; reports of early versions don't have its layers."""
     layers = report.dense.layers or [replace(layer, kept=layer.size) for layer in report.layers]
     dense = all(layer.kept == layer.size for layer in layers)
     return "dense" if dense else "as given", _weights(report, layers)
 
 
-def _weights(report: Pruning | Gradual, layers: Sequence[Layer]) -> list[str]:
+def _weights(report: PruneReport | TrainReport, layers: Sequence[Layer]) -> list[str]:
     """Weights left, their sparsity, and FLOPs left where they are known."""
     kept = sum(layer.kept for layer in layers)
     cells = [count(kept), per_cent(1 - kept / report.size, 2)]
@@ -134,11 +136,11 @@ def _weights(report: Pruning | Gradual, layers: Sequence[Layer]) -> list[str]:
     return cells
 
 
-def _flops_column(report: Task) -> list[str]:
+def _flops_column(report: TaskReport) -> list[str]:
     return ["FLOPs a sample"] if known_flops(report) else []
 
 
-def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[float]) -> Section:
+def accuracy_section(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Section:
     """The metric against sparsity, one line a method, with its spread."""
     measured = [(cell, cell.mean) for cell in report.summary if cell.mean is not None]
     edges = [mean + side * (cell.sd or 0.0) for cell, mean in measured for side in (-1, 1)]
@@ -211,7 +213,7 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
     )
 
 
-def _best(report: Comparison, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:
+def _best(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:
     best = set()
     for column, sparsity in enumerate(family, 1):
         here = [
