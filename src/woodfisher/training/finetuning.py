@@ -193,17 +193,8 @@ class Finetuning(LightningModule):
 
     def note_removal(self, step: int, report: Report) -> None:
         """Remember that weights were removed."""
-        last = report.stages[-1]
-        self.removals.append(
-            Removal(
-                step,
-                report.sparsity,
-                last.predicted,
-                report.seconds["total"],
-                measured=last.measured,
-                damping=last.damping,
-            )
-        )
+        last = asdict(report.stages[-1])
+        self.removals.append(Removal(**last, step=step, seconds=report.seconds["total"]))
         self.warned += [message for message in report.warnings if message not in self.warned]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.pruning.method import apart
 from woodfisher.pruning.pruner import Pruner
-from woodfisher.pruning.report import layers_of
+from woodfisher.pruning.report import Stage, layers_of
 from woodfisher.pruning.schedule import Polynomial, Schedule
 
 if TYPE_CHECKING:
@@ -131,32 +131,20 @@ class Epoch:
     eligible: bool
 
 
-@dataclass(frozen=True)
-class Removal:
-    """One time that weights were removed.
+@dataclass(frozen=True, kw_only=True)
+class Removal(Stage):
+    """One time that weights were removed, as its last stage did it.
 
     Attributes
     ----------
     step:
         Steps of the optimizer before it.
-    sparsity:
-        Reached with it.
-    predicted:
-        Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
     seconds:
-        That it took.
-    measured:
-        Change of the mean loss on the samples of the rows; None without samples.
-    damping:
-        λ that it was taken with; None where the curvature has none for all weights.
+        That it took, with all of its stages.
     """
 
     step: int
-    sparsity: float
-    predicted: float | None
     seconds: float
-    measured: float | None = None
-    damping: float | None = None
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from woodfisher.results.numbers import change, count, duration, per_cent, significant
 from woodfisher.results.page.charts import Series, chart, counting, logarithmic, signed_logarithmic, swatch
@@ -12,6 +12,7 @@ from woodfisher.results.page.parts import Figure, Section, Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from woodfisher.pruning.report import Stage
     from woodfisher.results.page.record import Staged, TrainReport
 
 _OPEN_ROWS = 8
@@ -21,16 +22,11 @@ _PREDICTED = "Predicted and measured change of the loss"
 
 
 class Change(NamedTuple):
-    """What one stage, or one removal in training, did to the loss."""
+    """What one stage, or one removal in training, did to the loss; and where it stands among the others."""
 
     at: int
     label: str
-    sparsity: float
-    predicted: float | None
-    measured: float | None
-    damping: float | None
-    accepted: bool = True
-    first_order: bool = False
+    stage: Stage
 
 
 class History(NamedTuple):
@@ -49,32 +45,28 @@ class History(NamedTuple):
     @property
     def damping(self) -> float | None:
         """λ of its last stage that moved the weights, or the one that was given."""
-        chosen = [c.damping for c in self.changes if c.damping and c.accepted]
+        chosen = [c.stage.damping for c in self.changes if c.stage.damping and c.stage.accepted]
         asked = _asked(self.method)
         return chosen[-1] if chosen else asked if isinstance(asked, float) and asked > 0 else None
 
 
 def staged(name: str, run: Staged, colour: int = 0) -> History:
     """A run in stages."""
-    changes = [
-        Change(n, f"stage {n}", s.sparsity, s.predicted, s.measured, s.damping, s.accepted, s.first_order)
-        for n, s in enumerate(run.stages, 1)
-    ]
+    changes = [Change(n, f"stage {n}", stage) for n, stage in enumerate(run.stages, 1)]
     return History(name, run.method, changes, colour)
 
 
 def trained(report: TrainReport) -> History:
     """The removals of a training run."""
-    changes = [
-        Change(r.step, f"step {count(r.step)}", r.sparsity, r.predicted, r.measured, r.damping)
-        for r in report.history
-    ]
+    changes = [Change(r.step, f"step {count(r.step)}", r) for r in report.history]
     return History(report.criterion, report.method, changes)
 
 
 def predictions_section(histories: Sequence[History], step: str = "stage", note: str = "") -> Section:
     """What the quadratic model expected, and what the loss did."""
-    histories = [history for history in histories if any(c.predicted is not None for c in history.changes)]
+    histories = [
+        history for history in histories if any(c.stage.predicted is not None for c in history.changes)
+    ]
     if not histories:
         return Section("stages", _PREDICTED, ["No curvature was estimated, so nothing was predicted."])
     text = (
@@ -95,38 +87,19 @@ def predictions_section(histories: Sequence[History], step: str = "stage", note:
 
 def _predictions(history: History, step: str, prefix: str) -> Figure:
     """Both by stage, on an axis that is logarithmic away from zero."""
-    accepted = [c for c in history.changes if c.accepted]
-    back = [c for c in history.changes if not c.accepted]
-    predicted = [(c, c.predicted) for c in accepted if c.predicted is not None]
-    measured = [(c, c.measured) for c in accepted if c.measured is not None]
-    undone = [(c, c.measured) for c in back if c.measured is not None]
+    accepted = [c for c in history.changes if c.stage.accepted]
+    back = [c for c in history.changes if not c.stage.accepted]
+    predicted = [(c, c.stage.predicted) for c in accepted if c.stage.predicted is not None]
+    measured = [(c, c.stage.measured) for c in accepted if c.stage.measured is not None]
+    undone = [(c, c.stage.measured) for c in back if c.stage.measured is not None]
     number, what = len(history.changes), "stage" if step == "stage" else "removal"
     caption = f"{prefix}{number} {what}{'s' * (number != 1)}"
     values = [value for points in (predicted, measured, undone) for _, value in points]
     x = counting(history.changes[-1].at, first=min(history.changes[0].at, 1))
     series = [
-        Series(
-            "predicted",
-            [(c.at, v) for c, v in predicted],
-            0,
-            notes=[f"{c.label}, to {per_cent(c.sparsity)}: predicted {change(v)}" for c, v in predicted],
-        ),
-        Series(
-            "measured",
-            [(c.at, v) for c, v in measured],
-            1,
-            "dots",
-            notes=[f"{c.label}, to {per_cent(c.sparsity)}: measured {change(v)}" for c, v in measured],
-        ),
-        Series(
-            "taken back",
-            [(c.at, v) for c, v in undone],
-            2,
-            "crosses",
-            notes=[
-                f"{c.label}, to {per_cent(c.sparsity)}: measured {change(v)}, taken back" for c, v in undone
-            ],
-        ),
+        _series("predicted", predicted, 0, "line", "predicted {}"),
+        _series("measured", measured, 1, "dots", "measured {}"),
+        _series("taken back", undone, 2, "crosses", "measured {}, taken back"),
     ]
     label = f"{caption}: predicted and measured change of the loss; the table below holds the values"
     where = "held-out samples" if history.adapts else "the samples of the rows"
@@ -143,17 +116,28 @@ def _predictions(history: History, step: str, prefix: str) -> Figure:
     )
 
 
+def _series(
+    name: str,
+    known: Sequence[tuple[Change, float]],
+    colour: int,
+    how: Literal["line", "dots", "crosses"],
+    told: str,
+) -> Series:
+    notes = [f"{c.label}, to {per_cent(c.stage.sparsity)}: {told.format(change(v))}" for c, v in known]
+    return Series(name, [(c.at, v) for c, v in known], colour, how, notes=notes)
+
+
 def _table(history: History, prefix: str, step: str) -> Table:
     rows = [
         [
             count(c.at),
-            per_cent(c.sparsity, 2),
-            _change(c.predicted),
-            _change(c.measured),
-            _ratio(c.predicted, c.measured),
+            per_cent(c.stage.sparsity, 2),
+            _change(c.stage.predicted),
+            _change(c.stage.measured),
+            _ratio(c.stage.predicted, c.stage.measured),
             _lambda(c, history.adapts),
-            "used" if c.first_order else "",
-            "" if c.accepted else "taken back",
+            "used" if c.stage.first_order else "",
+            "" if c.stage.accepted else "taken back",
         ]
         for c in history.changes
     ]
@@ -177,7 +161,7 @@ def _ratio(predicted: float | None, measured: float | None) -> str:
 
 
 def _lambda(c: Change, adapts: bool) -> str:
-    return significant(c.damping) if c.damping else "kept weights stay" if adapts else ""
+    return significant(c.stage.damping) if c.stage.damping else "kept weights stay" if adapts else ""
 
 
 def damping_section(histories: Sequence[History], step: str = "stage", note: str = "") -> Section:
@@ -185,7 +169,7 @@ def damping_section(histories: Sequence[History], step: str = "stage", note: str
     text = [note.strip()] if note else []
     series, legend = [], []
     for history in histories:
-        lines = [(c, c.damping) for c in history.changes if c.damping and c.accepted]
+        lines = [(c, c.stage.damping) for c in history.changes if c.stage.damping and c.stage.accepted]
         told = _told(history)
         if len(lines) == 1 and not isinstance(_asked(history.method), float):
             told += f" It is {significant(lines[0][1])}."
@@ -238,15 +222,15 @@ def taken_back_section(histories: Sequence[History], note: str = "") -> Section:
     checked = [history for history in histories if history.adapts]
     if not checked:
         return Section(key, title, ["Nothing: stages that don't adapt all stand."])
-    undone = [(history, c) for history in checked for c in history.changes if not c.accepted]
+    undone = [(history, c) for history in checked for c in history.changes if not c.stage.accepted]
     if not undone:
         return Section(key, title, ["Nothing: no stage raised the loss by far more than predicted."])
     rows = [
         [
             f"{history.name}, {c.label}" if len(checked) > 1 else c.label,
-            per_cent(c.sparsity, 2),
-            _change(c.predicted),
-            _change(c.measured),
+            per_cent(c.stage.sparsity, 2),
+            _change(c.stage.predicted),
+            _change(c.stage.measured),
             _lambda(c, adapts=True),
         ]
         for history, c in undone
