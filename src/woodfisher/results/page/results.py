@@ -142,6 +142,15 @@ def _flops_column(report: TaskReport) -> list[str]:
 
 def accuracy_section(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Section:
     """The metric against sparsity, one line a method, with its spread."""
+    return Section(
+        "accuracy",
+        "Metric against sparsity",
+        figures=[_accuracy_figure(report, names, family)],
+        tables=[_accuracy_table(report, names, family)],
+    )
+
+
+def _accuracy_figure(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Figure:
     measured = [(cell, cell.mean) for cell in report.summary if cell.mean is not None]
     edges = [mean + side * (cell.sd or 0.0) for cell, mean in measured for side in (-1, 1)]
     series = []
@@ -150,66 +159,46 @@ def accuracy_section(report: CompareReport, names: Sequence[str], family: Sequen
             ((c, mean) for c, mean in measured if c.criterion == name),
             key=lambda pair: pair[0].requested_sparsity,
         )
-        series.append(
-            Series(
-                name,
-                [(100 * c.requested_sparsity, mean) for c, mean in cells],
-                index,
-                spread=[c.sd for c, _ in cells],
-                dashed=index >= COLOURS,
-                notes=[
-                    f"{name} at {100 * c.requested_sparsity:g} %: {mean_score(mean, c.sd, report.metric)}"
-                    for c, mean in cells
-                ],
-            )
-        )
-    several = report.seeds > 1
+        notes = [
+            f"{name} at {100 * c.requested_sparsity:g} %: {mean_score(mean, c.sd, report.metric)}"
+            for c, mean in cells
+        ]
+        points = [(100 * c.requested_sparsity, mean) for c, mean in cells]
+        spread = [c.sd for c, _ in cells]
+        series.append(Series(name, points, index, spread=spread, dashed=index >= COLOURS, notes=notes))
+    x = linear([100 * sparsity for sparsity in family], tight=True, unit=" %")
+    y = linear([*edges, report.dense.metric])
     label = f"{report.metric} against sparsity for {len(names)} methods; the table below holds the values"
-    figure = Figure(
-        chart(
-            label,
-            series,
-            linear([100 * sparsity for sparsity in family], tight=True, unit=" %"),
-            linear([*edges, report.dense.metric]),
-            height=300,
-            rules=[(report.dense.metric, "rule")],
-        ),
-        "Every network was measured once on test data."
-        + (f" Points are means of {report.seeds} seeds, bars their standard deviation." if several else ""),
+    means = f" Points are means of {report.seeds} seeds, bars their standard deviation."
+    return Figure(
+        chart(label, series, x, y, height=300, rules=[(report.dense.metric, "rule")]),
+        f"Every network was measured once on test data.{means if report.seeds > 1 else ''}",
         y=f"test {report.metric}",
         x="sparsity",
         legend=[
-            *((swatch(index, dashed=index >= COLOURS), name) for index, name in enumerate(names)),
+            *((swatch(one.colour, dashed=one.dashed), one.name) for one in series),
             (key("rule", "level"), f"dense, {score(report.dense.metric, report.metric)}"),
         ],
     )
-    spread = f", mean ± standard deviation of {report.seeds} seeds" if several else ""
-    return Section(
-        "accuracy",
-        "Metric against sparsity",
-        figures=[figure],
-        tables=[
-            Table(
-                f"Test {report.metric}{spread}; dense {score(report.dense.metric, report.metric)}; the best of each "
-                "column is bold",
-                ["", *(f"{100 * sparsity:g} %" for sparsity in family)],
-                [
-                    [
-                        name,
-                        *(
-                            ", ".join(
-                                mean_score(c.mean, c.sd, report.metric)
-                                for c in report.summary
-                                if c.criterion == name and c.requested_sparsity == sparsity
-                            )
-                            for sparsity in family
-                        ),
-                    ]
-                    for name in names
-                ],
-                best=frozenset(_best(report, names, family)),
-            )
-        ],
+
+
+def _accuracy_table(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Table:
+    spread = f", mean ± standard deviation of {report.seeds} seeds" if report.seeds > 1 else ""
+    rows = [[name, *(_cells(report, name, sparsity) for sparsity in family)] for name in names]
+    return Table(
+        f"Test {report.metric}{spread}; dense {score(report.dense.metric, report.metric)}; the best of each column is "
+        "bold",
+        ["", *(f"{100 * sparsity:g} %" for sparsity in family)],
+        rows,
+        best=frozenset(_best(report, names, family)),
+    )
+
+
+def _cells(report: CompareReport, name: str, sparsity: float) -> str:
+    return ", ".join(
+        mean_score(c.mean, c.sd, report.metric)
+        for c in report.summary
+        if c.criterion == name and c.requested_sparsity == sparsity
     )
 
 
