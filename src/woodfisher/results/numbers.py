@@ -116,6 +116,15 @@ def fewer(kept: float, size: float) -> str:
     return f"{size / kept:.1f}× fewer" if kept else "none left"
 
 
+def given_name(kept: int, size: int) -> str:
+    """What a network that was given to be pruned is called; some of its weights may have been gone.
+
+    >>> given_name(10, 10), given_name(9, 10)
+    ('dense', 'as given')
+    """
+    return "dense" if kept == size else "as given"
+
+
 def score(value: float, metric: str) -> str:
     """The value of a metric of that name: to two decimals in per cent, and to four digits otherwise.
 

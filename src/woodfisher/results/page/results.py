@@ -10,6 +10,7 @@ from woodfisher.results.numbers import (
     count,
     duration,
     fewer,
+    given_name,
     mean_score,
     per_cent,
     score,
@@ -122,8 +123,7 @@ def _row(
 def _given(report: PruneReport | TrainReport) -> tuple[str, list[str]]:
     """What the network that was given is called, and its weights; reports of early versions don't have its layers."""
     layers = report.dense.layers or [replace(layer, kept=layer.size) for layer in report.layers]
-    dense = all(layer.kept == layer.size for layer in layers)
-    return "dense" if dense else "as given", _weights(report, layers)
+    return given_name(sum(layer.kept for layer in layers), report.size), _weights(report, layers)
 
 
 def _weights(report: PruneReport | TrainReport, layers: Sequence[Layer]) -> list[str]:
