@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.bar import Bar
 from rich.table import Table
 
 from woodfisher.cli.console import note
@@ -53,16 +54,16 @@ def before(content: Mapping[str, Any]) -> tuple[str, int]:
 
 
 def layers_table(title: str, columns: Mapping[str, Sequence[Layer]]) -> Table:
-    """Sparsity of each layer in columns of these headings, of which the last is drawn, too."""
+    """Sparsity of each layer in columns of these headings; the last is drawn, too, as wide as there is room."""
     table = Table(title=title)
     table.add_column("layer")
     for heading in ("weights", *columns):
         table.add_column(heading, justify="right")
-    table.add_column("")
+    table.add_column("", max_width=20)
     for layers in zip(*columns.values(), strict=True):
         drawn = layers[-1]
         cells = [f"{layer.sparsity:.1%}" for layer in layers]
-        table.add_row(drawn.name, f"{drawn.size:,}", *cells, "█" * round(20 * drawn.sparsity))
+        table.add_row(drawn.name, f"{drawn.size:,}", *cells, Bar(1, 0, drawn.sparsity))
     return table
 
 
