@@ -294,17 +294,7 @@ def train(
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
         )
-        asked = {
-            "task": task.name,
-            "weights": digest(task.model),
-            "samples": length(task.train),
-            "chosen": list(objective.layout.shapes),
-            "schedule": str(schedule),
-            "training": asdict(training),
-            "precision": precision,
-            "method": repr(pruner.method),
-            "seed": seed,
-        }
+        asked = _asked(task, pruner, training, precision)
         checkpoint = None if out is None else _checkpoint(out, asked, resume=resume)
         module = Finetuning(
             task, pruner, training, steps=steps, last=last, folder=out, options=asked, on_epoch=on_epoch
@@ -335,6 +325,21 @@ def _check(
         raise WoodfisherError(
             "distillation compares logits, for a task with a loss(outputs, targets); this one has none: distil=0."
         )
+
+
+def _asked(task: Task, pruner: Pruner, training: Training, precision: Precision) -> dict[str, Any]:
+    """What a run must have in common with the one that it resumes."""
+    return {
+        "task": task.name,
+        "weights": digest(task.model),
+        "samples": length(task.train),
+        "chosen": list(pruner.objective.layout.shapes),
+        "schedule": str(pruner.schedule),
+        "training": asdict(training),
+        "precision": precision,
+        "method": repr(pruner.method),
+        "seed": pruner.seed,
+    }
 
 
 def _checkpoint(out: Path, options: dict[str, Any], *, resume: bool) -> Path | None:
