@@ -23,9 +23,10 @@ import woodfisher as wf
 from woodfisher.cli import main
 from woodfisher.cli.console import out
 from woodfisher.cli.options import MethodOptions
+from woodfisher.cli.outcome import layers_table
 from woodfisher.cli.prune import _stages
 from woodfisher.pruning.method import METHODS
-from woodfisher.pruning.report import Stage
+from woodfisher.pruning.report import Layer, Stage
 from woodfisher.saving.saved import read
 from woodfisher.tasks import Task, load_task
 
@@ -410,6 +411,16 @@ def test_on_narrow_terminals_names_fold_and_numbers_stay_whole(monkeypatch, caps
         [".weig"],
         ["ht"],
     ]
+
+
+def test_on_narrow_terminals_bars_are_shorter_and_still_shares(monkeypatch, capsys):
+    layers = [Layer(name, 100, kept) for name, kept in (("first.conv.weight", 50), ("fc", 0))]
+    for columns, bars in (("120", [10, 20]), ("36", [3, 6])):
+        monkeypatch.setenv("COLUMNS", columns)
+        out().print(layers_table("", {"removed": layers}))
+        shown = capsys.readouterr().out
+        assert "…" not in shown
+        assert [line.count("█") for line in shown.splitlines() if "%" in line] == bars
 
 
 @pytest.mark.filterwarnings("ignore:every weight of")

@@ -319,6 +319,12 @@ def test_sides_take_turns():
     assert result.dense.median > 0
 
 
+def test_a_spread_takes_two_turns_at_least():
+    assert race(lambda: None, lambda: None, rounds=2, seconds=1e-6).dense.median > 0
+    with pytest.raises(wf.WoodfisherError, match="rounds must be a whole number of at least 2; 1 came"):
+        race(lambda: None, lambda: None, rounds=1)
+
+
 class Wrapped(nn.Module):
     """Returns an object with its outputs and a loss for an attribute."""
 

@@ -18,9 +18,9 @@ from models import DictModel, Recurrent, mlp, samples
 from reference import cut, loop_rows
 from woodfisher.cli import main
 from woodfisher.results.numbers import significant
+from woodfisher.results.tour_plots import pictures, pooled
 from woodfisher.tasks import load_task
 from woodfisher.tour import mass_shares, spectrum_summary
-from woodfisher.tour_plots import pictures, pooled
 
 MATRICES = ("Hessian", "Fisher", "empirical Fisher")
 

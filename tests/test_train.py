@@ -33,7 +33,7 @@ from woodfisher.saving.saved import read
 from woodfisher.tasks import Task, accuracy, load_task
 from woodfisher.tasks.images import flipped_and_shifted
 from woodfisher.training import Training, train
-from woodfisher.training.finetuning import WholeFiles, distance, read_checkpoint
+from woodfisher.training.finetuning import WholeFiles, distillation_loss, read_checkpoint
 
 CURVATURE = wf.WoodFisher(samples=20, block_size=None, damping=1e-2)
 QUICK = ["--epochs", "2", "--samples", "20"]
@@ -502,10 +502,10 @@ def test_distance_is_the_divergence_of_softened_outputs():
     student, teacher = torch.randn(2, 6, 4, dtype=torch.float64)
     p, q = (teacher / 3).softmax(-1), (student / 3).softmax(-1)
     expected = 9 * (p * (p / q).log()).sum(-1).mean()
-    assert distance(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-12)
-    assert distance(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-15)
+    assert distillation_loss(student, teacher, 3.0).item() == pytest.approx(expected.item(), rel=1e-12)
+    assert distillation_loss(teacher, teacher, 3.0).item() == pytest.approx(0, abs=1e-15)
     with pytest.raises(WoodfisherError, match="returned a tuple"):
-        distance((student,), teacher, 3.0)
+        distillation_loss((student,), teacher, 3.0)
     for outputs in (
         torch.randn(5),
         torch.randn(5, 1),
@@ -513,7 +513,7 @@ def test_distance_is_the_divergence_of_softened_outputs():
         with pytest.raises(
             WoodfisherError, match=r"two classes at least, and the model returned a tensor \(5,"
         ):
-            distance(outputs, outputs, 3.0)
+            distillation_loss(outputs, outputs, 3.0)
 
 
 def test_distillation_keeps_the_outputs_of_the_dense_network():
@@ -525,7 +525,7 @@ def test_distillation_keeps_the_outputs_of_the_dense_network():
         train(task, 0.3, Training(epochs=10, distil=share), criterion="magnitude")
         with torch.no_grad():
             pairs = zip(dense, (task.model(inputs) for inputs, _ in task.train), strict=True)
-            far[share] = sum(float(distance(now, before, 1.0)) for before, now in pairs)
+            far[share] = sum(float(distillation_loss(now, before, 1.0)) for before, now in pairs)
     assert far[1.0] < 0.5 * far[0.0]
     with pytest.raises(WoodfisherError, match="this one has none"):
         train(replace(small_task(), loss=None), 0.5, Training(distil=0.5))

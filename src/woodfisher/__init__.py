@@ -22,11 +22,11 @@ from woodfisher.pruning.pruner import Pruner
 from woodfisher.pruning.report import Report
 from woodfisher.pruning.schedule import Milestones, Polynomial, one_shot
 from woodfisher.pruning.window import Window
+from woodfisher.results.tour_plots import plot_tour
 from woodfisher.saving.saved import load_weights, save_weights
 from woodfisher.surgeon.channels import Cost, cost_of, shrink
 from woodfisher.surgeon.patterns import NM, Block, Channels, Heads, Unstructured
 from woodfisher.tour import Tour, tour
-from woodfisher.tour_plots import plot_tour
 
 __all__ = [
     "KFAC",

@@ -282,12 +282,12 @@ class Bench:
     @property
     def matrix_rate(self) -> float:
         """FLOP/s of a float32 matrix product, the median of all repetitions."""
-        return Spread(tuple(r for m in self.measurements for r in m.matrix_rate.values)).median
+        return statistics.median(r for m in self.measurements for r in m.matrix_rate.values)
 
     @property
     def bandwidth(self) -> float:
         """Bytes/s of a copy, the median of all repetitions."""
-        return Spread(tuple(r for m in self.measurements for r in m.bandwidth.values)).median
+        return statistics.median(r for m in self.measurements for r in m.bandwidth.values)
 
     @property
     def scaling(self) -> list[Scaling]:
@@ -353,7 +353,7 @@ def run_bench(
         for number, case in enumerate(grid.cases):
             report_progress("cases", number, len(grid.cases))
             measurements.append(_measure(case, grid, device, roofs))
-        share = Spread(tuple(roofs.shares)).median if roofs.shares else None
+        share = statistics.median(roofs.shares) if roofs.shares else None
         if share is not None and share < _QUIET:
             warn(
                 f"this process got {share:.0%} of the processor time that its threads asked for: other programs run, "

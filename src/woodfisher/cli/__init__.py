@@ -1,4 +1,4 @@
-"""The command line: one module a command, which only calls the public API."""
+"""The command line: one module a command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from woodfisher.cli.compare import Compare
 from woodfisher.cli.console import make_streams_usable, note, results_apart, several
 from woodfisher.cli.export import Export
 from woodfisher.cli.inspect import Inspect
-from woodfisher.cli.origin import given
+from woodfisher.cli.origin import remembered
 from woodfisher.cli.plan import Plan
 from woodfisher.cli.prune import Prune
 from woodfisher.cli.report import MakePage
@@ -68,7 +68,7 @@ def main(args: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return 0
         command = _parsed(args)
-        with warnings.catch_warnings(), given(args), results_apart():
+        with warnings.catch_warnings(), remembered(args), results_apart():
             warnings.simplefilter("always", WoodfisherWarning)
             warnings.showwarning = _shown_once()
             _check_alone(command)

@@ -23,14 +23,16 @@ from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.oneshot import SPARSITIES, sweep
 from woodfisher.results.examine import examine
-from woodfisher.results.metrics import mean_score, score
+from woodfisher.results.numbers import mean_score, score
 from woodfisher.results.page import require_page, save_page
 from woodfisher.results.plots import plot_accuracy, require_plots
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
+    from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
     from woodfisher.pruning.oneshot import Pruned
     from woodfisher.tasks import Task
@@ -85,97 +87,65 @@ class Compare:
     @_terminated_as_interrupted()
     def run(self) -> None:
         """Check everything, prune and evaluate seed by seed and method by method, write, show."""
+        methods, family = self._asked()
+        seeds = range(self.model.seed, self.model.seed + self.seeds)
+        runs = _Runs()
+        missing: list[dict[str, Any]] = []
+        try:
+            for seed in seeds:
+                self._run_seed(seed, methods, family, runs)
+        except KeyboardInterrupt:
+            missing = _missing(runs.results, seeds, list(methods), family)
+            if runs.failed or not missing:
+                raise
+            note("interrupted: what has ended is summed up")
+            runs.results += missing
+        runs.check()
+        content = self._content(runs)
+        if self.out is not None:
+            assert runs.objective is not None
+            self._write(self.out, content, runs.objective, methods)
+        if self.json:
+            print_json(content)
+        else:
+            _show(content, list(methods))
+        if missing:
+            raise KeyboardInterrupt(
+                f"interrupted; the results lack {len(missing)} of {len(runs.results)} networks"
+            )
+
+    def _asked(self) -> tuple[dict[str, Method], tuple[float, ...]]:
+        """The methods by name, and the sparsities; raises, before any work, on bad input."""
         if self.sparsity == ():
             raise WoodfisherError("name at least one sparsity, as in --sparsity 0.5 0.9.")
         for sparsity in self.sparsity or ():
             check_sparsity(sparsity)
         check_count("seeds", self.seeds)
         check_seed(self.model.seed + self.seeds - 1)
-        names = parse_methods(self.methods)
-        methods = {name: self.method.method(name, strict=False) for name in names}
-        pattern = methods[names[0]].pattern
-        family = tuple(dict.fromkeys(self.sparsity or ())) or (
-            (pattern.sparsity,) if pattern.sparsity else SPARSITIES
-        )
+        methods = {name: self.method.method(name, strict=False) for name in parse_methods(self.methods)}
+        pattern = next(iter(methods.values())).pattern
+        usual = (pattern.sparsity,) if pattern.sparsity else SPARSITIES
         if self.out is not None:
             check_folder(self.out)
             require_plots()
             require_page()
-        dense: list[float] = []
-        first: set[bytes] = set()
-        results: list[dict[str, Any]] = []
-        seeds = range(self.model.seed, self.model.seed + self.seeds)
-        missing: list[dict[str, Any]] = []
-        try:
-            for seed in seeds:
-                note(f"loading {self.model.task}, seed {seed}")
-                task = replace(self.model, seed=seed).load()
-                task = replace(task, train=Replay(task.train))
-                objective = self.model.objective(task)
-                dense.append(task.evaluate(task.model))
-                note(f"dense: {task.metric_name} {score(dense[-1], task.metric_name)}")
-                first.update(*map(fingerprints, take(task.train, 1)))
-                for name, method in methods.items():
-                    cells = self._results(task, name, method, family)
-                    results.extend({**cell, "seed": seed, "dense": dense[-1]} for cell in cells)
-        except KeyboardInterrupt:
-            missing = _missing(results, seeds, names, family)
-            if all("error" in result for result in results) or not missing:
-                raise
-            note("interrupted: what has ended is summed up")
-            results += missing
-        if len(dense) > 1 and len(first) == 1:
-            warn(
-                "the samples come in the same order whatever the seed, so that the spread over seeds tells little: "
-                "have the task take seed, or shuffle its training data."
-            )
-        if all("error" in result for result in results):
-            raise WoodfisherError("every run failed, as told above.")
-        summary = _summary(results)
-        content: dict[str, Any] = {
-            "task": self.model.task,
-            "metric": task.metric_name,
-            "preset": self.method.preset,
-            "seed": self.model.seed,
-            "seeds": self.seeds,
-            "dense": {"metric": statistics.fmean(dense)},
-            "summary": summary,
-            "results": results,
-        }
-        if self.out is not None:
-            curvatures = [method.curvature for method in methods.values()]
-            curvatures.sort(key=lambda curvature: not isinstance(curvature, WoodFisher))
-            content["examined"] = examine(objective, curvatures[0]).to_dict()
-            content["origin"] = origin(self.model.device)
-            curves = {
-                name: [
-                    (cell["requested_sparsity"], cell["mean"], cell["sd"])
-                    for cell in summary
-                    if cell["criterion"] == name and cell["runs"]
-                ]
-                for name in names
-            }
-            write_folder(
-                self.out,
-                {
-                    "report.json": lambda path: save_json(content, path),
-                    "results.csv": lambda path: save_csv([_row(result) for result in results], path),
-                },
-                {
-                    "accuracy.png": lambda path: plot_accuracy(
-                        curves, content["dense"]["metric"], task.metric_name, path
-                    ),
-                    "report.html": lambda path: save_page(content, path),
-                },
-            )
-        if self.json:
-            print_json(content)
-        else:
-            _show(content, names)
-        if missing:
-            raise KeyboardInterrupt(
-                f"interrupted; the results lack {len(missing)} of {len(results)} networks"
-            )
+        return methods, tuple(dict.fromkeys(self.sparsity or ())) or usual
+
+    def _run_seed(
+        self, seed: int, methods: Mapping[str, Method], family: tuple[float, ...], runs: _Runs
+    ) -> None:
+        """Prune the network of one seed by all methods to all sparsities, and add to `runs` what comes of each."""
+        note(f"loading {self.model.task}, seed {seed}")
+        task = replace(self.model, seed=seed).load()
+        task = replace(task, train=Replay(task.train))
+        runs.objective, runs.metric = self.model.objective(task), task.metric_name
+        dense = task.evaluate(task.model)
+        runs.dense.append(dense)
+        note(f"dense: {task.metric_name} {score(dense, task.metric_name)}")
+        runs.first.update(*map(fingerprints, take(task.train, 1)))
+        for name, method in methods.items():
+            cells = self._results(task, name, method, family)
+            runs.results.extend({**cell, "seed": seed, "dense": dense} for cell in cells)
 
     def _results(
         self, task: Task, name: str, method: Method, family: tuple[float, ...]
@@ -186,7 +156,7 @@ class Compare:
             label = "all sparsities" if together else f"{sparsities[0]:g}"
             try:
                 with progress(f"{name} to {label}") as show:
-                    runs: Sequence[Pruned | None] = sweep(
+                    pruned: Sequence[Pruned | None] = sweep(
                         task.model,
                         task.train,
                         task.loss,
@@ -198,24 +168,103 @@ class Compare:
                 error = ""
             except WoodfisherError as problem:
                 note(f"{name} at {label} failed: {problem}")
-                runs, error = [None] * len(sparsities), str(problem)
-            for sparsity, pruned in zip(sparsities, runs, strict=True):
-                cell = {"criterion": name, "requested_sparsity": sparsity}
-                if pruned is None:
-                    yield {**cell, "error": error}
-                    continue
-                model = copied(task.model)
-                pruned.write(model)
-                try:
-                    metric = task.evaluate(model)
-                except WoodfisherError as problem:
-                    note(f"{name} at {sparsity:g} failed: {problem}")
-                    yield {**cell, "error": str(problem)}
-                    continue
-                note(
-                    f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {score(metric, task.metric_name)}"
-                )
-                yield {**cell, "metric": metric, **pruned.report.to_dict()}
+                pruned, error = [None] * len(sparsities), str(problem)
+            for sparsity, one in zip(sparsities, pruned, strict=True):
+                found = {"error": error} if one is None else _measured(task, name, sparsity, one)
+                yield {"criterion": name, "requested_sparsity": sparsity, **found}
+
+    def _content(self, runs: _Runs) -> dict[str, Any]:
+        """What the report says of all runs."""
+        return {
+            "task": self.model.task,
+            "metric": runs.metric,
+            "preset": self.method.preset,
+            "seed": self.model.seed,
+            "seeds": self.seeds,
+            "dense": {"metric": statistics.fmean(runs.dense)},
+            "summary": _summary(runs.results),
+            "results": runs.results,
+        }
+
+    def _write(
+        self, folder: Path, content: dict[str, Any], objective: Objective, methods: Mapping[str, Method]
+    ) -> None:
+        """Write all files, with what is found of a dense network by the first Fisher among the curvatures."""
+        curvatures = [method.curvature for method in methods.values()]
+        fisher = next((one for one in curvatures if isinstance(one, WoodFisher)), curvatures[0])
+        content["examined"] = examine(objective, fisher).to_dict()
+        content["origin"] = origin(self.model.device)
+        curves = {
+            name: [
+                (cell["requested_sparsity"], cell["mean"], cell["sd"])
+                for cell in content["summary"]
+                if cell["criterion"] == name and cell["runs"]
+            ]
+            for name in methods
+        }
+        dense, metric = content["dense"]["metric"], content["metric"]
+        write_folder(
+            folder,
+            {
+                "report.json": lambda path: save_json(content, path),
+                "results.csv": lambda path: save_csv([_row(result) for result in content["results"]], path),
+            },
+            {
+                "accuracy.png": lambda path: plot_accuracy(curves, dense, metric, path),
+                "report.html": lambda path: save_page(content, path),
+            },
+        )
+
+
+@dataclass
+class _Runs:
+    """What has run so far.
+
+    Attributes
+    ----------
+    dense:
+        Metric of each seed's dense network.
+    first:
+        Digests of the samples that came first.
+    results:
+        Entries of the report.
+    objective, metric:
+        Of the network that came last, and the name of its task's metric.
+    """
+
+    dense: list[float] = field(default_factory=list)
+    first: set[bytes] = field(default_factory=set)
+    results: list[dict[str, Any]] = field(default_factory=list)
+    objective: Objective | None = None
+    metric: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether none has a result."""
+        return all("error" in result for result in self.results)
+
+    def check(self) -> None:
+        """Warn where the seeds changed little, and raise where nothing came of any run."""
+        if len(self.dense) > 1 and len(self.first) == 1:
+            warn(
+                "the samples come in the same order whatever the seed, so that the spread over seeds tells little: "
+                "have the task take seed, or shuffle its training data."
+            )
+        if self.failed:
+            raise WoodfisherError("every run failed, as told above.")
+
+
+def _measured(task: Task, name: str, sparsity: float, pruned: Pruned) -> dict[str, Any]:
+    """The report of a pruned network with its metric, or the `error` of that."""
+    model = copied(task.model)
+    pruned.write(model)
+    try:
+        metric = task.evaluate(model)
+    except WoodfisherError as problem:
+        note(f"{name} at {sparsity:g} failed: {problem}")
+        return {"error": str(problem)}
+    note(f"{name} {pruned.report.sparsity:.2%}: {task.metric_name} {score(metric, task.metric_name)}")
+    return {"metric": metric, **pruned.report.to_dict()}
 
 
 def _missing(

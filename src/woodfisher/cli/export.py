@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from rich.table import Table
 from tyro.conf import arg
@@ -26,7 +26,6 @@ from woodfisher.export import (
     race,
     save_dense,
     save_export,
-    semi_structured_layers,
     to_onnx,
     to_semi_structured,
     to_sparse,
@@ -44,9 +43,7 @@ if TYPE_CHECKING:
 
     from woodfisher.export import LayerSpeed
 
-    Run = Callable[[Any], list[torch.Tensor]]
-
-_TOLERANCE, _HALF_TOLERANCE = 1e-5, 1e-2
+    Forward = Callable[[Any], list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +102,7 @@ class Export:
         """Check everything, convert, compare, measure, write, show."""
         check_count("batch", self.batch)
         check_count("samples", self.samples)
+        form = _FORMS[self.to]
         tolerance = self._allowed
         check_positive("tolerance", tolerance, "the largest difference of outputs that is allowed")
         if self.weights is None:
@@ -119,18 +117,17 @@ class Export:
             )
         folder = self.out or self.weights.parent / self.to.replace(":", "-")
         check_folder(folder)
-        name = "model.onnx" if self.to == "onnx" else "model.safetensors"
-        check_other_file(folder / name, self.weights)
+        check_other_file(folder / form.file, self.weights)
         note(f"loading {self.task}")
         task = load_on(self.device, self.task, data_root=self.data_root, weights=self.weights)
         model = task.model.eval()
-        if self.to == "2:4":
+        if form.half:
             model = model.half()
         inputs = _inputs(task.validation, max(2, self.samples, self.batch), model)
-        layers = self._layers(model, _first(inputs, 1))
         with tempfile.TemporaryDirectory() as scratch:
-            draft = Path(scratch) / name
-            exported = self._exported(model, inputs, layers, draft)
+            draft = Path(scratch) / form.file
+            layers = form.write(self, model, inputs, draft) or []
+            exported = form.read(model, draft)
             checked = _first(inputs, self.samples)
             apart = difference(exported(checked), outputs_of(model, checked))
             if not apart <= tolerance:
@@ -157,7 +154,7 @@ class Export:
             write_folder(
                 folder,
                 {
-                    name: partial(shutil.copyfile, draft),
+                    form.file: partial(shutil.copyfile, draft),
                     "export.json": lambda path: save_json(content, path),
                 },
             )
@@ -169,38 +166,35 @@ class Export:
     @property
     def _allowed(self) -> float:
         """The tolerance."""
-        usual = _HALF_TOLERANCE if self.to == "2:4" else _TOLERANCE
-        return usual if self.tolerance is None else self.tolerance
+        return _FORMS[self.to].tolerance if self.tolerance is None else self.tolerance
 
-    def _layers(self, model: nn.Module, inputs: Any) -> list[LayerSpeed]:
-        """How layers do on one sample, for csr."""
-        return measure_layers(model, inputs) if self.to == "csr" else []
+    def _write_dense(self, model: nn.Module, inputs: Any, path: Path) -> None:
+        save_dense(model, path)
 
-    def _exported(self, model: nn.Module, inputs: Any, layers: list[LayerSpeed], path: Path) -> Run:
-        """Convert, write, and read back as what runs."""
-        if self.to == "onnx":
-            to_onnx(model, _first(inputs, max(2, self.samples)), path, tolerance=self._allowed)
-            return OnnxModel(path)
-        if self.to == "dense":
-            save_dense(model, path)
-        elif self.to == "csr":
-            sparse = to_sparse(model, self._chosen(layers))
-            if not self.layers:
-                self._check_faster(model, sparse, _first(inputs, 1))
-            save_export(sparse, path)
-        elif self.to == "channels":
-            one = _first(inputs, 1)
-            small = shrink(model, one)
-            before, after = cost_of(model, one), cost_of(small, one)
-            if after.parameters == before.parameters:
-                raise WoodfisherError(
-                    "no channel of the model can be cut out: prune it with pattern=wf.Channels.of(model, inputs) and "
-                    "params=pattern.params, which a task's pruning by command line doesn't, or take another form."
-                )
-            save_export(small, path)
-        else:
-            save_export(to_semi_structured(model, semi_structured_layers(model)), path)
-        return partial(outputs_of, load_export(model, path))
+    def _write_onnx(self, model: nn.Module, inputs: Any, path: Path) -> None:
+        to_onnx(model, _first(inputs, max(2, self.samples)), path, tolerance=self._allowed)
+
+    def _write_csr(self, model: nn.Module, inputs: Any, path: Path) -> list[LayerSpeed]:
+        one = _first(inputs, 1)
+        layers = measure_layers(model, one)
+        sparse = to_sparse(model, self._chosen(layers))
+        if not self.layers:
+            self._check_faster(model, sparse, one)
+        save_export(sparse, path)
+        return layers
+
+    def _write_semi_structured(self, model: nn.Module, inputs: Any, path: Path) -> None:
+        save_export(to_semi_structured(model), path)
+
+    def _write_channels(self, model: nn.Module, inputs: Any, path: Path) -> None:
+        one = _first(inputs, 1)
+        small = shrink(model, one)
+        if cost_of(small, one).parameters == cost_of(model, one).parameters:
+            raise WoodfisherError(
+                "no channel of the model can be cut out: prune it with pattern=wf.Channels.of(model, inputs) and "
+                "params=pattern.params, which a task's pruning by command line doesn't, or take another form."
+            )
+        save_export(small, path)
 
     def _chosen(self, layers: list[LayerSpeed]) -> dict[str, str]:
         """Name → layout of the layers to convert."""
@@ -232,7 +226,7 @@ class Export:
                 "written. --layers converts the ones that you name."
             )
 
-    def _measured(self, model: nn.Module, exported: Run, inputs: Any) -> list[dict[str, Any]]:
+    def _measured(self, model: nn.Module, exported: Forward, inputs: Any) -> list[dict[str, Any]]:
         results = []
         for count in dict.fromkeys((1, self.batch)):
             some = _first(inputs, count)
@@ -240,6 +234,32 @@ class Export:
             timed = race(partial(outputs_of, model, some), partial(exported, some))
             results.append({"batch": samples_in(some), **timed.to_dict(), "verdict": _verdict(timed)})
         return results
+
+
+def _read_export(model: nn.Module, path: Path) -> Forward:
+    return partial(outputs_of, load_export(model, path))
+
+
+class _Form(NamedTuple):
+    """A form: what writes it, and says of layers how they were timed; what reads it back; and how exact it is.
+
+    With `half`, the model that it is made of and compared with is in half precision.
+    """
+
+    write: Callable[[Export, nn.Module, Any, Path], list[LayerSpeed] | None]
+    read: Callable[[nn.Module, Path], Forward] = _read_export
+    file: str = "model.safetensors"
+    tolerance: float = 1e-5
+    half: bool = False
+
+
+_FORMS = {
+    "dense": _Form(Export._write_dense),
+    "onnx": _Form(Export._write_onnx, lambda _, path: OnnxModel(path), "model.onnx"),
+    "csr": _Form(Export._write_csr),
+    "2:4": _Form(Export._write_semi_structured, tolerance=1e-2, half=True),
+    "channels": _Form(Export._write_channels),
+}
 
 
 def _inputs(batches: Any, count: int, model: nn.Module) -> Any:

@@ -26,7 +26,7 @@ _arguments: ContextVar[Sequence[str] | None] = ContextVar("woodfisher_arguments"
 
 
 @contextmanager
-def given(arguments: Sequence[str]) -> Iterator[None]:
+def remembered(arguments: Sequence[str]) -> Iterator[None]:
     """Remember the arguments of the command that runs inside the block."""
     token = _arguments.set(arguments)
     try:

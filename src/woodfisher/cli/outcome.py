@@ -6,24 +6,27 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.bar import Bar
+from rich.table import Table
+
 from woodfisher.cli.console import note
 from woodfisher.cli.origin import origin
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import check_other_file, save_json, text_of, write_folder
 from woodfisher.pruning.report import layers_of
 from woodfisher.results.examine import examine
-from woodfisher.results.metrics import score
+from woodfisher.results.numbers import given_name, score
 from woodfisher.results.page import save_page
 from woodfisher.saving.saved import packed_model
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from woodfisher.cli.options import TaskOptions
     from woodfisher.gradients.objective import Objective
     from woodfisher.pruning.method import Method
-    from woodfisher.pruning.report import Report
+    from woodfisher.pruning.report import Layer, Report
     from woodfisher.tasks import Task
     from woodfisher.training.gradual import Trained
 
@@ -47,7 +50,21 @@ def layers_given(objective: Objective) -> list[dict[str, Any]]:
 def before(content: Mapping[str, Any]) -> tuple[str, int]:
     """What a table calls the network that a command was given, and how many weights it keeps."""
     kept = sum(layer["kept"] for layer in content["dense"]["layers"])
-    return "dense" if kept == content["size"] else "as given", kept
+    return given_name(kept, content["size"]), kept
+
+
+def layers_table(title: str, columns: Mapping[str, Sequence[Layer]]) -> Table:
+    """Sparsity of each layer in columns of these headings; the last is drawn, too, as wide as there is room."""
+    table = Table(title=title)
+    table.add_column("layer")
+    for heading in ("weights", *columns):
+        table.add_column(heading, justify="right")
+    table.add_column("", max_width=20)
+    for layers in zip(*columns.values(), strict=True):
+        drawn = layers[-1]
+        cells = [f"{layer.sparsity:.1%}" for layer in layers]
+        table.add_row(drawn.name, f"{drawn.size:,}", *cells, Bar(1, 0, drawn.sparsity))
+    return table
 
 
 def where(content: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from woodfisher.cli.outcome import (
     evaluate_if_possible,
     folder_for,
     layers_given,
+    layers_table,
     where,
 )
 from woodfisher.distributed import together
@@ -27,7 +28,7 @@ from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.gradients.isolation import copied
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.oneshot import prune
-from woodfisher.results.metrics import mean_score, score
+from woodfisher.results.numbers import mean_score, score
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_layers, require_plots
 
@@ -201,19 +202,8 @@ def _show(task: Task, report: Report, magnitude: Report, content: dict[str, Any]
             name, mean_score(metric, None, task.metric_name), f"{run.kept:,}", f"{run.seconds['total']:.1f} s"
         )
     console.print(summary)
-
-    layers = Table(title="Sparsity of each layer, as the ranking chose it")
-    layers.add_column("layer")
-    layers.add_column("weights", justify="right")
-    if content["criterion"] != "magnitude":
-        layers.add_column("magnitude", justify="right")
-    layers.add_column(content["criterion"], justify="right")
-    layers.add_column("")
-    for layer, other in zip(report.layers, magnitude.layers, strict=True):
-        values = [layer.sparsity] if content["criterion"] == "magnitude" else [other.sparsity, layer.sparsity]
-        cells = [f"{value:.1%}" for value in values]
-        layers.add_row(layer.name, f"{layer.size:,}", *cells, "█" * round(20 * layer.sparsity))
-    console.print(layers)
+    columns = {"magnitude": magnitude.layers, content["criterion"]: report.layers}
+    console.print(layers_table("Sparsity of each layer, as the ranking chose it", columns))
     if any(stage.measured is not None for stage in report.stages):
         console.print(_stages(report))
     console.print(size_on_disk(content["bytes"]))

@@ -13,11 +13,10 @@ from woodfisher.cli.options import Folder, TaskOptions
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import save_csv, save_json, text_of, write_folder
 from woodfisher.gradients.isolation import copied
-from woodfisher.results.metrics import score
-from woodfisher.results.numbers import fixed, per_cent, significant
+from woodfisher.results.numbers import fixed, per_cent, score, significant
 from woodfisher.results.plots import require_plots
+from woodfisher.results.tour_plots import ends, pictures
 from woodfisher.tour import EMPIRICAL, FISHER, HESSIAN, tour
-from woodfisher.tour_plots import ends, pictures
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,11 +18,12 @@ from woodfisher.cli.outcome import (
     evaluate_if_possible,
     folder_for,
     layers_given,
+    layers_table,
     where,
 )
 from woodfisher.pruning.method import METHODS
 from woodfisher.pruning.schedule import Polynomial
-from woodfisher.results.metrics import mean_score, score
+from woodfisher.results.numbers import mean_score, score
 from woodfisher.results.page import require_page
 from woodfisher.results.plots import plot_training, require_plots
 from woodfisher.training.gradual import Training, gradually, require_lightning, train
@@ -168,16 +169,7 @@ def _show(task: Task, trained: Trained, content: dict[str, Any]) -> None:
         f"{content['kept']:,}",
     )
     console.print(summary)
-    layers = Table(title="Sparsity of each layer")
-    layers.add_column("layer")
-    layers.add_column("weights", justify="right")
-    layers.add_column("removed", justify="right")
-    layers.add_column("")
-    for layer in trained.layers:
-        layers.add_row(
-            layer.name, f"{layer.size:,}", f"{layer.sparsity:.1%}", "█" * round(20 * layer.sparsity)
-        )
-    console.print(layers)
+    console.print(layers_table("Sparsity of each layer", {"removed": trained.layers}))
     seconds = trained.seconds
     console.print(
         f"{seconds['total']:.1f} s, of which {seconds['pruning']:.1f} s ({content['pruning_share']:.0%}) pruned "

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.benchmark import Timer
 
+from woodfisher.checks import check_count
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -74,8 +76,9 @@ def race(
 ) -> Race:
     """Time two functions in turns, so that whatever else the machine does hits both.
 
-    It computes without gradients, with as many threads as torch has now.
+    It computes without gradients, with as many threads as torch has now. Each gets `rounds` turns, two at least.
     """
+    check_count("rounds", rounds, least=2)
     threads = torch.get_num_threads()
     timers = [Timer("call()", globals={"call": call}, num_threads=threads) for call in (dense, sparse)]
     times: tuple[list[float], list[float]] = ([], [])

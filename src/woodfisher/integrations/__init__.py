@@ -1,1 +1,1 @@
-"""Pruning inside other libraries' training loops: each module needs that library, and only calls `Pruner`."""
+"""Pruning inside other libraries' training loops: each module needs that library, and has a `Pruner` step in it."""

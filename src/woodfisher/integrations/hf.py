@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import unreadable, write_whole
-from woodfisher.integrations.made import Made, warn_unless_done
+from woodfisher.integrations.source import PrunerSource, warn_unless_done
 
 with extra("hf", "pruning in Hugging Face's Trainer needs transformers and accelerate"):
     from transformers import TrainerCallback
@@ -71,8 +71,8 @@ class PruningCallback(TrainerCallback):
         if Path(name).name != name:
             raise WoodfisherError(f"name is a part of a file's name; {name!r} came, which is a path.")
         self.name = name
-        self._made = Made(pruner)
-        self.pruner = self._made.given
+        self._source = PrunerSource(pruner)
+        self.pruner = self._source.given
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
         suffix = f"-{name}" if name else ""
         self._mark, self._file = f"woodfisher{suffix}", f"pruner{suffix}.safetensors"
@@ -99,7 +99,7 @@ class PruningCallback(TrainerCallback):
             )
         assert model is not None
         self.pruner = None  # the last one may hold the masks of the same model
-        self.pruner = self._made.of(model)
+        self.pruner = self._source.of(model)
         if state.global_step:
             file = (self._checkpoint or _folder(args, state)) / self._file
             self._resume(self.pruner, file, marked=self._mark in marks)

@@ -8,7 +8,7 @@ import torch
 
 from woodfisher.errors import extra
 from woodfisher.gradients.parameters import unwrapped
-from woodfisher.integrations.made import Made, warn_unless_done
+from woodfisher.integrations.source import PrunerSource, warn_unless_done
 
 with extra("train", "training needs Lightning"):
     from lightning.pytorch import Callback
@@ -59,17 +59,17 @@ class PruningCallback(Callback):
         name: str = "",
     ) -> None:
         self.name = name
-        self._made = Made(pruner)
-        self.pruner = self._made.given
+        self._source = PrunerSource(pruner)
+        self.pruner = self._source.given
         self._on_pruned = on_pruned
         self._loaded: dict[str, Any] | None = None
         self._steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.pruner is None or self.pruner.missing_in(pl_module):
-            if self.pruner is not None and self._made.given is None:
+            if self.pruner is not None and self._source.given is None:
                 self.pruner.release()  # it may hold masks of a part of the module
-            self.pruner = self._made.of(pl_module)
+            self.pruner = self._source.of(pl_module)
         self._load()
 
     def _load(self) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ROWS = 128
 """Most gradient rows that a spectrum is made of."""
 
-LEAST_ROWS = 8
+LEAST_SPECTRUM_ROWS = 8
 """Rows below which one says nothing."""
 
 ROW_MEMORY = 256 * 2**20
@@ -125,15 +125,15 @@ def spectrum_by_layer(objective: Objective, labels: Literal["data", "model"] = "
     Raises
     ------
     WoodfisherError
-        Where rows can't be taken, or a layer is so large that fewer than `LEAST_ROWS` fit.
+        Where rows can't be taken, or a layer is so large that fewer than `LEAST_SPECTRUM_ROWS` fit.
     """
     layout = objective.layout
     fit = ROW_MEMORY // (max(layout.sizes) * objective.weights.element_size())
     known = objective.known_samples()
     samples = min(ROWS, fit, ROWS if known is None else known)
-    if samples < LEAST_ROWS:
+    if samples < LEAST_SPECTRUM_ROWS:
         raise WoodfisherError(
-            f"a spectrum takes {LEAST_ROWS} gradient rows at least; for the largest layer {fit} fit into "
+            f"a spectrum takes {LEAST_SPECTRUM_ROWS} gradient rows at least; for the largest layer {fit} fit into "
             f"{ROW_MEMORY / 2**20:.0f} MiB"
             + ("." if known is None else f", and the data has {known} samples.")
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import extra
-from woodfisher.results.metrics import score
+from woodfisher.results.numbers import score
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -146,7 +146,9 @@ class Finetuning(LightningModule):
             arguments, named = arguments_of(map_tensors(torch.clone, batch))
             with torch.no_grad():
                 wanted = full_precision(teacher(*arguments, **named))
-            loss = (1 - share) * loss + share * distance(outputs, wanted, self.training_options.temperature)
+            loss = (1 - share) * loss + share * distillation_loss(
+                outputs, wanted, self.training_options.temperature
+            )
         self._loss = self._loss + loss.detach()
         return loss
 
@@ -191,17 +193,8 @@ class Finetuning(LightningModule):
 
     def note_removal(self, step: int, report: Report) -> None:
         """Remember that weights were removed."""
-        last = report.stages[-1]
-        self.removals.append(
-            Removal(
-                step,
-                report.sparsity,
-                last.predicted,
-                report.seconds["total"],
-                measured=last.measured,
-                damping=last.damping,
-            )
-        )
+        last = asdict(report.stages[-1])
+        self.removals.append(Removal(**last, step=step, seconds=report.seconds["total"]))
         self.warned += [message for message in report.warnings if message not in self.warned]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -253,7 +246,7 @@ class Epochs:
         yield from data
 
 
-def distance(outputs: Any, wanted: Any, temperature: float) -> Tensor:
+def distillation_loss(outputs: Any, wanted: Any, temperature: float) -> Tensor:
     """T² · KL(teacher ‖ student) of logits `N × … × classes` at temperature T, the mean over samples."""
     if not isinstance(outputs, Tensor) or outputs.ndim < 2 or outputs.shape[-1] < 2:
         came = f"tensor {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__

@@ -28,7 +28,7 @@ from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.pruning.method import apart
 from woodfisher.pruning.pruner import Pruner
-from woodfisher.pruning.report import layers_of
+from woodfisher.pruning.report import Stage, layers_of
 from woodfisher.pruning.schedule import Polynomial, Schedule
 
 if TYPE_CHECKING:
@@ -131,32 +131,20 @@ class Epoch:
     eligible: bool
 
 
-@dataclass(frozen=True)
-class Removal:
-    """One time that weights were removed.
+@dataclass(frozen=True, kw_only=True)
+class Removal(Stage):
+    """One time that weights were removed, as its last stage did it.
 
     Attributes
     ----------
     step:
         Steps of the optimizer before it.
-    sparsity:
-        Reached with it.
-    predicted:
-        Change of the mean loss that the quadratic model expects of it; None where no curvature was estimated.
     seconds:
-        That it took.
-    measured:
-        Change of the mean loss on the samples of the rows; None without samples.
-    damping:
-        λ that it was taken with; None where the curvature has none for all weights.
+        That it took, with all of its stages.
     """
 
     step: int
-    sparsity: float
-    predicted: float | None
     seconds: float
-    measured: float | None = None
-    damping: float | None = None
 
 
 @dataclass(frozen=True)
@@ -306,17 +294,7 @@ def train(
         pruner = Pruner(
             model, objective, schedule, criterion=criterion, seed=seed, progress=progress, **parts
         )
-        asked = {
-            "task": task.name,
-            "weights": digest(task.model),
-            "samples": length(task.train),
-            "chosen": list(objective.layout.shapes),
-            "schedule": str(schedule),
-            "training": asdict(training),
-            "precision": precision,
-            "method": repr(pruner.method),
-            "seed": seed,
-        }
+        asked = _asked(task, pruner, training, precision)
         checkpoint = None if out is None else _checkpoint(out, asked, resume=resume)
         module = Finetuning(
             task, pruner, training, steps=steps, last=last, folder=out, options=asked, on_epoch=on_epoch
@@ -347,6 +325,21 @@ def _check(
         raise WoodfisherError(
             "distillation compares logits, for a task with a loss(outputs, targets); this one has none: distil=0."
         )
+
+
+def _asked(task: Task, pruner: Pruner, training: Training, precision: Precision) -> dict[str, Any]:
+    """What a run must have in common with the one that it resumes."""
+    return {
+        "task": task.name,
+        "weights": digest(task.model),
+        "samples": length(task.train),
+        "chosen": list(pruner.objective.layout.shapes),
+        "schedule": str(pruner.schedule),
+        "training": asdict(training),
+        "precision": precision,
+        "method": repr(pruner.method),
+        "seed": pruner.seed,
+    }
 
 
 def _checkpoint(out: Path, options: dict[str, Any], *, resume: bool) -> Path | None:

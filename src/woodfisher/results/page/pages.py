@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from woodfisher.results.metrics import difference, mean_score, score
-from woodfisher.results.numbers import count, duration, per_cent, significant
-from woodfisher.results.page.layers import Pruned, flops_section, sparsity_section, spectrum_section
+from woodfisher.results.numbers import count, duration, mean_score, per_cent, score, signed_score, significant
+from woodfisher.results.page.layers import MethodLayers, flops_section, sparsity_section, spectrum_section
 from woodfisher.results.page.parts import Card, Page, Section, Table
-from woodfisher.results.page.record import Comparison, Gradual, Pruning, Result
+from woodfisher.results.page.record import CompareReport, PruneReport, Result, TrainReport
 from woodfisher.results.page.results import (
     accuracy_section,
     flops_card,
@@ -42,26 +41,26 @@ _GREY = 7
 
 def page_of(report: AnyReport) -> Page:
     """The page of a report of any command."""
-    if isinstance(report, Comparison):
+    if isinstance(report, CompareReport):
         return _comparison(report)
-    if isinstance(report, Gradual):
+    if isinstance(report, TrainReport):
         return _gradual(report)
     return _pruning(report)
 
 
-def _pruning(report: Pruning) -> Page:
+def _pruning(report: PruneReport) -> Page:
     by_size = report.magnitude if report.criterion != "magnitude" else None
-    methods = [Pruned(report.criterion, report.layers)]
+    methods = [MethodLayers(report.criterion, report.layers)]
     told, beside = verdict(report), ""
     if by_size is not None:
         if by_size.metric is not None:
             told += f" Removing the smallest weights instead gives {score(by_size.metric, report.metric)}."
         beside = f", magnitude {mean_score(by_size.metric, None, report.metric)}"
         if by_size.layers is not None:
-            methods.append(Pruned("magnitude", by_size.layers, _GREY))
+            methods.append(MethodLayers("magnitude", by_size.layers, _GREY))
     if report.max_drop is not None:
         told += f" The validation metric was to fall by no more than {per_cent(report.max_drop)}."
-    run = staged(report.criterion, report)
+    history = staged(report.criterion, report)
     return Page(
         command="prune",
         title=f"{report.task}: {per_cent(report.sparsity, 2)} of the weights removed",
@@ -78,10 +77,10 @@ def _pruning(report: Pruning) -> Page:
             _warnings(report.warnings),
             sparsity_section(methods),
             flops_section(report, methods),
-            predictions_section([run]),
-            damping_section([run]),
-            spectrum_section(report, run.damping, "after pruning"),
-            taken_back_section([run]),
+            predictions_section([history]),
+            damping_section([history]),
+            spectrum_section(report, history.damping, "after pruning"),
+            taken_back_section([history]),
             time_section(report.seconds),
             _method([(report.criterion, report.method)]),
         ],
@@ -90,9 +89,9 @@ def _pruning(report: Pruning) -> Page:
     )
 
 
-def _gradual(report: Gradual) -> Page:
-    run = trained(report)
-    methods = [Pruned(report.criterion, report.layers)]
+def _gradual(report: TrainReport) -> Page:
+    history = trained(report)
+    methods = [MethodLayers(report.criterion, report.layers)]
     return Page(
         command="train",
         title=f"{report.task}: {per_cent(report.sparsity, 2)} of the weights removed in training",
@@ -111,10 +110,10 @@ def _gradual(report: Gradual) -> Page:
             training_section(report),
             sparsity_section(methods),
             flops_section(report, methods),
-            predictions_section([run], "step"),
-            damping_section([run], "step"),
-            spectrum_section(report, run.damping, "at the end"),
-            taken_back_section([run]),
+            predictions_section([history], "step"),
+            damping_section([history], "step"),
+            spectrum_section(report, history.damping, "at the end"),
+            taken_back_section([history]),
             time_section(report.seconds),
             _method([(report.criterion, report.method)]),
         ],
@@ -123,7 +122,7 @@ def _gradual(report: Gradual) -> Page:
     )
 
 
-def _comparison(report: Comparison) -> Page:
+def _comparison(report: CompareReport) -> Page:
     names = list(dict.fromkeys(cell.criterion for cell in report.summary))
     family = sorted({cell.requested_sparsity for cell in report.summary})
     results = [result for result in report.results if isinstance(result, Result)]
@@ -136,12 +135,12 @@ def _comparison(report: Comparison) -> Page:
     ]
     messages += dict.fromkeys(f"{one.criterion}: {text}" for one in results for text in one.warnings)
     told, cards = _led(report, leader, shown)
-    runs = [
+    histories = [
         staged(one.criterion, one, names.index(one.criterion))
         for one in shown
         if any(stage.predicted is not None for stage in one.stages)
     ]
-    methods = [Pruned(one.criterion, one.layers, names.index(one.criterion)) for one in shown]
+    methods = [MethodLayers(one.criterion, one.layers, names.index(one.criterion)) for one in shown]
     note = "Of the sparsest run of each method, at its first seed. "
     return Page(
         command="compare",
@@ -153,9 +152,13 @@ def _comparison(report: Comparison) -> Page:
             accuracy_section(report, names, family),
             _warnings(messages),
             *([sparsity_section(methods, note), flops_section(report, methods, note)] if methods else []),
-            *([predictions_section(runs, note=note), damping_section(runs, note=note)] if runs else []),
+            *(
+                [predictions_section(histories, note=note), damping_section(histories, note=note)]
+                if histories
+                else []
+            ),
             spectrum_section(report, None, "of the dense network"),
-            *([taken_back_section(runs, note)] if runs else []),
+            *([taken_back_section(histories, note)] if histories else []),
             _method([(one.criterion, one.method) for one in shown]),
         ],
         seed=report.seed,
@@ -163,7 +166,7 @@ def _comparison(report: Comparison) -> Page:
     )
 
 
-def _leader(report: Comparison) -> Cell | None:
+def _leader(report: CompareReport) -> Cell | None:
     """The best method at the highest sparsity that any reached."""
     measured = [
         (c.requested_sparsity, c.mean, -n) for n, c in enumerate(report.summary) if c.mean is not None
@@ -171,7 +174,7 @@ def _leader(report: Comparison) -> Cell | None:
     return report.summary[-max(measured)[2]] if measured else None
 
 
-def _led(report: Comparison, best: Cell | None, shown: Sequence[Result]) -> tuple[str, list[Card]]:
+def _led(report: CompareReport, best: Cell | None, shown: Sequence[Result]) -> tuple[str, list[Card]]:
     """How good the leader is, in a sentence and on cards."""
     cards = [Card("Dense network", score(report.dense.metric, report.metric), f"test {report.metric}")]
     if best is None or best.mean is None:
@@ -190,7 +193,7 @@ def _led(report: Comparison, best: Cell | None, shown: Sequence[Result]) -> tupl
     slowest = max((c.seconds or 0.0 for c in report.summary if c.criterion == best.criterion), default=0.0)
     cards.append(Card("Time", duration(slowest), f"at most for a run of {best.criterion}"))
     seeds = f", mean of {report.seeds} seeds" if report.seeds > 1 else ""
-    change = difference(best.mean - report.dense.metric, report.metric)
+    change = signed_score(best.mean - report.dense.metric, report.metric)
     return (
         f"At {at} {best.criterion} is best with {score(best.mean, report.metric)}{seeds}, {change} against the "
         "dense network.",

@@ -76,7 +76,7 @@ class Origin(Record):
     threads: Count
 
 
-class Task(Record):
+class TaskReport(Record):
     """What every report says of the task."""
 
     task: str
@@ -106,7 +106,7 @@ class Staged(Outcome):
     stages: list[Stage]
 
 
-class Pruning(Task, Staged):
+class PruneReport(TaskReport, Staged):
     """The report of `woodfisher prune`."""
 
     criterion: str
@@ -115,7 +115,7 @@ class Pruning(Task, Staged):
     max_drop: float | None = None
 
 
-class Gradual(Task, Outcome):
+class TrainReport(TaskReport, Outcome):
     """The report of `woodfisher train`."""
 
     criterion: str
@@ -155,7 +155,7 @@ class Cell(Record):
     seconds: float | None
 
 
-class Comparison(Task):
+class CompareReport(TaskReport):
     """The report of `woodfisher compare`."""
 
     seeds: Count
@@ -176,13 +176,13 @@ def _kind(value: object) -> str | None:
     return next((kind for mark, kind in marks.items() if isinstance(value, dict) and mark in value), None)
 
 
-AnyReport = Pruning | Gradual | Comparison
+AnyReport = PruneReport | TrainReport | CompareReport
 
 _ANY: TypeAdapter[AnyReport] = TypeAdapter(
     Annotated[
-        Annotated[Pruning, Tag("prune")]
-        | Annotated[Gradual, Tag("train")]
-        | Annotated[Comparison, Tag("compare")],
+        Annotated[PruneReport, Tag("prune")]
+        | Annotated[TrainReport, Tag("train")]
+        | Annotated[CompareReport, Tag("compare")],
         Discriminator(_kind),
     ]
 )

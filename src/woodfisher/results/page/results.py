@@ -5,8 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import difference, mean_score, score, vanishes
-from woodfisher.results.numbers import amount, count, duration, fewer, per_cent
+from woodfisher.results.numbers import (
+    amount,
+    count,
+    duration,
+    fewer,
+    given_name,
+    mean_score,
+    per_cent,
+    score,
+    signed_score,
+    vanishes,
+)
 from woodfisher.results.page.charts import COLOURS, Series, chart, key, linear, swatch
 from woodfisher.results.page.layers import flops_left, known_flops
 from woodfisher.results.page.parts import Card, Figure, Section, Table
@@ -15,10 +25,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from woodfisher.pruning.report import Layer
-    from woodfisher.results.page.record import Comparison, Gradual, Outcome, Pruning, Task
+    from woodfisher.results.page.record import CompareReport, Outcome, PruneReport, TaskReport, TrainReport
 
 
-def verdict(report: Pruning | Gradual) -> str:
+def verdict(report: PruneReport | TrainReport) -> str:
     """What the metric did, in a sentence."""
     metric, left = report.pruned.metric, f"{count(report.kept)} of {count(report.size)} weights left"
     if metric is None:
@@ -33,9 +43,9 @@ def verdict(report: Pruning | Gradual) -> str:
     return f"With {left}, test {name} {moved} {value}."
 
 
-def metric_card(report: Task, metric: float | None, beside: str = "") -> Card:
+def metric_card(report: TaskReport, metric: float | None, beside: str = "") -> Card:
     """The metric against the dense network's."""
-    change = "" if metric is None else f" ({difference(metric - report.dense.metric, report.metric)})"
+    change = "" if metric is None else f" ({signed_score(metric - report.dense.metric, report.metric)})"
     return Card(
         f"Test {report.metric}",
         mean_score(metric, None, report.metric),
@@ -50,7 +60,7 @@ def size_card(outcome: Outcome) -> Card:
     )
 
 
-def flops_card(report: Task, outcome: Outcome) -> Card:
+def flops_card(report: TaskReport, outcome: Outcome) -> Card:
     """FLOPs left, where they were counted."""
     sums = flops_left(report, outcome.layers)
     if sums is None:
@@ -69,7 +79,7 @@ def time_card(seconds: Mapping[str, float]) -> Card:
     )
 
 
-def result_section(report: Pruning) -> Section:
+def result_section(report: PruneReport) -> Section:
     """Dense, magnitude and the method side by side."""
     columns = ["", "test", "against dense", "weights left", "removed", *_flops_column(report), "time"]
     name, weights = _given(report)
@@ -82,7 +92,7 @@ def result_section(report: Pruning) -> Section:
     return Section("result", "Result", tables=[Table(f"On test data, {report.metric}", columns, rows)])
 
 
-def trained_section(report: Gradual) -> Section:
+def trained_section(report: TrainReport) -> Section:
     """Dense and trained side by side, on test and validation data."""
     columns = ["", "test", "validation", "weights left", "removed", *_flops_column(report)]
     name, weights = _given(report)
@@ -103,19 +113,20 @@ def trained_section(report: Gradual) -> Section:
     return Section("result", "Result", tables=[Table(report.metric, columns, rows)])
 
 
-def _row(name: str, metric: float | None, report: Pruning, layers: Sequence[Layer], took: str) -> list[str]:
-    change = "" if metric is None else difference(metric - report.dense.metric, report.metric)
+def _row(
+    name: str, metric: float | None, report: PruneReport, layers: Sequence[Layer], took: str
+) -> list[str]:
+    change = "" if metric is None else signed_score(metric - report.dense.metric, report.metric)
     return [name, mean_score(metric, None, report.metric), change, *_weights(report, layers), took]
 
 
-def _given(report: Pruning | Gradual) -> tuple[str, list[str]]:
+def _given(report: PruneReport | TrainReport) -> tuple[str, list[str]]:
     """What the network that was given is called, and its weights; reports of early versions don't have its layers."""
     layers = report.dense.layers or [replace(layer, kept=layer.size) for layer in report.layers]
-    dense = all(layer.kept == layer.size for layer in layers)
-    return "dense" if dense else "as given", _weights(report, layers)
+    return given_name(sum(layer.kept for layer in layers), report.size), _weights(report, layers)
 
 
-def _weights(report: Pruning | Gradual, layers: Sequence[Layer]) -> list[str]:
+def _weights(report: PruneReport | TrainReport, layers: Sequence[Layer]) -> list[str]:
     """Weights left, their sparsity, and FLOPs left where they are known."""
     kept = sum(layer.kept for layer in layers)
     cells = [count(kept), per_cent(1 - kept / report.size, 2)]
@@ -125,12 +136,21 @@ def _weights(report: Pruning | Gradual, layers: Sequence[Layer]) -> list[str]:
     return cells
 
 
-def _flops_column(report: Task) -> list[str]:
+def _flops_column(report: TaskReport) -> list[str]:
     return ["FLOPs a sample"] if known_flops(report) else []
 
 
-def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[float]) -> Section:
+def accuracy_section(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Section:
     """The metric against sparsity, one line a method, with its spread."""
+    return Section(
+        "accuracy",
+        "Metric against sparsity",
+        figures=[_accuracy_figure(report, names, family)],
+        tables=[_accuracy_table(report, names, family)],
+    )
+
+
+def _accuracy_figure(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Figure:
     measured = [(cell, cell.mean) for cell in report.summary if cell.mean is not None]
     edges = [mean + side * (cell.sd or 0.0) for cell, mean in measured for side in (-1, 1)]
     series = []
@@ -139,70 +159,50 @@ def accuracy_section(report: Comparison, names: Sequence[str], family: Sequence[
             ((c, mean) for c, mean in measured if c.criterion == name),
             key=lambda pair: pair[0].requested_sparsity,
         )
-        series.append(
-            Series(
-                name,
-                [(100 * c.requested_sparsity, mean) for c, mean in cells],
-                index,
-                spread=[c.sd for c, _ in cells],
-                dashed=index >= COLOURS,
-                notes=[
-                    f"{name} at {100 * c.requested_sparsity:g} %: {mean_score(mean, c.sd, report.metric)}"
-                    for c, mean in cells
-                ],
-            )
-        )
-    several = report.seeds > 1
+        notes = [
+            f"{name} at {100 * c.requested_sparsity:g} %: {mean_score(mean, c.sd, report.metric)}"
+            for c, mean in cells
+        ]
+        points = [(100 * c.requested_sparsity, mean) for c, mean in cells]
+        spread = [c.sd for c, _ in cells]
+        series.append(Series(name, points, index, spread=spread, dashed=index >= COLOURS, notes=notes))
+    x = linear([100 * sparsity for sparsity in family], tight=True, unit=" %")
+    y = linear([*edges, report.dense.metric])
     label = f"{report.metric} against sparsity for {len(names)} methods; the table below holds the values"
-    figure = Figure(
-        chart(
-            label,
-            series,
-            linear([100 * sparsity for sparsity in family], tight=True, unit=" %"),
-            linear([*edges, report.dense.metric]),
-            height=300,
-            rules=[(report.dense.metric, "rule")],
-        ),
-        "Every network was measured once on test data."
-        + (f" Points are means of {report.seeds} seeds, bars their standard deviation." if several else ""),
+    means = f" Points are means of {report.seeds} seeds, bars their standard deviation."
+    return Figure(
+        chart(label, series, x, y, height=300, rules=[(report.dense.metric, "rule")]),
+        f"Every network was measured once on test data.{means if report.seeds > 1 else ''}",
         y=f"test {report.metric}",
         x="sparsity",
         legend=[
-            *((swatch(index, dashed=index >= COLOURS), name) for index, name in enumerate(names)),
+            *((swatch(one.colour, dashed=one.dashed), one.name) for one in series),
             (key("rule", "level"), f"dense, {score(report.dense.metric, report.metric)}"),
         ],
     )
-    spread = f", mean ± standard deviation of {report.seeds} seeds" if several else ""
-    return Section(
-        "accuracy",
-        "Metric against sparsity",
-        figures=[figure],
-        tables=[
-            Table(
-                f"Test {report.metric}{spread}; dense {score(report.dense.metric, report.metric)}; the best of each "
-                "column is bold",
-                ["", *(f"{100 * sparsity:g} %" for sparsity in family)],
-                [
-                    [
-                        name,
-                        *(
-                            ", ".join(
-                                mean_score(c.mean, c.sd, report.metric)
-                                for c in report.summary
-                                if c.criterion == name and c.requested_sparsity == sparsity
-                            )
-                            for sparsity in family
-                        ),
-                    ]
-                    for name in names
-                ],
-                best=frozenset(_best(report, names, family)),
-            )
-        ],
+
+
+def _accuracy_table(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> Table:
+    spread = f", mean ± standard deviation of {report.seeds} seeds" if report.seeds > 1 else ""
+    rows = [[name, *(_cells(report, name, sparsity) for sparsity in family)] for name in names]
+    return Table(
+        f"Test {report.metric}{spread}; dense {score(report.dense.metric, report.metric)}; the best of each column is "
+        "bold",
+        ["", *(f"{100 * sparsity:g} %" for sparsity in family)],
+        rows,
+        best=frozenset(_best(report, names, family)),
     )
 
 
-def _best(report: Comparison, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:
+def _cells(report: CompareReport, name: str, sparsity: float) -> str:
+    return ", ".join(
+        mean_score(c.mean, c.sd, report.metric)
+        for c in report.summary
+        if c.criterion == name and c.requested_sparsity == sparsity
+    )
+
+
+def _best(report: CompareReport, names: Sequence[str], family: Sequence[float]) -> set[tuple[int, int]]:
     best = set()
     for column, sparsity in enumerate(family, 1):
         here = [

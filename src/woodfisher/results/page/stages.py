@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from woodfisher.results.numbers import change, count, duration, per_cent, significant
 from woodfisher.results.page.charts import Series, chart, counting, logarithmic, signed_logarithmic, swatch
@@ -12,9 +12,8 @@ from woodfisher.results.page.parts import Figure, Section, Table
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from woodfisher.results.page.record import Gradual, Staged
-
-"""Most points of a line that get a marker each."""
+    from woodfisher.pruning.report import Stage
+    from woodfisher.results.page.record import Staged, TrainReport
 
 _OPEN_ROWS = 8
 """Most rows of a table that is not folded away."""
@@ -23,19 +22,14 @@ _PREDICTED = "Predicted and measured change of the loss"
 
 
 class Change(NamedTuple):
-    """What one stage, or one removal in training, did to the loss."""
+    """What one stage, or one removal in training, did to the loss; and where it stands among the others."""
 
     at: int
     label: str
-    sparsity: float
-    predicted: float | None
-    measured: float | None
-    damping: float | None
-    accepted: bool = True
-    first_order: bool = False
+    stage: Stage
 
 
-class Run(NamedTuple):
+class History(NamedTuple):
     """A method's changes, in order."""
 
     name: str
@@ -51,84 +45,64 @@ class Run(NamedTuple):
     @property
     def damping(self) -> float | None:
         """λ of its last stage that moved the weights, or the one that was given."""
-        chosen = [c.damping for c in self.changes if c.damping and c.accepted]
+        chosen = [c.stage.damping for c in self.changes if c.stage.damping and c.stage.accepted]
         asked = _asked(self.method)
         return chosen[-1] if chosen else asked if isinstance(asked, float) and asked > 0 else None
 
 
-def staged(name: str, run: Staged, colour: int = 0) -> Run:
+def staged(name: str, run: Staged, colour: int = 0) -> History:
     """A run in stages."""
-    changes = [
-        Change(n, f"stage {n}", s.sparsity, s.predicted, s.measured, s.damping, s.accepted, s.first_order)
-        for n, s in enumerate(run.stages, 1)
-    ]
-    return Run(name, run.method, changes, colour)
+    changes = [Change(n, f"stage {n}", stage) for n, stage in enumerate(run.stages, 1)]
+    return History(name, run.method, changes, colour)
 
 
-def trained(report: Gradual) -> Run:
+def trained(report: TrainReport) -> History:
     """The removals of a training run."""
-    changes = [
-        Change(r.step, f"step {count(r.step)}", r.sparsity, r.predicted, r.measured, r.damping)
-        for r in report.history
-    ]
-    return Run(report.criterion, report.method, changes)
+    changes = [Change(r.step, f"step {count(r.step)}", r) for r in report.history]
+    return History(report.criterion, report.method, changes)
 
 
-def predictions_section(runs: Sequence[Run], step: str = "stage", note: str = "") -> Section:
+def predictions_section(histories: Sequence[History], step: str = "stage", note: str = "") -> Section:
     """What the quadratic model expected, and what the loss did."""
-    runs = [run for run in runs if any(c.predicted is not None for c in run.changes)]
-    if not runs:
+    histories = [
+        history for history in histories if any(c.stage.predicted is not None for c in history.changes)
+    ]
+    if not histories:
         return Section("stages", _PREDICTED, ["No curvature was estimated, so nothing was predicted."])
     text = (
         f"{note}Predicted is what the quadratic model expects, measured what the loss then did. Where the two part, "
         "the model was trusted further than it holds; more stages, or more damping, bring them together."
     )
-    several = len(runs) > 1
+    several = len(histories) > 1
     return Section(
         "stages",
         _PREDICTED,
         [text],
-        figures=[_predictions(run, step, f"{run.name}: " if several else "") for run in runs],
-        tables=[_table(run, f"{run.name}: " if several else "", step) for run in runs],
+        figures=[
+            _predictions(history, step, f"{history.name}: " if several else "") for history in histories
+        ],
+        tables=[_table(history, f"{history.name}: " if several else "", step) for history in histories],
     )
 
 
-def _predictions(run: Run, step: str, prefix: str) -> Figure:
+def _predictions(history: History, step: str, prefix: str) -> Figure:
     """Both by stage, on an axis that is logarithmic away from zero."""
-    accepted = [c for c in run.changes if c.accepted]
-    back = [c for c in run.changes if not c.accepted]
-    predicted = [(c, c.predicted) for c in accepted if c.predicted is not None]
-    measured = [(c, c.measured) for c in accepted if c.measured is not None]
-    undone = [(c, c.measured) for c in back if c.measured is not None]
-    caption = f"{prefix}{len(run.changes)} {'stage' if step == 'stage' else 'removal'}{'s' * (len(run.changes) != 1)}"
+    accepted = [c for c in history.changes if c.stage.accepted]
+    back = [c for c in history.changes if not c.stage.accepted]
+    predicted = [(c, c.stage.predicted) for c in accepted if c.stage.predicted is not None]
+    measured = [(c, c.stage.measured) for c in accepted if c.stage.measured is not None]
+    undone = [(c, c.stage.measured) for c in back if c.stage.measured is not None]
+    number, what = len(history.changes), "stage" if step == "stage" else "removal"
+    caption = f"{prefix}{number} {what}{'s' * (number != 1)}"
     values = [value for points in (predicted, measured, undone) for _, value in points]
-    x = counting(run.changes[-1].at, first=min(run.changes[0].at, 1))
+    x = counting(history.changes[-1].at, first=min(history.changes[0].at, 1))
     series = [
-        Series(
-            "predicted",
-            [(c.at, v) for c, v in predicted],
-            0,
-            notes=[f"{c.label}, to {per_cent(c.sparsity)}: predicted {change(v)}" for c, v in predicted],
-        ),
-        Series(
-            "measured",
-            [(c.at, v) for c, v in measured],
-            1,
-            "dots",
-            notes=[f"{c.label}, to {per_cent(c.sparsity)}: measured {change(v)}" for c, v in measured],
-        ),
-        Series(
-            "taken back",
-            [(c.at, v) for c, v in undone],
-            2,
-            "crosses",
-            notes=[
-                f"{c.label}, to {per_cent(c.sparsity)}: measured {change(v)}, taken back" for c, v in undone
-            ],
-        ),
+        _series("predicted", predicted, 0, "line", "predicted {}"),
+        _series("measured", measured, 1, "dots", "measured {}"),
+        _series("taken back", undone, 2, "crosses", "measured {}, taken back"),
     ]
     label = f"{caption}: predicted and measured change of the loss; the table below holds the values"
-    where = "held-out samples" if run.adapts else "the samples of the rows"
+    where = "held-out samples" if history.adapts else "the samples of the rows"
     return Figure(
         chart(label, series, x, signed_logarithmic(values), height=260),
         f"{caption}. The axis is logarithmic away from zero.",
@@ -142,19 +116,30 @@ def _predictions(run: Run, step: str, prefix: str) -> Figure:
     )
 
 
-def _table(run: Run, prefix: str, step: str) -> Table:
+def _series(
+    name: str,
+    known: Sequence[tuple[Change, float]],
+    colour: int,
+    how: Literal["line", "dots", "crosses"],
+    told: str,
+) -> Series:
+    notes = [f"{c.label}, to {per_cent(c.stage.sparsity)}: {told.format(change(v))}" for c, v in known]
+    return Series(name, [(c.at, v) for c, v in known], colour, how, notes=notes)
+
+
+def _table(history: History, prefix: str, step: str) -> Table:
     rows = [
         [
             count(c.at),
-            per_cent(c.sparsity, 2),
-            _change(c.predicted),
-            _change(c.measured),
-            _ratio(c.predicted, c.measured),
-            _lambda(c, run.adapts),
-            "used" if c.first_order else "",
-            "" if c.accepted else "taken back",
+            per_cent(c.stage.sparsity, 2),
+            _change(c.stage.predicted),
+            _change(c.stage.measured),
+            _ratio(c.stage.predicted, c.stage.measured),
+            _lambda(c, history.adapts),
+            "used" if c.stage.first_order else "",
+            "" if c.stage.accepted else "taken back",
         ]
-        for c in run.changes
+        for c in history.changes
     ]
     columns = [step, "sparsity", "predicted", "measured", "measured / predicted", "λ", "gradient", ""]
     return Table(
@@ -176,24 +161,24 @@ def _ratio(predicted: float | None, measured: float | None) -> str:
 
 
 def _lambda(c: Change, adapts: bool) -> str:
-    return significant(c.damping) if c.damping else "kept weights stay" if adapts else ""
+    return significant(c.stage.damping) if c.stage.damping else "kept weights stay" if adapts else ""
 
 
-def damping_section(runs: Sequence[Run], step: str = "stage", note: str = "") -> Section:
+def damping_section(histories: Sequence[History], step: str = "stage", note: str = "") -> Section:
     """λ as it was asked for, and as it was chosen stage by stage."""
     text = [note.strip()] if note else []
     series, legend = [], []
-    for run in runs:
-        lines = [(c, c.damping) for c in run.changes if c.damping and c.accepted]
-        told = _told(run)
-        if len(lines) == 1 and not isinstance(_asked(run.method), float):
+    for history in histories:
+        lines = [(c, c.stage.damping) for c in history.changes if c.stage.damping and c.stage.accepted]
+        told = _told(history)
+        if len(lines) == 1 and not isinstance(_asked(history.method), float):
             told += f" It is {significant(lines[0][1])}."
-        text.append(f"{run.name}: {told}" if len(runs) > 1 else told)
+        text.append(f"{history.name}: {told}" if len(histories) > 1 else told)
         if len(lines) > 1 and len({value for _, value in lines}) > 1:
-            notes = [f"{run.name}, {c.label}: λ = {significant(v)}" for c, v in lines]
+            notes = [f"{history.name}, {c.label}: λ = {significant(v)}" for c, v in lines]
             points = [(float(c.at), v) for c, v in lines]
-            series.append(Series(run.name, points, run.colour, notes=notes))
-            legend.append((swatch(run.colour), run.name))
+            series.append(Series(history.name, points, history.colour, notes=notes))
+            legend.append((swatch(history.colour), history.name))
     if not series:
         return Section("damping", "Damping", text)
     xs = [x for one in series for x, _ in one.points]
@@ -214,8 +199,8 @@ def _asked(method: Mapping[str, Any]) -> object:
     return curvature.get("damping") if isinstance(curvature, Mapping) else None
 
 
-def _told(run: Run) -> str:
-    asked = _asked(run.method)
+def _told(history: History) -> str:
+    asked = _asked(history.method)
     if asked is None:
         return "This method has no damping."
     if isinstance(asked, Mapping):
@@ -225,34 +210,35 @@ def _told(run: Run) -> str:
     if asked == "auto":
         return (
             "λ is chosen at every stage among several, by the loss on held-out samples."
-            if run.adapts
+            if history.adapts
             else "λ is chosen at every stage as the one under which held-out gradient rows are likeliest."
         )
     return f"λ = {significant(asked)} throughout, as given." if isinstance(asked, float) else f"λ: {asked}."
 
 
-def taken_back_section(runs: Sequence[Run], note: str = "") -> Section:
+def taken_back_section(histories: Sequence[History], note: str = "") -> Section:
     """Stages that were tried and undone."""
     key, title = "taken-back", "Tried and taken back"
-    checked = [run for run in runs if run.adapts]
+    checked = [history for history in histories if history.adapts]
     if not checked:
         return Section(key, title, ["Nothing: stages that don't adapt all stand."])
-    undone = [(run, c) for run in checked for c in run.changes if not c.accepted]
+    undone = [(history, c) for history in checked for c in history.changes if not c.stage.accepted]
     if not undone:
         return Section(key, title, ["Nothing: no stage raised the loss by far more than predicted."])
     rows = [
         [
-            f"{run.name}, {c.label}" if len(checked) > 1 else c.label,
-            per_cent(c.sparsity, 2),
-            _change(c.predicted),
-            _change(c.measured),
+            f"{history.name}, {c.label}" if len(checked) > 1 else c.label,
+            per_cent(c.stage.sparsity, 2),
+            _change(c.stage.predicted),
+            _change(c.stage.measured),
             _lambda(c, adapts=True),
         ]
-        for run, c in undone
+        for history, c in undone
     ]
+    tried = sum(len(history.changes) for history in checked)
     text = (
-        f"{note}{len(rows)} of {sum(len(run.changes) for run in checked)} stages raised the held-out loss by far more "
-        "than predicted. Each was taken back and tried again with other weights, or with half as many."
+        f"{note}{len(rows)} of {tried} stages raised the held-out loss by far more than predicted. Each was taken back "
+        "and tried again with other weights, or with half as many."
     )
     table = Table(
         "Stages that were taken back",

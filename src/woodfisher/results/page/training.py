@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from woodfisher.results.metrics import score
-from woodfisher.results.numbers import count, per_cent, significant
+from woodfisher.results.numbers import count, per_cent, score, significant
 from woodfisher.results.page.charts import Series, chart, counting, key, linear, swatch
 from woodfisher.results.page.parts import Figure, Section, Table
 
@@ -15,12 +14,12 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
     from woodfisher.results.page.charts import Scale
-    from woodfisher.results.page.record import Gradual
+    from woodfisher.results.page.record import TrainReport
 
 _STEPS = "steps of the optimizer"
 
 
-def training_section(report: Gradual) -> Section:
+def training_section(report: TrainReport) -> Section:
     """Validation, sparsity, loss and learning rate over the steps of the optimizer, and every epoch as a table."""
     end = report.epochs[-1].step
     x = counting(end)
@@ -74,7 +73,7 @@ def training_section(report: Gradual) -> Section:
     )
 
 
-def _validation(report: Gradual, x: Scale) -> Figure:
+def _validation(report: TrainReport, x: Scale) -> Figure:
     values = [(float(epoch.step), epoch.validation) for epoch in report.epochs]
     chosen = [(float(e.step), e.validation) for e in report.epochs if e.epoch == report.best_epoch]
     notes = [f"epoch {epoch.epoch}: {score(epoch.validation, report.metric)}" for epoch in report.epochs]

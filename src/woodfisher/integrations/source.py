@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Made:
+class PrunerSource:
     """A pruner of the model that is trained, or a function that makes one as training starts."""
 
     source: Pruner | Callable[[Any], object]
