@@ -27,11 +27,12 @@ from woodfisher.gradients.batches import (
 from woodfisher.gradients.chunks import Chunks
 from woodfisher.gradients.flops import flops_of_modules, flops_of_weights
 from woodfisher.gradients.forward import PRECISIONS, Forward, State, explained
-from woodfisher.gradients.isolation import isolated, unmoved
+from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.layout import Layout
 from woodfisher.gradients.maker import RowMaker
 from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
 from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, unwrapped
+from woodfisher.gradients.randomness import unmoved
 from woodfisher.gradients.sharding import is_sharded, plain_copy
 from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS
 from woodfisher.gradients.writing import write
