@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.gradients.base import Gradients
+from woodfisher.gradients.isolation import in_turns
 from woodfisher.gradients.layer_rows import LayerRows, convolution_of
 from woodfisher.watch import phase, report_progress
 
@@ -103,7 +104,8 @@ class DealtGradients(Gradients):
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         done = 0
-        for (rows,) in self._received(samples, group, labels, factored=False):
+        received = self._received(samples, group, labels, factored=False)
+        for (rows,) in in_turns(self.whole.model, received):
             rows = rows.to(self.device) if columns is None else rows.to(self.device)[:, columns]
             yield rows if out is None else out[done : done + len(rows)].copy_(rows)
             done += len(rows)
@@ -116,7 +118,8 @@ class DealtGradients(Gradients):
             name: convolution_of(whole.model.get_submodule(name.rpartition(".")[0]), whole.parameters[name])
             for name in self.layout.shapes
         }
-        for tensors in self._received(samples, group, labels, factored=True):
+        received = self._received(samples, group, labels, factored=True)
+        for tensors in in_turns(whole.model, received):
             each = (t.to(self.device) for t in tensors)
             yield {
                 name: LayerRows(convolution, inputs, outputs)

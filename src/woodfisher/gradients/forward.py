@@ -305,6 +305,7 @@ class Forward:
             return labels
         return kept_ignored(labels, labels_of(batch), self._ignored)
 
+    @torch.enable_grad()
     def row_gradients(self, state: State, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
 
@@ -334,6 +335,7 @@ class Forward:
         wide = first.device.type == "cpu" and first.shape[1] >= _WIDE_ROW
         return wide and any(isinstance(module, _ConvNd) for module in self.model.modules())
 
+    @torch.enable_grad()
     def gradient(self, state: State, batch: Batch) -> Tensors:
         """Gradient of the mean loss of a batch, by name; zero for weights that it doesn't depend on."""
         state = state.differentiable(state.weights)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +17,7 @@ from woodfisher.gradients.randomness import random_state, set_random_state
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+T = TypeVar("T")
 
 _entered: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
 
@@ -50,6 +51,24 @@ def isolated(model: nn.Module) -> Iterator[None]:
             del entered[entered.index(own) :]
             restore()
             set_random_state(numbers)
+
+
+def in_turns(model: nn.Module, parts: Iterator[T]) -> Iterator[T]:
+    """What an iterator makes, where it runs `isolated` for each part of its own, and whoever takes the parts does not.
+
+    In between, modes and random numbers are those of the taker; the next part goes on from the random numbers that the
+    one before left.
+    """
+    devices = {p.device for p in model.parameters()}
+    numbers = random_state(devices)
+    while True:
+        with isolated(model):
+            set_random_state(numbers)
+            part = next(parts, None)
+            numbers = random_state(devices)
+        if part is None:
+            return
+        yield part
 
 
 def _restoring(model: nn.Module) -> Callable[[], None]:

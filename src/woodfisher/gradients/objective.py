@@ -27,7 +27,7 @@ from woodfisher.gradients.batches import (
 from woodfisher.gradients.chunks import Chunks
 from woodfisher.gradients.flops import flops_of_modules, flops_of_weights
 from woodfisher.gradients.forward import PRECISIONS, Forward, State, explained
-from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.isolation import in_turns, isolated
 from woodfisher.gradients.layout import Layout
 from woodfisher.gradients.maker import RowMaker
 from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
@@ -68,10 +68,10 @@ class Objective(Gradients):
     """The loss of a model on data, as a function of the weights chosen for pruning.
 
     Nothing that an objective computes leaves a trace: model and loss run in evaluation mode on copies of buffers and
-    samples, and training flags, gradients and random generators are as before when it returns (but for one that is a
-    loader's own, which goes on as samples are drawn). It sees the weights
-    in `weights`, which start as the model's own; `at` gives the same objective elsewhere, and only `write`
-    changes the model.
+    samples, and training flags, gradients, what torch is set to and random generators are as before when it returns,
+    and wherever an iterator hands over a part (but for a generator that is a loader's own, which goes on as samples are
+    drawn, and for what the data itself does as it is read). It sees the weights in `weights`, which start as the
+    model's own; `at` gives the same objective elsewhere, and only `write` changes the model.
 
     Parameters
     ----------
@@ -347,18 +347,22 @@ class Objective(Gradients):
     ) -> Iterator[Tensor]:
         self.layout.check_columns(columns)
         width = self.layout.size if columns is None else len(columns)
-        done = 0
-        for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
-            with phase("gradients"):
-                here = (
-                    new_matrix(count, width, self.dtype, self.device)
-                    if out is None
-                    else out[done : done + count]
-                )
-                self.fill_rows(here, chunk, group, columns, done)
-            yield here
-            done += count
-            report_progress("gradients", done, samples // group)
+
+        def made() -> Iterator[Tensor]:
+            done = 0
+            for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
+                with phase("gradients"):
+                    here = (
+                        new_matrix(count, width, self.dtype, self.device)
+                        if out is None
+                        else out[done : done + count]
+                    )
+                    self.fill_rows(here, chunk, group, columns, done)
+                yield here
+                done += count
+                report_progress("gradients", done, samples // group)
+
+        return in_turns(self.model, made())
 
     def iter_layer_rows(
         self, samples: int, *, group: int = 1, labels: Labels = "data", names: Sequence[str] | None = None
@@ -367,13 +371,17 @@ class Objective(Gradients):
         self._maker.check_possible(names)
         able = {} if self.reads_once else self.factors(group)
         floats = 2 * sum(able[name].floats for name in names if name in able)
-        done = 0
-        for chunk, count in self.row_chunks(samples, group, labels, floats):
-            with phase("gradients"):
-                rows = self.layer_rows(chunk, count, names, done)
-            yield rows
-            done += count
-            report_progress("gradients", done, samples // group)
+
+        def made() -> Iterator[dict[str, LayerRows]]:
+            done = 0
+            for chunk, count in self.row_chunks(samples, group, labels, floats):
+                with phase("gradients"):
+                    rows = self.layer_rows(chunk, count, names, done)
+                yield rows
+                done += count
+                report_progress("gradients", done, samples // group)
+
+        return in_turns(self.model, made())
 
     def squares(self, samples: int, *, group: int = 1, labels: Labels = "data") -> tuple[Tensor, int]:
         able = self.factors(group)
@@ -381,12 +389,13 @@ class Objective(Gradients):
         width = sum(each.floats for each in able.values()) if factored else self.layout.size
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         done = 0
-        for number, (chunk, count) in enumerate(self.row_chunks(samples, group, labels, 2 * width)):
-            if number % self.ranks.size == self.ranks.rank:
-                with phase("gradients"):
-                    total += self._squares_of(chunk, count, group, done)
-            done += count
-            report_progress("gradients", done, samples // group)
+        with isolated(self.model):
+            for number, (chunk, count) in enumerate(self.row_chunks(samples, group, labels, 2 * width)):
+                if number % self.ranks.size == self.ranks.rank:
+                    with phase("gradients"):
+                        total += self._squares_of(chunk, count, group, done)
+                done += count
+                report_progress("gradients", done, samples // group)
         return self.ranks.sum(total) * self.kept, done
 
     def _squares_of(self, chunk: Batch, count: int, group: int, done: int) -> Tensor:
@@ -406,7 +415,7 @@ class Objective(Gradients):
     def factors(self, group: int = 1) -> dict[str, Factors]:
         if self.reads_once:
             return {}
-        with isolated(self.model), torch.enable_grad():
+        with isolated(self.model):
             batch = self.first_samples(TRIED_ROWS_OF_OWN_LOSS * group, group)
             if batch is None or samples_in(batch) < group:
                 return {}
@@ -419,7 +428,7 @@ class Objective(Gradients):
     def row_chunks(
         self, samples: int, group: int, labels: Labels, floats: int
     ) -> Iterator[tuple[Batch, int]]:
-        """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
+        """Chunks of samples with their targets, and how many rows they make, for whoever is `isolated`.
 
         A row takes `floats` numbers beside what its backward pass needs.
         """
@@ -428,13 +437,12 @@ class Objective(Gradients):
         check_choice("labels", labels, ("data", "model"))
         if samples < group:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
-        with isolated(self.model), torch.enable_grad():
-            state = self.state()
-            for chunk in self._chunks.of(self, samples, group, floats):
-                if labels == "model":
-                    with phase("gradients"):
-                        chunk = self.forward.with_sampled_targets(state, chunk)
-                yield chunk, samples_in(chunk) // group
+        state = self.state()
+        for chunk in self._chunks.of(self, samples, group, floats):
+            if labels == "model":
+                with phase("gradients"):
+                    chunk = self.forward.with_sampled_targets(state, chunk)
+            yield chunk, samples_in(chunk) // group
 
     def fill_rows(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
         """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
@@ -454,24 +462,24 @@ class Objective(Gradients):
         The expectation over the model's distribution is exact for the usual losses of torch and up to 100 classes
         or outputs: as many rows a sample, √p(y | x) ∇ℓ(y, x). Otherwise each sample gives one row, of a drawn target.
         """
+        return in_turns(self.model, self._fisher_rows(samples))
+
+    def _fisher_rows(self, samples: int) -> Iterator[Tensor]:
         done = 0
-        with isolated(self.model), torch.enable_grad():
-            state = self.state()
-            for chunk in self._chunks.of(self, samples, 1, 2 * self.layout.size):
-                for share, batch in self.forward.with_every_target(state, chunk):
-                    rows = torch.empty(
-                        samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
-                    )
-                    with phase("gradients"):
-                        self.fill_rows(rows, batch, 1, None, done)
-                    yield rows * share[:, None].to(rows).sqrt()
-                done += samples_in(chunk)
-                report_progress("Fisher", done, samples)
+        state = self.state()
+        for chunk in self._chunks.of(self, samples, 1, 2 * self.layout.size):
+            for share, batch in self.forward.with_every_target(state, chunk):
+                rows = torch.empty(samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device)
+                with phase("gradients"):
+                    self.fill_rows(rows, batch, 1, None, done)
+                yield rows * share[:, None].to(rows).sqrt()
+            done += samples_in(chunk)
+            report_progress("Fisher", done, samples)
 
     def gradient(self, samples: int) -> Tensor:
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         count, seen = 0.0, 0
-        with phase("gradients"), isolated(self.model), torch.enable_grad():
+        with phase("gradients"), isolated(self.model):
             state = self.state()
             for number, chunk in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
                 counted = self.forward.counted(chunk)
@@ -491,7 +499,7 @@ class Objective(Gradients):
         """
         norms = torch.zeros(samples_in(batch), dtype=torch.float64, device=self.device)
         last, done = "", 0
-        with phase("gradients"), isolated(self.model), torch.enable_grad():
+        with phase("gradients"), isolated(self.model):
             for number, chunk in enumerate(rechunk([batch], FORWARD_BATCH, 1)):
                 chunk, count = self.on_device(chunk), samples_in(chunk)
                 if number == 0:
@@ -528,7 +536,6 @@ class Objective(Gradients):
         with (
             phase("gradients"),
             isolated(self.model),
-            torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
             for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
@@ -539,6 +546,7 @@ class Objective(Gradients):
                 count += counted
         return total / (count or 1) * self.kept[:, None] * self.kept[index]
 
+    @torch.enable_grad()
     def _hessian_product(self, chunk: Batch, vectors: Tensor) -> Tensor | None:
         """`vectors` `(k, d)` times the Hessian of the mean loss of a chunk; None where its gradient is constant."""
         flat = self.weights.clone().requires_grad_()

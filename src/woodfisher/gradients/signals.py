@@ -62,6 +62,7 @@ class Signals:
         """Whether a weight belongs to a layer whose rows can have factor form."""
         return has_factors(self._modules[name], self._parameters[name])
 
+    @torch.enable_grad()
     def rows(self, state: State, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """A chunk of samples as `count` rows of the gradients of the weights in `names`.
 
@@ -151,6 +152,7 @@ class Signals:
             moved = {name: max(far, float((there[name] - alone[name]).norm())) for name, far in moved.items()}
         return moved
 
+    @torch.enable_grad()
     def factors(
         self,
         state: State,
