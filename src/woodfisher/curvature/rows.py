@@ -449,4 +449,4 @@ def _labelled(objective: Objective, samples: int, group: int, weights: int) -> l
     """Samples with targets drawn from the model, in the chunks of rows of so many weights, in main memory."""
     with isolated(objective.model):
         chunks = objective.row_chunks(samples, group, "model", 2 * weights)
-        return [map_tensors(lambda t: t.cpu(), chunk) for chunk, _ in chunks]
+        return [map_tensors(lambda t: t.cpu(), chunk.batch) for chunk in chunks]

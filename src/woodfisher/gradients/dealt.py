@@ -10,7 +10,7 @@ import torch
 from woodfisher.gradients.base import Gradients
 from woodfisher.gradients.isolation import in_turns
 from woodfisher.gradients.layer_rows import LayerRows, convolution_of
-from woodfisher.watch import phase, report_progress
+from woodfisher.watch import phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from woodfisher.distributed import Ranks
     from woodfisher.gradients.base import Labels
-    from woodfisher.gradients.batches import Batch
+    from woodfisher.gradients.chunks import Chunk
     from woodfisher.gradients.layer_rows import Factors
     from woodfisher.gradients.layout import Layout
     from woodfisher.gradients.objective import Objective
@@ -142,45 +142,34 @@ class DealtGradients(Gradients):
             sum(factors[name].floats for name in names) if asked else whole.layout.only(names).size
             for names, asked in wanted
         )
-        done = 0
         chunks = whole.row_chunks(samples, group, labels, floats)
         while turn := list(islice(chunks, self.ranks.size)):
             with phase("gradients"):
                 outgoing: list[list[Tensor]] = [[] for _ in wanted]
                 if self.ranks.rank < len(turn):
-                    before = sum(count for _, count in turn[: self.ranks.rank])
-                    outgoing = _made(whole, *turn[self.ranks.rank], group, wanted, done + before)
+                    outgoing = _made(whole, turn[self.ranks.rank], wanted)
                 received = self.ranks.exchange(outgoing)
                 del outgoing
             yield from received[: len(turn)]
-            done += sum(count for _, count in turn)
-            report_progress("gradients", done, samples // group)
 
 
-def _made(
-    whole: Objective,
-    chunk: Batch,
-    count: int,
-    group: int,
-    wanted: Sequence[tuple[Sequence[str], bool]],
-    done: int,
-) -> list[list[Tensor]]:
+def _made(whole: Objective, chunk: Chunk, wanted: Sequence[tuple[Sequence[str], bool]]) -> list[list[Tensor]]:
     """Rows of a chunk as each rank wants those of its weights."""
     factored = [name for names, asked in wanted if asked for name in names]
     dense = sorted(
         (name for names, asked in wanted if not asked for name in names), key=list(whole.layout.shapes).index
     )
-    signals = whole.layer_rows(chunk, count, factored, done) if factored else {}
+    signals = whole.layer_rows(chunk, factored) if factored else {}
     parts: dict[str, Tensor] = {}
     if dense:
         slices = whole.layout.slices
         columns = torch.cat(
             [torch.arange(slices[n].start, slices[n].stop, device=whole.device) for n in dense]
         )
-        out = torch.empty(count, len(columns), dtype=whole.dtype, device=whole.device)
-        whole.fill_rows(out, chunk, group, None if len(columns) == whole.layout.size else columns, done)
+        out = torch.empty(chunk.count, len(columns), dtype=whole.dtype, device=whole.device)
+        whole.fill_rows(out, chunk, None if len(columns) == whole.layout.size else columns)
         parts = dict(zip(dense, out.split([whole.layout.only([n]).size for n in dense], 1), strict=True))
-    empty = torch.empty(count, 0, dtype=whole.dtype, device=whole.device)
+    empty = torch.empty(chunk.count, 0, dtype=whole.dtype, device=whole.device)
     return [
         [t for name in names for t in (signals[name].inputs, signals[name].outputs)]
         if asked
