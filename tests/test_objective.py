@@ -725,6 +725,17 @@ def test_recalibration_takes_any_number_of_samples(count):
     torch.testing.assert_close(fresh.buffers["1.running_mean"], expected, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_model_that_is_a_batch_norm_itself_is_recalibrated(counts):
+    model = nn.BatchNorm1d(6)
+    model.num_batches_tracked = model.num_batches_tracked if counts else None
+    x, _ = samples(20)
+    objective = wf.Objective(model, [(x, x)], mse_loss, params="weight")
+    fresh = objective.recalibrated(20)
+    torch.testing.assert_close(fresh.buffers["running_mean"], x.mean(0))
+    torch.testing.assert_close(fresh.buffers["running_var"], x.var(0))
+
+
 def test_tied_weights_answer_to_all_their_names():
     for pattern in ("first", "second"):
         assert list(wf.Objective(Tied(), [], params=pattern).layout.shapes) == ["first.weight"]

@@ -10,6 +10,7 @@ import torch
 from woodfisher.gradients.base import Gradients
 from woodfisher.gradients.isolation import in_turns
 from woodfisher.gradients.layer_rows import LayerRows, convolution_of
+from woodfisher.gradients.parameters import module_of
 from woodfisher.watch import phase
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class DealtGradients(Gradients):
     ) -> Iterator[dict[str, LayerRows]]:
         whole = self.whole
         convolutions = {
-            name: convolution_of(whole.model.get_submodule(name.rpartition(".")[0]), whole.parameters[name])
+            name: convolution_of(module_of(whole.model, name), whole.parameters[name])
             for name in self.layout.shapes
         }
         received = self._received(samples, group, labels, factored=True)

@@ -22,6 +22,7 @@ from woodfisher.gradients.batches import describe, map_tensors, samples_in, tens
 from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
+from woodfisher.gradients.parameters import full_name, module_of
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Forward:
         }
         tensors |= tied
         for names in self._scaled:
-            own = self.model.get_submodule(names[0].rpartition(".")[0])._parameters["weight"]
+            own = module_of(self.model, names[0])._parameters["weight"]
             assert own is not None
             tensors |= dict.fromkeys(names, tensors.get(names[0], own.detach()).clone())
         inside = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -464,7 +465,7 @@ def _multiplies_bfloat16() -> bool:
 def _scaled_in_place(model: nn.Module) -> list[list[str]]:
     """All names of each weight that embeddings with `max_norm` scale as they are called."""
     scaled = [
-        f"{name}.weight".lstrip(".")
+        full_name(name, "weight")
         for name, module in model.named_modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
     ]

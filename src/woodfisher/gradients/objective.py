@@ -32,7 +32,7 @@ from woodfisher.gradients.isolation import in_turns, isolated
 from woodfisher.gradients.layout import Layout
 from woodfisher.gradients.maker import RowMaker
 from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
-from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, unwrapped
+from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, module_of, unwrapped
 from woodfisher.gradients.randomness import unmoved
 from woodfisher.gradients.sharding import is_sharded, plain_copy
 from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS
@@ -166,7 +166,7 @@ class Objective(Gradients):
         named = dict(self.source.named_parameters())
         self.source_parameters = {name: named[name] for name in self.parameters}
         forward = Forward(self.model, self.loss, self._sampler, self._precision)
-        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        modules = {name: module_of(self.model, name) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
             {
