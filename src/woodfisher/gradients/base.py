@@ -195,7 +195,7 @@ class Gradients(ABC):
         return reads_once(self.data)
 
     def known_samples(self) -> int | None:
-        """How many samples the data has, where it tells without being read."""
+        """How many samples the data gives, where it tells without being read."""
         return length(self.data)
 
     def most_rows(self, samples: int, group: int) -> int:

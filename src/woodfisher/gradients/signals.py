@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 _TRIED_ROWS = 2
 """Rows that are also taken alone, to see whether gradients taken together are the same."""
 
+TRIED_ROWS_OF_OWN_LOSS = 8
+"""Rows that are also taken alone where the model weighs samples in a loss of its own."""
+
 _CANCELLED = 32
 """Units of rounding, each as large as the terms that are added up, that a gradient which is zero may come out as."""
 
 _LAST_BITS, _ROUNDED = (-16, -8, 8, 16), 4
 """Units of rounding that weights are moved by, and how many times as far as that moves a gradient two ways to compute
 it may be apart."""
-
-TRIED_ROWS_OF_OWN_LOSS = 8
-"""The same where the model weighs samples in a loss of its own."""
 
 
 class Signals:
