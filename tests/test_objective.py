@@ -908,6 +908,12 @@ def test_classes_at_positions_that_no_targets_stand_for_are_refused():
             wf.Objective(Positions(), data, loss).rows(8, labels="model")
     with pytest.raises(wf.WoodfisherError, match="ignore_index=2, one of the classes: pass sampler="):
         wf.Objective(mlp(), [samples(9)], nn.CrossEntropyLoss(ignore_index=2)).rows(8, labels="model")
+    with pytest.raises(wf.WoodfisherError, match="ignore_index=2, one of the classes: pass sampler="):
+        list(
+            wf.Objective(nn.Linear(6, 3), [samples(9)], nn.CrossEntropyLoss(ignore_index=2)).iter_fisher_rows(
+                8
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def recalibrated(objective: Objective, stream: Stream, samples: int) -> Objective:
     """The objective with statistics of batch normalisation from the next `samples` samples, where it has any."""
-    if not samples or not objective.has_batch_norm:
+    if not samples or not batch_norms(objective.model):
         return objective
     return objective.on(stream.draw(samples)).recalibrated(samples)
 

@@ -31,7 +31,7 @@ from woodfisher.gradients.forward import PRECISIONS, Forward, State, explained
 from woodfisher.gradients.isolation import in_turns, isolated
 from woodfisher.gradients.layout import Layout
 from woodfisher.gradients.maker import RowMaker
-from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
+from woodfisher.gradients.normalisation import fresh_statistics
 from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, module_of, unwrapped
 from woodfisher.gradients.randomness import unmoved
 from woodfisher.gradients.sharding import is_sharded, plain_copy
@@ -259,11 +259,6 @@ class Objective(Gradients):
     def on_weighted(self, data: Iterable[Batch]) -> Objective:
         """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
         return self._with(data=data, _maker=self._by_weight)
-
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether the model keeps statistics that `recalibrated` would take anew."""
-        return bool(batch_norms(self.model))
 
     def recalibrated(self, samples: int) -> Objective:
         """The same objective with the statistics of batch normalisation taken anew at its weights.
