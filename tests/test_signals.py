@@ -169,7 +169,7 @@ def test_no_row_is_larger_than_what_flows_tells(data):
     made = data.draw(
         st.sampled_from([nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear])
     )
-    places = [draw(4, 7), draw(4, 7)]
+    places = [draw(6, 8), draw(6, 8)]
     if made is nn.Linear:
         layer, shape = made(5, 3), (*places, 5)
     else:
