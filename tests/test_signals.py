@@ -188,6 +188,17 @@ def test_no_row_is_larger_than_what_flows_tells(data):
         assert (rows.dense().norm(dim=1) <= rows.most_norms() * (1 + 1e-12)).all()
 
 
+def test_an_input_counts_in_each_patch_that_it_is_in():
+    images, layer = torch.ones(1, 1, 1, 8, 8), nn.Conv2d(1, 1, 3, padding=1)
+    rows = LayerRows.of(layer, layer.weight, images, images)
+    assert (rows.dense().norm().item(), rows.most_norms().item()) == (162, 192)
+    layer = nn.Conv1d(1, 1, 1, padding=2, padding_mode="replicate")
+    first, s = torch.tensor([[[[1.0, 0, 0, 0]]]]), torch.tensor([[[[1.0, 1, 1, 0, 0, 0, 0, 0]]]])
+    rows = LayerRows.of(layer, layer.weight, first, s)
+    assert rows.dense().item() == 3
+    torch.testing.assert_close(rows.most_norms(), torch.tensor([3.0]))
+
+
 def test_sequences_of_other_lengths_are_joined():
     model = Through(nn.Linear(5, 3))
     batches = [samples(2, (t, 5), seed=t, dtype=torch.float64) for t in (2, 4)]
