@@ -221,6 +221,25 @@ def test_held_out_samples_never_come_again(kind):
         assert not held_out & {float(x) for part, _ in stream.fork().draw(23) for x in part}
 
 
+def test_a_fork_reads_data_once_and_not_before_it_is_asked():
+    begun = []
+
+    class Data:
+        def __iter__(self):
+            begun.append(1)
+            return iter([samples(8, (6,))])
+
+    stream = Stream(Data())
+    fork = stream.fork()
+    assert not begun
+    assert sum(map(samples_in, fork.draw(5))) == 5
+    assert len(begun) == 1
+    stream.hold_out(4)
+    assert len(begun) == 2
+    assert sum(map(samples_in, stream.fork().draw(4))) == 4
+    assert len(begun) == 3
+
+
 def test_counting_ahead_loses_nothing():
     data = [(torch.arange(4 * i, 4 * i + 4.0),) * 2 for i in range(5)]
     for source in (data, iter(data)):
@@ -254,6 +273,9 @@ def test_loaders_over_a_part_of_their_data_tell_its_length(wrap):
     assert length(wrap(DataLoader(data, batch_sampler=[[0, 1], [2]]))) is None
     assert length(wrap(DataLoader(batches(), batch_size=None))) is None
     assert length(wrap(DataLoader(data, 7))) == 90
+    assert length(wrap(DataLoader(data, 50, drop_last=True))) == 50
+    assert length(wrap(DataLoader(data, batch_sampler=BatchSampler(part, 7, drop_last=True)))) == 35
+    assert length(wrap(DataLoader(data, 30, drop_last=True))) == 90
     held_out = Stream(DataLoader(data, 7, sampler=part))
     held_out.hold_out(40)
     with pytest.raises(wf.WoodfisherError, match="the 40 different samples that are held out"):

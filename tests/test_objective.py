@@ -651,6 +651,64 @@ def test_a_generator_that_ends_late_brings_nothing_back():
     assert torch.equal(torch.get_rng_state(), after)
 
 
+TAKEN = {
+    "rows": lambda objective: objective.iter_rows(6, labels="model"),
+    "layer rows": lambda objective: objective.iter_layer_rows(6, labels="model"),
+    "Fisher": lambda objective: objective.iter_fisher_rows(6),
+}
+
+
+@pytest.mark.parametrize("taken", TAKEN.values(), ids=TAKEN)
+def test_whoever_takes_rows_is_in_modes_and_random_numbers_of_his_own(taken):
+    model = nn.Sequential(nn.Linear(6, 4), nn.Dropout(), nn.Linear(4, 3))
+    objective = wf.Objective(model, [samples(6)], cross_entropy).within(1)
+    torch.manual_seed(0)
+    expected, alone = list(taken(objective)), [float(torch.rand(())) for _ in range(6)]
+    torch.manual_seed(0)
+    parts, drawn = [], []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for part in taken(objective):
+            assert model.training
+            assert not torch.is_grad_enabled()
+            assert torch.is_autocast_enabled("cpu")
+            parts.append(part)
+            drawn.append(float(torch.rand(())))
+    assert drawn[:6] == alone
+    for part, other in zip(parts, expected, strict=True):
+        if isinstance(part, dict):
+            part, other = (torch.cat([rows.dense() for rows in each.values()], 1) for each in (part, other))
+        assert torch.equal(part, other)
+
+
+@pytest.mark.parametrize("taken", TAKEN.values(), ids=TAKEN)
+def test_rows_that_are_let_go_of_change_no_mode(taken):
+    model = mlp().train()
+    parts = taken(wf.Objective(model, [samples(6)], cross_entropy).within(1))
+    with torch.no_grad():
+        next(parts)
+    assert torch.is_grad_enabled()
+    assert model.training
+    with torch.no_grad():
+        del parts
+        gc.collect()
+        assert not torch.is_grad_enabled()
+
+
+def test_data_that_turns_gradients_off_is_read_too():
+    x, y = samples(6)
+
+    class Without:
+        def __iter__(self):
+            with torch.no_grad():
+                yield from zip(x.split(2), y.split(2), strict=True)
+
+    plain, without = (wf.Objective(mlp(), data, cross_entropy) for data in ([(x, y)], Without()))
+    assert torch.equal(without.rows(6), plain.rows(6))
+    torch.testing.assert_close(without.gradient(6), plain.gradient(6))
+    torch.testing.assert_close(without.squares(6), plain.squares(6))
+    torch.testing.assert_close(without.hessian_columns(6, slice(2)), plain.hessian_columns(6, slice(2)))
+
+
 @given(samples=st.integers(1, 3000))
 def test_chunks_for_statistics_leave_no_small_rest(samples):
     size = even_size(samples)
@@ -665,6 +723,17 @@ def test_recalibration_takes_any_number_of_samples(count):
     fresh = wf.Objective(model, [(x, y)], cross_entropy).recalibrated(count)
     expected = model[0](x).mean(0)
     torch.testing.assert_close(fresh.buffers["1.running_mean"], expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_model_that_is_a_batch_norm_itself_is_recalibrated(counts):
+    model = nn.BatchNorm1d(6)
+    model.num_batches_tracked = model.num_batches_tracked if counts else None
+    x, _ = samples(20)
+    objective = wf.Objective(model, [(x, x)], mse_loss, params="weight")
+    fresh = objective.recalibrated(20)
+    torch.testing.assert_close(fresh.buffers["running_mean"], x.mean(0))
+    torch.testing.assert_close(fresh.buffers["running_var"], x.var(0))
 
 
 def test_tied_weights_answer_to_all_their_names():
@@ -839,6 +908,12 @@ def test_classes_at_positions_that_no_targets_stand_for_are_refused():
             wf.Objective(Positions(), data, loss).rows(8, labels="model")
     with pytest.raises(wf.WoodfisherError, match="ignore_index=2, one of the classes: pass sampler="):
         wf.Objective(mlp(), [samples(9)], nn.CrossEntropyLoss(ignore_index=2)).rows(8, labels="model")
+    with pytest.raises(wf.WoodfisherError, match="ignore_index=2, one of the classes: pass sampler="):
+        list(
+            wf.Objective(nn.Linear(6, 3), [samples(9)], nn.CrossEntropyLoss(ignore_index=2)).iter_fisher_rows(
+                8
+            )
+        )
 
 
 @pytest.mark.parametrize(

@@ -121,6 +121,7 @@ def test_factor_form_gives_what_dense_rows_do(kind, group, monkeypatch):
     assert (rows.count, rows.size, rows.channels) == (*expected.shape, objective.layout.shapes[name][0])
     assert rows.inputs.numel() + rows.outputs.numel() == 5 * objective.factors(group)[name].floats
     torch.testing.assert_close(rows.dense(), expected, **TIGHT)
+    assert (expected.norm(dim=1) <= rows.most_norms() * (1 + 1e-12)).all()
     some = slice(1, rows.channels - 1)
     columns = slice(some.start * rows.width, some.stop * rows.width)
     torch.testing.assert_close(rows.dense(some), expected[:, columns], **TIGHT)
@@ -159,6 +160,43 @@ def test_rows_of_convolutions_of_any_shape(data):
     expected = loop_rows(model, cross_entropy, x, y, list(objective.layout.shapes), group)
     torch.testing.assert_close(objective.rows(3 * group, group=group), expected, rtol=1e-11, atol=1e-13)
     assert taken_together(objective, group)
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None)
+def test_no_row_is_larger_than_what_flows_tells(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    made = data.draw(
+        st.sampled_from([nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.Linear])
+    )
+    places = [draw(6, 8), draw(6, 8)]
+    if made is nn.Linear:
+        layer, shape = made(5, 3), (*places, 5)
+    else:
+        modes = ["zeros"] if "Transpose" in made.__name__ else ["zeros", "reflect", "replicate", "circular"]
+        mode, groups = data.draw(st.sampled_from(modes)), draw(1, 2)
+        layer = made(
+            2 * groups, 3 * groups, draw(1, 4), draw(1, 3), draw(0, 2), groups=groups, padding_mode=mode
+        )
+        shape = (2 * groups, *places[: layer.weight.ndim - 2])
+    layer = layer.double()
+    fill = data.draw(st.sampled_from([torch.ones_like, torch.randn_like]))
+    x = fill(torch.empty(6, *shape, dtype=torch.float64))
+    s = fill(layer(x).detach())
+    for weight in layer.parameters():
+        rows = LayerRows.of(layer, weight, x.unflatten(0, (3, 2)), s.unflatten(0, (3, 2)))
+        assert (rows.dense().norm(dim=1) <= rows.most_norms() * (1 + 1e-12)).all()
+
+
+def test_an_input_counts_in_each_patch_that_it_is_in():
+    images, layer = torch.ones(1, 1, 1, 8, 8), nn.Conv2d(1, 1, 3, padding=1)
+    rows = LayerRows.of(layer, layer.weight, images, images)
+    assert (rows.dense().norm().item(), rows.most_norms().item()) == (162, 192)
+    layer = nn.Conv1d(1, 1, 1, padding=2, padding_mode="replicate")
+    first, s = torch.tensor([[[[1.0, 0, 0, 0]]]]), torch.tensor([[[[1.0, 1, 1, 0, 0, 0, 0, 0]]]])
+    rows = LayerRows.of(layer, layer.weight, first, s)
+    assert rows.dense().item() == 3
+    torch.testing.assert_close(rows.most_norms(), torch.tensor([3.0]))
 
 
 def test_sequences_of_other_lengths_are_joined():

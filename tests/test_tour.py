@@ -223,6 +223,14 @@ def test_points_of_training_see_the_same_samples():
     assert all(torch.equal(before[name], tensor) for name, tensor in models["one"].state_dict().items())
 
 
+def test_a_class_that_the_loss_ignores_leaves_the_fisher_out():
+    with pytest.warns(
+        wf.WoodfisherWarning, match="the Fisher is left out.*ignore_index=2, one of the classes"
+    ):
+        tour = wf.tour(nn.Linear(6, 3), [samples()], nn.CrossEntropyLoss(ignore_index=2), samples=20)
+    assert list(tour.stops[0].matrices) == ["Hessian", "empirical Fisher"]
+
+
 def test_a_loss_of_unknown_distribution_leaves_the_fisher_out(tmp_path):
     def hinge(outputs, targets):
         return (1 + outputs - outputs.gather(1, targets[:, None])).relu().square().sum(1).mean()

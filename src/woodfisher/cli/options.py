@@ -18,8 +18,8 @@ from woodfisher.files import check_folder
 from woodfisher.gradients.base import Labels  # noqa: TC001  tyro reads the annotations
 from woodfisher.gradients.batches import Few
 from woodfisher.gradients.forward import Precision  # noqa: TC001  tyro reads the annotations
-from woodfisher.gradients.isolation import reseed
 from woodfisher.gradients.objective import Objective, ObjectiveOptions
+from woodfisher.gradients.randomness import reseed
 from woodfisher.pruning.method import (
     METHODS,
     Method,

@@ -13,6 +13,7 @@ import torch
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import map_tensors, samples_in, take
+from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.layer_rows import LayerRows
 from woodfisher.memory import format_bytes, new_matrix
 from woodfisher.triangles import gram_triangles, mirrored
@@ -441,5 +442,6 @@ def _gathered_again(
 
 def _labelled(objective: Objective, samples: int, group: int, weights: int) -> list[Batch]:
     """Samples with targets drawn from the model, in the chunks of rows of so many weights, in main memory."""
-    chunks = objective.row_chunks(samples, group, "model", 2 * weights)
-    return [map_tensors(lambda t: t.cpu(), chunk) for chunk, _ in chunks]
+    with isolated(objective.model):
+        chunks = objective.row_chunks(samples, group, "model", 2 * weights)
+        return [map_tensors(lambda t: t.cpu(), chunk.batch) for chunk in chunks]

@@ -18,7 +18,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.export.timing import Race, race
 from woodfisher.gradients.isolation import copied
 from woodfisher.gradients.outputs import outputs_of
-from woodfisher.gradients.parameters import unwrapped
+from woodfisher.gradients.parameters import module_of, unwrapped
 from woodfisher.saving.saved import sparse_matrix
 from woodfisher.saving.structure import is_blocked
 
@@ -330,7 +330,7 @@ def _can_be_sparse(module: nn.Module) -> bool:
 
 def _read_by_parent(model: nn.Module, name: str) -> bool:
     """Whether the layer of that name is inside a module that uses its weight without calling it."""
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer)
+    return isinstance(module_of(model, name), nn.TransformerEncoderLayer)
 
 
 def _fastest(name: str, layer: Any, x: Tensor) -> LayerSpeed:

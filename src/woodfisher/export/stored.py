@@ -16,7 +16,7 @@ from woodfisher.export.semistructured import to_semi_structured
 from woodfisher.export.sparse import SparseLayer, layer_named, sparse_from
 from woodfisher.files import unreadable, write_whole
 from woodfisher.gradients.isolation import copied
-from woodfisher.gradients.parameters import unwrapped
+from woodfisher.gradients.parameters import full_name, unwrapped
 from woodfisher.saving.saved import (
     EXPECTED,
     EXPORT,
@@ -106,11 +106,11 @@ def _fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     for name, module in model.named_modules():
         held: dict[str, Any] = {**module._parameters, **module._buffers}
         for key, old in held.items():
-            new = tensors.get(f"{name}.{key}".lstrip("."))
+            new = tensors.get(full_name(name, key))
             if old is None or new is None or old.shape == new.shape or old.ndim != new.ndim:
                 continue
             if any(n > o for n, o in zip(new.shape, old.shape, strict=True)):
-                raise WoodfisherError(f"{name}.{key} is larger in the file than in the network")
+                raise WoodfisherError(f"{full_name(name, key)} is larger in the file than in the network")
             empty = torch.empty(new.shape, dtype=old.dtype, device=old.device)
             setattr(
                 module,

@@ -108,7 +108,10 @@ class Gradients(ABC):
         columns: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
-        """The rows of `rows`, in chunks `(c, k)` of bounded memory, or in turn as parts of `out`."""
+        """The rows of `rows`, in chunks `(c, k)` of bounded memory, or in turn as parts of `out`.
+
+        Between two of them the model's modes, torch's and random numbers are those of whoever takes them.
+        """
 
     @abstractmethod
     def iter_layer_rows(
@@ -192,7 +195,7 @@ class Gradients(ABC):
         return reads_once(self.data)
 
     def known_samples(self) -> int | None:
-        """How many samples the data has, where it tells without being read."""
+        """How many samples the data gives, where it tells without being read."""
         return length(self.data)
 
     def most_rows(self, samples: int, group: int) -> int:

@@ -114,14 +114,15 @@ def describe(batch: Batch) -> str:
 
 
 def length(data: Iterable[Batch]) -> int | None:
-    """How many samples data has, where it tells without being read."""
+    """How many samples data gives, where it tells without being read."""
     if isinstance(data, (list, tuple)):
         return sum(map(samples_in, data))
     if isinstance(data, (Replay, Few)):
         return data.length
     if isinstance(data, DataLoader):
         batches, samples = _samplers(data)
-        return len(samples) if isinstance(batches, BatchSampler) and isinstance(samples, Sized) else None
+        if isinstance(batches, BatchSampler) and isinstance(samples, Sized):
+            return len(samples) - (len(samples) % batches.batch_size if batches.drop_last else 0)
     return None
 
 
@@ -259,15 +260,22 @@ class Few:
 class Stream:
     """Data drawn a few samples at a time: new ones until it ends, then again from its start.
 
-    Data that can be read only once gives its last samples again. Samples that are held out never come.
+    Data that can be read only once gives its last samples again. Samples that are held out never come. No data is
+    read before it is asked for.
+
+    Parameters
+    ----------
+    data:
+        Any batches.
+    held_out:
+        Digests of the samples that never come.
     """
 
-    def __init__(self, data: Iterable[Batch]) -> None:
-        self._data = data
-        self._current = iter(data)
+    def __init__(self, data: Iterable[Batch], held_out: frozenset[bytes] = frozenset()) -> None:
+        self._data, self._held_out = data, held_out
+        self._current = self._without_held_out(data)
         self._rest: list[Batch] = []
         self._last: list[Batch] = []
-        self._held_out: set[bytes] = set()
 
     def draw(self, samples: int) -> list[Batch]:
         """Batches of `samples` samples together; fewer where all the data is fewer."""
@@ -300,7 +308,7 @@ class Stream:
             return
         passed = self._pass(samples)
         if 0 < passed < samples:
-            self._current = iter(self._data)
+            self._current = self._without_held_out(self._data)
             self._pass(samples % passed)
 
     def _pass(self, samples: int) -> int:
@@ -340,10 +348,7 @@ class Stream:
 
     def fork(self) -> Stream:
         """The same data from its start again, without what is held out."""
-        other = Stream(self._data)
-        other._held_out = self._held_out
-        other._current = other._without_held_out(self._data)
-        return other
+        return Stream(self._data, self._held_out)
 
     @property
     def reads_once(self) -> bool:
@@ -354,7 +359,7 @@ class Stream:
         """Draw samples that come in no later draw, in whatever order the data is read again."""
         drawn = self.draw(samples)
         self._last = []
-        self._held_out.update(key for batch in drawn for key in fingerprints(batch))
+        self._held_out = self._held_out.union(*map(fingerprints, drawn))
         self._current = self._without_held_out(chain(reversed(self._rest), self._current))
         self._rest = []
         return drawn

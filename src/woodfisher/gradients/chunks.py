@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,31 @@ if TYPE_CHECKING:
 
 MOST_ROWS = 512
 """Rows of a chunk at most, however small they are."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Samples that make some of the rows.
+
+    Attributes
+    ----------
+    batch:
+        The samples, `count · group` of them.
+    first, count:
+        How many rows come before, and how many these are.
+    group:
+        Samples a row.
+    """
+
+    batch: Batch
+    first: int
+    count: int
+    group: int = 1
+
+    def part(self, first: int, last: int) -> Chunk:
+        """The rows `first … last - 1` of these, or as many as there are."""
+        batch = some(self.batch, first * self.group, last * self.group)
+        return Chunk(batch, self.first + first, min(last, self.count) - first, self.group)
 
 
 class Chunks:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from woodfisher.gradients.base import Gradients
+from woodfisher.gradients.isolation import in_turns
 from woodfisher.gradients.layer_rows import LayerRows, convolution_of
-from woodfisher.watch import phase, report_progress
+from woodfisher.gradients.parameters import module_of
+from woodfisher.watch import phase
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
     from woodfisher.distributed import Ranks
     from woodfisher.gradients.base import Labels
-    from woodfisher.gradients.batches import Batch
+    from woodfisher.gradients.chunks import Chunk
     from woodfisher.gradients.layer_rows import Factors
     from woodfisher.gradients.layout import Layout
     from woodfisher.gradients.objective import Objective
@@ -103,7 +105,8 @@ class DealtGradients(Gradients):
         out: Tensor | None = None,
     ) -> Iterator[Tensor]:
         done = 0
-        for (rows,) in self._received(samples, group, labels, factored=False):
+        received = self._received(samples, group, labels, factored=False)
+        for (rows,) in in_turns(self.whole.model, received):
             rows = rows.to(self.device) if columns is None else rows.to(self.device)[:, columns]
             yield rows if out is None else out[done : done + len(rows)].copy_(rows)
             done += len(rows)
@@ -113,10 +116,11 @@ class DealtGradients(Gradients):
     ) -> Iterator[dict[str, LayerRows]]:
         whole = self.whole
         convolutions = {
-            name: convolution_of(whole.model.get_submodule(name.rpartition(".")[0]), whole.parameters[name])
+            name: convolution_of(module_of(whole.model, name), whole.parameters[name])
             for name in self.layout.shapes
         }
-        for tensors in self._received(samples, group, labels, factored=True):
+        received = self._received(samples, group, labels, factored=True)
+        for tensors in in_turns(whole.model, received):
             each = (t.to(self.device) for t in tensors)
             yield {
                 name: LayerRows(convolution, inputs, outputs)
@@ -139,45 +143,34 @@ class DealtGradients(Gradients):
             sum(factors[name].floats for name in names) if asked else whole.layout.only(names).size
             for names, asked in wanted
         )
-        done = 0
         chunks = whole.row_chunks(samples, group, labels, floats)
         while turn := list(islice(chunks, self.ranks.size)):
             with phase("gradients"):
                 outgoing: list[list[Tensor]] = [[] for _ in wanted]
                 if self.ranks.rank < len(turn):
-                    before = sum(count for _, count in turn[: self.ranks.rank])
-                    outgoing = _made(whole, *turn[self.ranks.rank], group, wanted, done + before)
+                    outgoing = _made(whole, turn[self.ranks.rank], wanted)
                 received = self.ranks.exchange(outgoing)
                 del outgoing
             yield from received[: len(turn)]
-            done += sum(count for _, count in turn)
-            report_progress("gradients", done, samples // group)
 
 
-def _made(
-    whole: Objective,
-    chunk: Batch,
-    count: int,
-    group: int,
-    wanted: Sequence[tuple[Sequence[str], bool]],
-    done: int,
-) -> list[list[Tensor]]:
+def _made(whole: Objective, chunk: Chunk, wanted: Sequence[tuple[Sequence[str], bool]]) -> list[list[Tensor]]:
     """Rows of a chunk as each rank wants those of its weights."""
     factored = [name for names, asked in wanted if asked for name in names]
     dense = sorted(
         (name for names, asked in wanted if not asked for name in names), key=list(whole.layout.shapes).index
     )
-    signals = whole.layer_rows(chunk, count, factored, done) if factored else {}
+    signals = whole.layer_rows(chunk, factored) if factored else {}
     parts: dict[str, Tensor] = {}
     if dense:
         slices = whole.layout.slices
         columns = torch.cat(
             [torch.arange(slices[n].start, slices[n].stop, device=whole.device) for n in dense]
         )
-        out = torch.empty(count, len(columns), dtype=whole.dtype, device=whole.device)
-        whole.fill_rows(out, chunk, group, None if len(columns) == whole.layout.size else columns, done)
+        out = torch.empty(chunk.count, len(columns), dtype=whole.dtype, device=whole.device)
+        whole.fill_rows(out, chunk, None if len(columns) == whole.layout.size else columns)
         parts = dict(zip(dense, out.split([whole.layout.only([n]).size for n in dense], 1), strict=True))
-    empty = torch.empty(count, 0, dtype=whole.dtype, device=whole.device)
+    empty = torch.empty(chunk.count, 0, dtype=whole.dtype, device=whole.device)
     return [
         [t for name in names for t in (signals[name].inputs, signals[name].outputs)]
         if asked

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.forward import explained, other_names
 from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.parameters import module_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -75,7 +76,7 @@ def flops_of_weights(objective: Objective) -> Tensor:
             continue
         size = where.stop - where.start
         flops = sum(counts.get(each.rpartition(".")[0], 0) for each in [name, *tied.get(name, [])])
-        if not flops or flops % size or _has_others(objective.model.get_submodule(name.rpartition(".")[0])):
+        if not flops or flops % size or _has_others(module_of(objective.model, name)):
             raise WoodfisherError(
                 f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called in the "
                 f"forward pass, or does more than multiply with it. Leave it out with exclude={name!r}."

@@ -22,6 +22,7 @@ from woodfisher.gradients.batches import describe, map_tensors, samples_in, tens
 from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
+from woodfisher.gradients.parameters import full_name, module_of
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ class Forward:
         }
         tensors |= tied
         for names in self._scaled:
-            own = self.model.get_submodule(names[0].rpartition(".")[0])._parameters["weight"]
+            own = module_of(self.model, names[0])._parameters["weight"]
             assert own is not None
             tensors |= dict.fromkeys(names, tensors.get(names[0], own.detach()).clone())
         inside = {f"model.{name}": tensor for name, tensor in tensors.items()}
@@ -305,6 +306,7 @@ class Forward:
             return labels
         return kept_ignored(labels, labels_of(batch), self._ignored)
 
+    @torch.enable_grad()
     def row_gradients(self, state: State, rows: Batch, count: int) -> Tensors:
         """Gradients of `count` rows, a batch with leading dimensions (row, sample): name → `(count, …)`."""
 
@@ -334,6 +336,7 @@ class Forward:
         wide = first.device.type == "cpu" and first.shape[1] >= _WIDE_ROW
         return wide and any(isinstance(module, _ConvNd) for module in self.model.modules())
 
+    @torch.enable_grad()
     def gradient(self, state: State, batch: Batch) -> Tensors:
         """Gradient of the mean loss of a batch, by name; zero for weights that it doesn't depend on."""
         state = state.differentiable(state.weights)
@@ -462,7 +465,7 @@ def _multiplies_bfloat16() -> bool:
 def _scaled_in_place(model: nn.Module) -> list[list[str]]:
     """All names of each weight that embeddings with `max_norm` scale as they are called."""
     scaled = [
-        f"{name}.weight".lstrip(".")
+        full_name(name, "weight")
         for name, module in model.named_modules()
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
     ]

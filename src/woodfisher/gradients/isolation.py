@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import random
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from woodfisher.errors import WoodfisherError
+from woodfisher.gradients.randomness import random_state, set_random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+T = TypeVar("T")
 
 _entered: WeakKeyDictionary[nn.Module, list[object]] = WeakKeyDictionary()
 
@@ -36,16 +36,13 @@ def isolated(model: nn.Module) -> Iterator[None]:
     bring back any more.
     """
     restore = _restoring(model)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  the global one is what users seed
-    parameters = list(model.parameters())
-    devices = sorted({p.device.index for p in parameters if p.device.type == "cuda"})
-    on_cpu = torch.get_rng_state()
-    on_devices = {device: torch.cuda.get_rng_state(device) for device in devices}
+    devices = {p.device for p in model.parameters()}
+    numbers = random_state(devices)
     entered, own = _entered.setdefault(model, []), object()
     entered.append(own)
     try:
         with ExitStack() as off:
-            for kind in {p.device.type for p in parameters}:
+            for kind in {device.type for device in devices}:
                 off.enter_context(torch.autocast(kind, enabled=False))
             model.eval()
             yield
@@ -53,11 +50,25 @@ def isolated(model: nn.Module) -> Iterator[None]:
         if own in entered:
             del entered[entered.index(own) :]
             restore()
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
-            torch.set_rng_state(on_cpu)
-            for device, state in on_devices.items():
-                torch.cuda.set_rng_state(state, device)
+            set_random_state(numbers)
+
+
+def in_turns(model: nn.Module, parts: Iterator[T]) -> Iterator[T]:
+    """What an iterator makes, where it runs `isolated` for each part of its own, and whoever takes the parts does not.
+
+    In between, modes and random numbers are those of the taker; the next part goes on from the random numbers that the
+    one before left.
+    """
+    devices = {p.device for p in model.parameters()}
+    numbers = random_state(devices)
+    while True:
+        with isolated(model):
+            set_random_state(numbers)
+            part = next(parts, None)
+            numbers = random_state(devices)
+        if part is None:
+            return
+        yield part
 
 
 def _restoring(model: nn.Module) -> Callable[[], None]:
@@ -159,52 +170,3 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def move_on() -> None:
-    """Go on from other random numbers, which follow from the present ones: `isolated` brings these back each time."""
-    torch.manual_seed(int(torch.randint(2**62, ())))
-
-
-@contextmanager
-def unmoved(data: Iterable[Any]) -> Iterator[None]:
-    """Bring back what generators a `DataLoader` and its samplers have of their own."""
-    before = [(generator, generator.get_state()) for generator in generators(data)]
-    try:
-        yield
-    finally:
-        for generator, state in before:
-            generator.set_state(state)
-
-
-@contextmanager
-def reseeded(data: Iterable[Any], seed: int) -> Iterator[None]:
-    """Random numbers that `seed` alone determines, for what is drawn from `data` inside `isolated`.
-
-    A `DataLoader` and its samplers may have generators of their own; they are set too, and are as before afterwards.
-    """
-    with unmoved(data):
-        reseed(data, seed)
-        yield
-
-
-def reseed(data: Iterable[Any], seed: int) -> None:
-    """Set all random generators, and those of `data`, to a state that `seed` alone determines."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-    for generator in generators(data):
-        generator.manual_seed(seed)
-
-
-def generators(data: Iterable[Any]) -> list[torch.Generator]:
-    """The generators of a `DataLoader` and its samplers, each once."""
-    owners = [data]
-    for owner in owners:
-        owners += [
-            part for name in ("sampler", "batch_sampler") if (part := getattr(owner, name, None)) is not None
-        ]
-    found = {
-        id(g): g for owner in owners if isinstance(g := getattr(owner, "generator", None), torch.Generator)
-    }
-    return list(found.values())

@@ -288,9 +288,16 @@ class LayerRows:
         return S, A
 
     def most_norms(self) -> Tensor:
-        """Norms of the rows at most, `(N,)`: those of what flows in times those of what flows back."""
-        inputs, outputs = (t.to(self.dtype).flatten(1).norm(dim=1) for t in (self.inputs, self.outputs))
-        return inputs * outputs
+        """Norms of the rows at most, `(N,)`: those of what flows in times those of what flows back.
+
+        What a convolution pads its inputs to is in one patch at most for each place of the kernel.
+        """
+        inputs, places = self.inputs, 1
+        if self.convolution is not None:
+            inputs = self._padded().unflatten(0, inputs.shape[:2])
+            places = torch.Size(self.convolution.kernel_size).numel()
+        flowing, back = (t.to(self.dtype).flatten(1).norm(dim=1) for t in (inputs, self.outputs))
+        return places**0.5 * flowing * back
 
     def squares(self) -> Tensor:
         """Squares of the rows, summed over them: float64 `(size,)`, in the weight's own order."""

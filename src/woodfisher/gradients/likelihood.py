@@ -78,12 +78,14 @@ def _known(
         terms = 1 if sums else None
         return partial(_binary, terms=terms), partial(_every_binary, terms=terms)
     draw = _classes if known.function is F.cross_entropy else _labels
-    return partial(draw, ignored=known.ignored, reduction=known.reduction), _every_class
+    every = partial(_every_class, ignored=known.ignored)
+    return partial(draw, ignored=known.ignored, reduction=known.reduction), every
 
 
-def _every_class(outputs: Tensor) -> Weighted:
+def _every_class(outputs: Tensor, ignored: int = IGNORED) -> Weighted:
     if outputs.ndim != 2 or outputs.shape[1] > MOST_TARGETS:
         return
+    _check_ignored(outputs, ignored)
     probabilities = outputs.softmax(-1)
     for label in range(outputs.shape[1]):
         yield probabilities[:, label], torch.full((len(outputs),), label, device=outputs.device)
@@ -98,12 +100,12 @@ def _every_coordinate(centre: Tensor, deviation: Tensor) -> Weighted:
         yield centre.new_ones(len(centre)), centre + deviation * step.reshape(centre[0].shape)
 
 
-def _every_binary(outputs: Tensor, terms: int | None = None) -> Weighted:
+def _every_binary(outputs: Tensor, terms: int | None) -> Weighted:
     p = outputs.sigmoid()
     yield from _every_coordinate(p, (p * (1 - p) * (terms or outputs[0].numel())).sqrt())
 
 
-def _every_normal(outputs: Tensor, variance: float | None = None) -> Weighted:
+def _every_normal(outputs: Tensor, variance: float | None) -> Weighted:
     yield from _every_coordinate(outputs, outputs.new_tensor((variance or _variance(outputs)) ** 0.5))
 
 
@@ -117,9 +119,14 @@ def _labels(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, reduction:
     """A class for each sample; the sum over several positions of one is a likelihood, and their mean is not."""
     if outputs.ndim > 2 and reduction != "sum":
         raise _unknown("nll_loss as a mean over several positions")
-    if 0 <= ignored < outputs.shape[1]:  # the model may draw it
-        raise _unknown(f"cross_entropy with ignore_index={ignored}, one of the classes")
+    _check_ignored(outputs, ignored)
     return kept_ignored(_drawn(outputs), targets, ignored)
+
+
+def _check_ignored(outputs: Tensor, ignored: int) -> None:
+    """Raise where the model's distribution over classes `(n, C, …)` has one that the loss ignores."""
+    if 0 <= ignored < outputs.shape[1]:
+        raise _unknown(f"cross_entropy with ignore_index={ignored}, one of the classes")
 
 
 def kept_ignored(drawn: Tensor, targets: Any, ignored: int = IGNORED) -> Tensor:
@@ -133,7 +140,7 @@ def _left_out(drawn: Tensor, targets: Any, ignored: int) -> Tensor:
     return torch.zeros_like(drawn, dtype=torch.bool)
 
 
-def _classes(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, reduction: str = "mean") -> Tensor:
+def _classes(outputs: Tensor, targets: Any, *, ignored: int, reduction: str) -> Tensor:
     """Labels, or where a sample has several positions, targets in the form of probabilities `(n, C, …)`.
 
     The mean over L positions has an Lth of their gradient, and its Fisher an Lth of its Gauss-Newton matrix. Targets √L
@@ -153,7 +160,7 @@ def _classes(outputs: Tensor, targets: Any, *, ignored: int = IGNORED, reduction
     return p + far * (counted * stretch.reshape(-1, *[1] * (labels.ndim - 1)))[:, None].to(p)
 
 
-def _binary(outputs: Tensor, targets: Any, terms: int | None = None) -> Tensor:
+def _binary(outputs: Tensor, targets: Any, terms: int | None) -> Tensor:
     """0 or 1 for one output a sample.
 
     A mean over K terms has a Kth of their gradient, and its Fisher a Kth of its Gauss-Newton matrix. Targets √K times
@@ -163,7 +170,7 @@ def _binary(outputs: Tensor, targets: Any, terms: int | None = None) -> Tensor:
     return p + (terms or outputs[0].numel()) ** 0.5 * (torch.bernoulli(p) - p)
 
 
-def _normal(outputs: Tensor, targets: Any, variance: float | None = None) -> Tensor:
+def _normal(outputs: Tensor, targets: Any, variance: float | None) -> Tensor:
     return outputs + (variance or _variance(outputs)) ** 0.5 * torch.randn_like(outputs)
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from woodfisher.gradients.batches import rechunk, samples_in, take
 from woodfisher.gradients.forward import explained
 from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.parameters import full_name
 from woodfisher.watch import phase, report_progress, warn
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 def recalibrated(objective: Objective, stream: Stream, samples: int) -> Objective:
     """The objective with statistics of batch normalisation from the next `samples` samples, where it has any."""
-    if not samples or not objective.has_batch_norm:
+    if not samples or not batch_norms(objective.model):
         return objective
     return objective.on(stream.draw(samples)).recalibrated(samples)
 
@@ -54,7 +55,7 @@ def fresh_statistics(objective: Objective, samples: int) -> dict[str, Tensor]:
             if module.num_batches_tracked is None:  # without it no average is taken
                 module.num_batches_tracked = torch.zeros((), dtype=torch.long)
             else:
-                state.buffers[f"{name}.num_batches_tracked"].zero_()
+                state.buffers[full_name(name, "num_batches_tracked")].zero_()
             if isinstance(module, nn.SyncBatchNorm):  # other processes are not at this
                 module.forward = MethodType(_BatchNorm.forward, module)  # type: ignore[method-assign]
         drawn = list(take(objective.data, samples))

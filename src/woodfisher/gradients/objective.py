@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -24,14 +25,15 @@ from woodfisher.gradients.batches import (
     some,
     take,
 )
-from woodfisher.gradients.chunks import Chunks
+from woodfisher.gradients.chunks import Chunk, Chunks
 from woodfisher.gradients.flops import flops_of_modules, flops_of_weights
 from woodfisher.gradients.forward import PRECISIONS, Forward, State, explained
-from woodfisher.gradients.isolation import isolated, unmoved
+from woodfisher.gradients.isolation import in_turns, isolated
 from woodfisher.gradients.layout import Layout
 from woodfisher.gradients.maker import RowMaker
-from woodfisher.gradients.normalisation import batch_norms, fresh_statistics
-from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, unwrapped
+from woodfisher.gradients.normalisation import fresh_statistics
+from woodfisher.gradients.parameters import choose, existing_masks, inputs_first, module_of, unwrapped
+from woodfisher.gradients.randomness import unmoved
 from woodfisher.gradients.sharding import is_sharded, plain_copy
 from woodfisher.gradients.signals import TRIED_ROWS_OF_OWN_LOSS
 from woodfisher.gradients.writing import write
@@ -67,10 +69,10 @@ class Objective(Gradients):
     """The loss of a model on data, as a function of the weights chosen for pruning.
 
     Nothing that an objective computes leaves a trace: model and loss run in evaluation mode on copies of buffers and
-    samples, and training flags, gradients and random generators are as before when it returns (but for one that is a
-    loader's own, which goes on as samples are drawn). It sees the weights
-    in `weights`, which start as the model's own; `at` gives the same objective elsewhere, and only `write`
-    changes the model.
+    samples, and training flags, gradients, what torch is set to and random generators are as before when it returns,
+    and wherever an iterator hands over a part (but for a generator that is a loader's own, which goes on as samples are
+    drawn, and for what the data itself does as it is read). It sees the weights in `weights`, which start as the
+    model's own; `at` gives the same objective elsewhere, and only `write` changes the model.
 
     Parameters
     ----------
@@ -164,7 +166,7 @@ class Objective(Gradients):
         named = dict(self.source.named_parameters())
         self.source_parameters = {name: named[name] for name in self.parameters}
         forward = Forward(self.model, self.loss, self._sampler, self._precision)
-        modules = {name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
+        modules = {name: module_of(self.model, name) for name in self.parameters}
         self.layout = Layout(
             {name: tuple(p.shape) for name, p in self.parameters.items()},
             {
@@ -258,11 +260,6 @@ class Objective(Gradients):
         """The same objective on batches `(inputs, (targets, weights))`, of whose mean each sample has a share."""
         return self._with(data=data, _maker=self._by_weight)
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether the model keeps statistics that `recalibrated` would take anew."""
-        return bool(batch_norms(self.model))
-
     def recalibrated(self, samples: int) -> Objective:
         """The same objective with the statistics of batch normalisation taken anew at its weights.
 
@@ -346,18 +343,18 @@ class Objective(Gradients):
     ) -> Iterator[Tensor]:
         self.layout.check_columns(columns)
         width = self.layout.size if columns is None else len(columns)
-        done = 0
-        for chunk, count in self.row_chunks(samples, group, labels, 2 * width):
+
+        def made(chunk: Chunk) -> Tensor:
             with phase("gradients"):
                 here = (
-                    new_matrix(count, width, self.dtype, self.device)
+                    new_matrix(chunk.count, width, self.dtype, self.device)
                     if out is None
-                    else out[done : done + count]
+                    else out[chunk.first : chunk.first + chunk.count]
                 )
-                self.fill_rows(here, chunk, group, columns, done)
-            yield here
-            done += count
-            report_progress("gradients", done, samples // group)
+                self.fill_rows(here, chunk, columns)
+            return here
+
+        return in_turns(self.model, map(made, self.row_chunks(samples, group, labels, 2 * width)))
 
     def iter_layer_rows(
         self, samples: int, *, group: int = 1, labels: Labels = "data", names: Sequence[str] | None = None
@@ -366,46 +363,45 @@ class Objective(Gradients):
         self._maker.check_possible(names)
         able = {} if self.reads_once else self.factors(group)
         floats = 2 * sum(able[name].floats for name in names if name in able)
-        done = 0
-        for chunk, count in self.row_chunks(samples, group, labels, floats):
+
+        def made(chunk: Chunk) -> dict[str, LayerRows]:
             with phase("gradients"):
-                rows = self.layer_rows(chunk, count, names, done)
-            yield rows
-            done += count
-            report_progress("gradients", done, samples // group)
+                return self.layer_rows(chunk, names)
+
+        return in_turns(self.model, map(made, self.row_chunks(samples, group, labels, floats)))
 
     def squares(self, samples: int, *, group: int = 1, labels: Labels = "data") -> tuple[Tensor, int]:
         able = self.factors(group)
         factored = able.keys() == self.layout.shapes.keys()
         width = sum(each.floats for each in able.values()) if factored else self.layout.size
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
-        done = 0
-        for number, (chunk, count) in enumerate(self.row_chunks(samples, group, labels, 2 * width)):
-            if number % self.ranks.size == self.ranks.rank:
-                with phase("gradients"):
-                    total += self._squares_of(chunk, count, group, done)
-            done += count
-            report_progress("gradients", done, samples // group)
-        return self.ranks.sum(total) * self.kept, done
+        count = 0
+        with isolated(self.model):
+            for number, chunk in enumerate(self.row_chunks(samples, group, labels, 2 * width)):
+                count += chunk.count
+                if number % self.ranks.size == self.ranks.rank:
+                    with phase("gradients"):
+                        total += self._squares_of(chunk)
+        return self.ranks.sum(total) * self.kept, count
 
-    def _squares_of(self, chunk: Batch, count: int, group: int, done: int) -> Tensor:
+    def _squares_of(self, chunk: Chunk) -> Tensor:
         """From factors, or from as many dense rows at a time as there is room for."""
-        found = self._maker.squares(self.state(), chunk, group, done=done, workspace=self.workspace)
+        found = self._maker.squares(self.state(), chunk, self.workspace)
         if found is not None:
             return found
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         step = max(self.workspace // (2 * self.layout.size * self.dtype.itemsize), 1)
-        for first in range(0, count, step):
-            part = some(chunk, first * group, (first + step) * group)
-            rows = new_matrix(samples_in(part) // group, self.layout.size, self.dtype, self.device)
-            self.fill_rows(rows, part, group, None, done + first)
+        for first in range(0, chunk.count, step):
+            part = chunk.part(first, first + step)
+            rows = new_matrix(part.count, self.layout.size, self.dtype, self.device)
+            self.fill_rows(rows, part)
             total += rows.double().square().sum(0)
         return total
 
     def factors(self, group: int = 1) -> dict[str, Factors]:
         if self.reads_once:
             return {}
-        with isolated(self.model), torch.enable_grad():
+        with isolated(self.model):
             batch = self.first_samples(TRIED_ROWS_OF_OWN_LOSS * group, group)
             if batch is None or samples_in(batch) < group:
                 return {}
@@ -416,9 +412,9 @@ class Objective(Gradients):
         return self._maker.signals.factors(self.state(), batch, group, self.workspace)
 
     def row_chunks(
-        self, samples: int, group: int, labels: Labels, floats: int
-    ) -> Iterator[tuple[Batch, int]]:
-        """Chunks of samples in evaluation mode, with their targets, and how many rows they make.
+        self, samples: int, group: int, labels: Labels, floats: int, told: str = "gradients"
+    ) -> Iterator[Chunk]:
+        """Chunks of samples with their targets, for whoever is `isolated`; progress goes by the name `told`.
 
         A row takes `floats` numbers beside what its backward pass needs.
         """
@@ -427,25 +423,26 @@ class Objective(Gradients):
         check_choice("labels", labels, ("data", "model"))
         if samples < group:
             raise WoodfisherError(f"a row averages {group} samples; samples={samples} make no row.")
-        with isolated(self.model), torch.enable_grad():
-            state = self.state()
-            for chunk in self._chunks.of(self, samples, group, floats):
-                if labels == "model":
-                    with phase("gradients"):
-                        chunk = self.forward.with_sampled_targets(state, chunk)
-                yield chunk, samples_in(chunk) // group
+        state, done = self.state(), 0
+        for batch in self._chunks.of(self, samples, group, floats):
+            if labels == "model":
+                with phase("gradients"):
+                    batch = self.forward.with_sampled_targets(state, batch)
+            count = samples_in(batch) // group
+            yield Chunk(batch, done, count, group)
+            done += count
+            report_progress(told, done, samples // group)
 
-    def fill_rows(self, out: Tensor, chunk: Batch, group: int, columns: Tensor | None, done: int) -> None:
-        """Write the rows of a chunk, `done` rows after the first, to `out` `(c, k)`."""
-        state, workspace = self.state(), self.workspace
-        self._maker.fill(out, state, chunk, group, columns=columns, done=done, workspace=workspace)
+    def fill_rows(self, out: Tensor, chunk: Chunk, columns: Tensor | None = None) -> None:
+        """Write the rows of a chunk to `out` `(c, k)`, of the weights in `columns` `(k,)` or all."""
+        self._maker.fill(out, self.state(), chunk, columns, self.workspace)
         kept = self.kept if columns is None else self.kept[columns]
         if not kept.all():
             out *= kept
 
-    def layer_rows(self, chunk: Batch, count: int, names: Sequence[str], done: int) -> dict[str, LayerRows]:
-        """A chunk, `done` rows after the first, as `count` rows in factor form of the weights in `names`."""
-        return self._maker.layer_rows(self.state(), chunk, count, names, done=done)
+    def layer_rows(self, chunk: Chunk, names: Sequence[str]) -> dict[str, LayerRows]:
+        """The rows of a chunk in factor form, of the weights in `names`."""
+        return self._maker.layer_rows(self.state(), chunk, names)
 
     def iter_fisher_rows(self, samples: int) -> Iterator[Tensor]:
         """Rows `(c, d)` whose outer products, summed and divided by `samples`, are the Fisher (docs/method.md §2).
@@ -453,33 +450,30 @@ class Objective(Gradients):
         The expectation over the model's distribution is exact for the usual losses of torch and up to 100 classes
         or outputs: as many rows a sample, √p(y | x) ∇ℓ(y, x). Otherwise each sample gives one row, of a drawn target.
         """
-        done = 0
-        with isolated(self.model), torch.enable_grad():
-            state = self.state()
-            for chunk in self._chunks.of(self, samples, 1, 2 * self.layout.size):
-                for share, batch in self.forward.with_every_target(state, chunk):
-                    rows = torch.empty(
-                        samples_in(chunk), self.layout.size, dtype=self.dtype, device=self.device
-                    )
-                    with phase("gradients"):
-                        self.fill_rows(rows, batch, 1, None, done)
-                    yield rows * share[:, None].to(rows).sqrt()
-                done += samples_in(chunk)
-                report_progress("Fisher", done, samples)
+        return in_turns(self.model, self._fisher_rows(samples))
+
+    def _fisher_rows(self, samples: int) -> Iterator[Tensor]:
+        state = self.state()
+        for chunk in self.row_chunks(samples, 1, "data", 2 * self.layout.size, "Fisher"):
+            for share, batch in self.forward.with_every_target(state, chunk.batch):
+                rows = torch.empty(chunk.count, self.layout.size, dtype=self.dtype, device=self.device)
+                with phase("gradients"):
+                    self.fill_rows(rows, replace(chunk, batch=batch))
+                yield rows * share[:, None].to(rows).sqrt()
 
     def gradient(self, samples: int) -> Tensor:
         total = torch.zeros(self.layout.size, dtype=torch.float64, device=self.device)
         count, seen = 0.0, 0
-        with phase("gradients"), isolated(self.model), torch.enable_grad():
+        with phase("gradients"), isolated(self.model):
             state = self.state()
-            for number, chunk in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
-                counted = self.forward.counted(chunk)
+            for number, batch in enumerate(self._chunks.of(self, samples, 1, 0, mean=True)):
+                counted, here = self.forward.counted(batch), samples_in(batch)
                 if counted and number % self.ranks.size == self.ranks.rank:
-                    gradients = self.forward.gradient(state, chunk)
+                    gradients = self.forward.gradient(state, batch)
                     flat = self._flat(gradients)
-                    self._maker.check_finite(flat[None], seen, chunk, samples_in(chunk))
+                    self._maker.check_finite(flat[None], Chunk(batch, seen, 1, here))
                     total += flat * counted
-                count, seen = count + counted, seen + samples_in(chunk)
+                count, seen = count + counted, seen + here
         return (self.ranks.sum(total) / (count or 1) * self.kept).to(self.weights)
 
     def gradient_norms(self, batch: Batch) -> Tensor | None:
@@ -490,7 +484,7 @@ class Objective(Gradients):
         """
         norms = torch.zeros(samples_in(batch), dtype=torch.float64, device=self.device)
         last, done = "", 0
-        with phase("gradients"), isolated(self.model), torch.enable_grad():
+        with phase("gradients"), isolated(self.model):
             for number, chunk in enumerate(rechunk([batch], FORWARD_BATCH, 1)):
                 chunk, count = self.on_device(chunk), samples_in(chunk)
                 if number == 0:
@@ -527,7 +521,6 @@ class Objective(Gradients):
         with (
             phase("gradients"),
             isolated(self.model),
-            torch.enable_grad(),
             sdpa_kernel(SDPBackend.MATH),  # the others have no second derivative
         ):
             for chunk in self._chunks.of(self, samples, 1, 0, mean=True):
@@ -538,6 +531,7 @@ class Objective(Gradients):
                 count += counted
         return total / (count or 1) * self.kept[:, None] * self.kept[index]
 
+    @torch.enable_grad()
     def _hessian_product(self, chunk: Batch, vectors: Tensor) -> Tensor | None:
         """`vectors` `(k, d)` times the Hessian of the mean loss of a chunk; None where its gradient is constant."""
         flat = self.weights.clone().requires_grad_()

@@ -36,6 +36,16 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner
 
 
+def full_name(path: str, name: str) -> str:
+    """The name in a model of what the module at `path` calls `name`; the path of the model itself is empty."""
+    return f"{path}.{name}" if path else name
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module:
+    """The module of a model that has the parameter or buffer of that name."""
+    return model.get_submodule(name.rpartition(".")[0])
+
+
 def inputs_first(module: nn.Module) -> bool:
     """Whether the weight of a layer has its inputs in the first dimension and its outputs in the second."""
     return isinstance(module, nn.modules.conv._ConvTransposeNd) or is_conv1d(module)

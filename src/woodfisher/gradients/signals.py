@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 _TRIED_ROWS = 2
 """Rows that are also taken alone, to see whether gradients taken together are the same."""
 
+TRIED_ROWS_OF_OWN_LOSS = 8
+"""Rows that are also taken alone where the model weighs samples in a loss of its own."""
+
 _CANCELLED = 32
 """Units of rounding, each as large as the terms that are added up, that a gradient which is zero may come out as."""
 
 _LAST_BITS, _ROUNDED = (-16, -8, 8, 16), 4
 """Units of rounding that weights are moved by, and how many times as far as that moves a gradient two ways to compute
 it may be apart."""
-
-TRIED_ROWS_OF_OWN_LOSS = 8
-"""The same where the model weighs samples in a loss of its own."""
 
 
 class Signals:
@@ -62,6 +62,7 @@ class Signals:
         """Whether a weight belongs to a layer whose rows can have factor form."""
         return has_factors(self._modules[name], self._parameters[name])
 
+    @torch.enable_grad()
     def rows(self, state: State, chunk: Batch, count: int, names: Sequence[str]) -> dict[str, LayerRows]:
         """A chunk of samples as `count` rows of the gradients of the weights in `names`.
 
@@ -151,6 +152,7 @@ class Signals:
             moved = {name: max(far, float((there[name] - alone[name]).norm())) for name, far in moved.items()}
         return moved
 
+    @torch.enable_grad()
     def factors(
         self,
         state: State,

@@ -12,7 +12,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import digest
 from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.overlap import check_apart, covers_itself
-from woodfisher.gradients.parameters import unwrapped
+from woodfisher.gradients.parameters import full_name, unwrapped
 from woodfisher.gradients.sharding import local, own_part, reshard, whole
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def digests(objective: Objective) -> Digests:
 def _buffers_of(model: nn.Module, objective: Objective) -> dict[str, Tensor]:
     """A model's buffers, but for those that aren't saved and came or grew as it ran since; raises on any others."""
     passing = {
-        f"{path}.{name}".lstrip(".")
+        full_name(path, name)
         for path, module in model.named_modules()
         for name in module._non_persistent_buffers_set
     }

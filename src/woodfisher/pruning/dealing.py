@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import random
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from woodfisher.curvature import DiagonalFisher, Identity, WoodFisher
 from woodfisher.errors import ElsewhereError
 from woodfisher.gradients.batches import describe, digest, fingerprints, some
-from woodfisher.gradients.isolation import generators
+from woodfisher.gradients.randomness import generators, random_state, set_random_state
 from woodfisher.surgeon.patterns import NM, Block, Unstructured
 
 if TYPE_CHECKING:
@@ -80,20 +76,9 @@ def align_random(data: Iterable[Batch], ranks: Ranks) -> None:
     if ranks.size == 1:
         return
     own = generators(data)
-
-    def states() -> Any:
-        return (
-            random.getstate(),
-            np.random.get_state(),  # noqa: NPY002  what data may use
-            torch.get_rng_state(),
-            [generator.get_state() for generator in own],
-        )
-
     if len(set(ranks.gather(len(own)))) > 1:
         raise ElsewhereError(_UNLIKE)
-    python, numpy, default, others = ranks.first(states)
-    random.setstate(python)
-    np.random.set_state(numpy)  # noqa: NPY002
-    torch.set_rng_state(default)
-    for generator, state in zip(own, others, strict=True):
-        generator.set_state(state)
+    state, others = ranks.first(lambda: (random_state(), [generator.get_state() for generator in own]))
+    set_random_state(state)
+    for generator, its in zip(own, others, strict=True):
+        generator.set_state(its)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from woodfisher.checks import check_fraction, metric_value
 from woodfisher.distributed import ALONE, together
 from woodfisher.errors import TooSparseError, WoodfisherError
-from woodfisher.gradients.isolation import copied, isolated, unmoved
+from woodfisher.gradients.isolation import copied, isolated
 from woodfisher.gradients.objective import Objective
+from woodfisher.gradients.randomness import unmoved
 from woodfisher.gradients.writing import digests, write
 from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.dealing import align_random, alike, can_be_dealt

@@ -12,7 +12,8 @@ from woodfisher.curvature.planning import planned
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.base import check_gradients
 from woodfisher.gradients.batches import Stream
-from woodfisher.gradients.isolation import isolated, unmoved
+from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.randomness import unmoved
 from woodfisher.pruning.method import Method
 from woodfisher.pruning.window import known_samples, samples_that_matter, window_for
 

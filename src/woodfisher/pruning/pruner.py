@@ -12,9 +12,10 @@ from torch import Tensor
 from woodfisher.checks import check_count, check_seed, described
 from woodfisher.distributed import on_first_rank
 from woodfisher.errors import WoodfisherError
-from woodfisher.gradients.isolation import isolated, reseeded
+from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
+from woodfisher.gradients.randomness import reseeded
 from woodfisher.gradients.sharding import reshard
 from woodfisher.pruning.masks import Masks
 from woodfisher.pruning.method import method_asked

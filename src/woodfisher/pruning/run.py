@@ -15,8 +15,8 @@ from woodfisher.curvature.prior import Prior, RestrictedPrior
 from woodfisher.curvature.running import PlainFisher, RunningFisher, ShrunkFisher
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.importance import Important
-from woodfisher.gradients.isolation import move_on
 from woodfisher.gradients.normalisation import recalibrated
+from woodfisher.gradients.randomness import move_on
 from woodfisher.pruning.averages import MeanGradient, MeanPlace
 from woodfisher.pruning.report import Stage
 from woodfisher.pruning.schedule import through, with_rests

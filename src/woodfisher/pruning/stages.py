@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import Stream
 from woodfisher.gradients.dealt import dealt
-from woodfisher.gradients.isolation import move_on
 from woodfisher.gradients.normalisation import recalibrated
+from woodfisher.gradients.randomness import move_on
 from woodfisher.pruning.adaptive import Adaptive, adaptive_run
 from woodfisher.pruning.dealing import align_random, check_same_samples
 from woodfisher.pruning.method import UPDATES

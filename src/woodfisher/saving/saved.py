@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from woodfisher._version import __version__
 from woodfisher.errors import WoodfisherError
 from woodfisher.files import unreadable, write_whole
-from woodfisher.gradients.parameters import inputs_first, unwrapped
+from woodfisher.gradients.parameters import full_name, inputs_first, unwrapped
 from woodfisher.gradients.sharding import is_shard
 from woodfisher.saving.bitmask import PARTS, bits, pack, unpack
 from woodfisher.watch import warn
@@ -152,7 +152,7 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
 def packed_model(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Packed:
     """A model's state dict as `save_weights` writes it."""
     model = unwrapped(model)
-    turned = [f"{name}.weight".lstrip(".") for name, module in model.named_modules() if inputs_first(module)]
+    turned = [full_name(name, "weight") for name, module in model.named_modules() if inputs_first(module)]
     return pack_state(model.state_dict(), masks, {INPUTS_FIRST: json.dumps(turned)} if turned else {})
 
 

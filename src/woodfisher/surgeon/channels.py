@@ -17,7 +17,7 @@ from woodfisher.errors import WoodfisherError, extra
 from woodfisher.gradients.flops import counting_flops
 from woodfisher.gradients.isolation import copied, without_cache
 from woodfisher.gradients.outputs import called, difference, outputs_of
-from woodfisher.gradients.parameters import inputs_first, unwrapped
+from woodfisher.gradients.parameters import full_name, inputs_first, module_of, unwrapped
 from woodfisher.surgeon.patterns import part_of
 from woodfisher.watch import warn
 
@@ -159,7 +159,7 @@ class _ChannelSet:
         for member in self.members:
             name, part = part_of(member)
             weight = model.get_parameter(name).detach()
-            transposed = weight.ndim > 1 and inputs_first(model.get_submodule(name.rpartition(".")[0]))
+            transposed = weight.ndim > 1 and inputs_first(module_of(model, name))
             yield (weight.transpose(0, 1) if transposed else weight)[part]
 
 
@@ -265,7 +265,7 @@ class _Traced:
                 return None
             whole = width == self._graph.get_out_channels(module)
             part = "" if whole else f"[{first}:{first + width}]"
-            names = (f"{self._names[module]}.{name}".lstrip(".") for name, _ in module.named_parameters())
+            names = (full_name(self._names[module], name) for name, _ in module.named_parameters())
             members += [name + part for name in names]
         return _ChannelSet(self._names[modules[0]], width, tuple(sorted(members, key=self._place)))
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from woodfisher.errors import WoodfisherError, told
-from woodfisher.gradients.isolation import generators
+from woodfisher.gradients.randomness import generators
 from woodfisher.tasks.base import Task
 from woodfisher.tasks.weights import load_into
 

@@ -32,7 +32,8 @@ from woodfisher.gradients.forward import (
     inputs_and_targets,
     mean_loss,
 )
-from woodfisher.gradients.isolation import adopt_buffers, reseed
+from woodfisher.gradients.isolation import adopt_buffers
+from woodfisher.gradients.randomness import reseed
 from woodfisher.training.gradual import Epoch, Removal
 from woodfisher.watch import logging_from
 

@@ -23,9 +23,10 @@ from woodfisher.checks import (
 from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import remove
 from woodfisher.gradients.batches import bytes_of, length, read_apart
-from woodfisher.gradients.isolation import adopt_buffers, copied, isolated, reseeded
+from woodfisher.gradients.isolation import adopt_buffers, copied, isolated
 from woodfisher.gradients.objective import Objective
 from woodfisher.gradients.parameters import unwrapped
+from woodfisher.gradients.randomness import reseeded
 from woodfisher.pruning.method import apart
 from woodfisher.pruning.pruner import Pruner
 from woodfisher.pruning.report import Stage, layers_of
