@@ -491,6 +491,12 @@ def test_the_result_is_never_worse_than_magnitude_on_the_held_out_samples_and_on
     assert there[25] < losses[25] < more[25]  # lower on the 24, higher on all
 
 
+def test_endless_data_of_few_samples_is_refused():
+    endless = itertools.cycle(batches(20, 10))
+    with pytest.raises(wf.WoodfisherError, match="the 20 different samples .* are all of the data"):
+        wf.prune(trained(), endless, cross_entropy, 0.5, stages=replace(QUICK, held_out=24))
+
+
 def test_equal_data_gives_equal_results():
     results = [wf.sweep(trained(), batches(), cross_entropy, [0.5], stages=QUICK) for _ in range(2)]
     assert torch.equal(results[0][0].objective.weights, results[1][0].objective.weights)

@@ -714,6 +714,8 @@ def test_chunks_for_statistics_leave_no_small_rest(samples):
     size = even_size(samples)
     assert min(samples, 250) <= size <= max(500, min(samples, 250))
     assert samples % size == 0 or samples % size >= size // 2
+    chunks = -(-samples // size)
+    assert size * chunks - samples < chunks
 
 
 @pytest.mark.parametrize("count", [2, 250, 251, 501])

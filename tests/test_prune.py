@@ -93,6 +93,21 @@ def test_more_zeros_than_asked_for_are_left_as_they_are():
     assert torch.equal(weights_of(model), before)
 
 
+def test_data_for_one_run_is_not_taken_for_several():
+    options = {"curvature": wf.WoodFisher(**SMALL), "stages": 2}
+    with pytest.raises(wf.WoodfisherError, match="a run for each sparsity that is tried"):
+        wf.sweep(mlp(), iter([samples(12)] * 9), cross_entropy, [0.2, 0.5], **options)
+    with pytest.raises(wf.WoodfisherError, match="a run for each sparsity that is tried"):
+        wf.prune(mlp(), iter([samples(12)] * 9), cross_entropy, max_drop=0.1, metric=lambda _: 1.0, **options)
+    (point,) = wf.sweep(mlp(), iter([samples(12)] * 9), cross_entropy, [0.5], **options)
+    assert point.report.kept == 18
+
+
+def test_progress_is_a_function():
+    with pytest.raises(wf.WoodfisherError, match="progress is a function of phase, done and total; 3 came"):
+        wf.prune(mlp(), None, sparsity=0.5, criterion="magnitude", progress=3)
+
+
 def test_each_report_of_a_sweep_has_its_own_warnings():
     model = mlp()
     wf.prune(model, [], sparsity=0.5, criterion="magnitude")

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import random
+import resource
 import signal
 import sys
 import time
@@ -723,6 +724,7 @@ def test_train_prints_one_object_and_writes_its_results(folder, capsys):
     [
         (["--epochs", "0"], "epochs must be a whole number of at least 1; 0 came"),
         (["--rate", "0"], "rate must be a finite number above 0"),
+        (["--epochs", "2", "--warm-up", "2"], "the rate rises in 2 of 2 epochs"),
         (["--distil", "1.5"], "distil is a share of the loss, in [0, 1]; 1.5 came"),
         (["--begin", "3", "--end", "2"], "ends at 2, before it begins at 3"),
         (["--epochs", "5", "--end", "5"], "after the training's last step (5 epochs of"),
@@ -744,6 +746,37 @@ def test_bad_input_is_one_message_and_code_2(arguments, message, folder, capsys)
     assert shown.out == ""
     assert message in shown.err.replace("\n", " ")
     assert "Traceback" not in shown.err
+
+
+class Shortening(list):
+    """Batches, two fewer from the second time in an epoch on."""
+
+    times = 0
+
+    def __iter__(self):
+        self.times += 1
+        return iter(list(super().__iter__())[: len(self) - 2 * (self.times > 4)])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_epoch_of_fewer_batches_is_told():
+    model = Small().model
+    task = Task("shortening", model, Shortening(batches()), batches(), batches(), cross_entropy, accuracy)
+    with pytest.raises(WoodfisherError, match=r"epoch \d had 4 batches, and the data 6 before training"):
+        train(task, 0.5, Training(epochs=6), curvature=CURVATURE)
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_one_message(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
+        with pytest.raises(WoodfisherError, match="checkpoint.ckpt could not be written"):
+            WholeFiles().save_checkpoint({"weights": torch.ones(100_000)}, tmp_path / "checkpoint.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interruption_says_how_to_go_on(folder, capsys, monkeypatch):

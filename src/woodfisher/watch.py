@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from woodfisher.errors import WoodfisherWarning
+from woodfisher.errors import WoodfisherError, WoodfisherWarning
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,6 +67,8 @@ _current: ContextVar[Watch | None] = ContextVar("woodfisher_watch", default=None
 @contextmanager
 def watching(progress: Progress | None = None) -> Iterator[Watch]:
     """Record what happens inside the block."""
+    if progress is not None and not callable(progress):
+        raise WoodfisherError(f"progress is a function of phase, done and total; {progress!r} came.")
     watch = Watch(progress)
     token = _current.set(watch)
     try:

@@ -35,6 +35,9 @@ FORWARD_BATCH = 128
 """Samples of a forward pass that takes no gradients: few enough for a convolution's outputs to stay in the cache, and a
 multiple of 16, without which convolutions take a third longer on the processors that this was measured on."""
 
+_NO_OTHERS = 100
+"""Times that held-out samples come, and none but them, after which data that doesn't end is taken to have no others."""
+
 _AT_ONCE = 256
 """Samples that are held at once while many are passed over."""
 
@@ -287,10 +290,7 @@ class Stream:
             self._current = self._without_held_out(self._data)
             again = self._next(samples)
             if not (again or drawn or self._last) and self._held_out:
-                raise WoodfisherError(
-                    f"the {len(self._held_out)} different samples that are held out to check stages on are all of the "
-                    "data: give more, or a number of stages, which holds none out."
-                )
+                raise self._all_held_out()
             if sum(map(samples_in, again)) < samples:
                 drawn = again or drawn or self._last
             else:
@@ -368,12 +368,22 @@ class Stream:
         if not self._held_out:
             yield from batches
             return
+        passed_over = 0
         for batch in batches:
             stay = torch.tensor([key not in self._held_out for key in fingerprints(batch)])
+            passed_over = 0 if stay.any() else passed_over + len(stay)
+            if passed_over > _NO_OTHERS * len(self._held_out):
+                raise self._all_held_out()
             if stay.all():
                 yield batch
             elif stay.any():
                 yield map_tensors(lambda t, stay=stay: t[stay.to(t.device)], batch)
+
+    def _all_held_out(self) -> WoodfisherError:
+        return WoodfisherError(
+            f"the {len(self._held_out)} different samples that are held out to check stages on are all of the "
+            "data: give more, or a number of stages, which holds none out."
+        )
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:

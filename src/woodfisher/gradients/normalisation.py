@@ -75,6 +75,5 @@ def fresh_statistics(objective: Objective, samples: int) -> dict[str, Tensor]:
 
 
 def even_size(samples: int) -> int:
-    """Size of chunks that leave no small rest: statistics of each count the same, and need two samples."""
-    sizes = range(max(min(samples, _BATCH), 1), samples + 1)
-    return next((size for size in sizes if not 0 < samples % size < size // 2), _BATCH)
+    """Size of chunks that are nearly equal, of `_BATCH` samples or some more: statistics of each count the same."""
+    return -(-samples // max(samples // _BATCH, 1))

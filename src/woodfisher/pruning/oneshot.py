@@ -235,6 +235,7 @@ def _sweep(
                 watch.restart()
         data = objective.data
         wanted = sorted(set(amounts) - set(reached), reverse=True)
+        _check_readable(objective, method, runs=len(wanted))
         passed = pruned_through(objective, wanted, method, selection)
         for amount, (at, stages) in zip(wanted, passed, strict=True):
             warn_of_lost_layers(at)
@@ -264,6 +265,7 @@ def _within(
     steps = math.ceil(math.log(max(LEAST_KEPT * selection.total, 1) / now) / math.log(FINEST_RATIO))
     counts = sorted({round(now * FINEST_RATIO**step) for step in range(1, steps + 1)} - {0}, reverse=True)
     data = objective.data
+    _check_readable(objective, method, runs=len(counts))
     with watching(progress) as watch, phase("total"), isolated(objective.model):
 
         def measured() -> float:
@@ -315,6 +317,20 @@ def _within(
             )
         warn_of_lost_layers(best.objective)
     return replace(best, report=replace(best.report, warnings=warnings_of(objective, watch)))
+
+
+def _check_readable(objective: Objective, method: Method, *, runs: int) -> None:
+    """Raise where data that can be read only once is to serve several runs of a fixed number of stages."""
+    if (
+        runs > 1
+        and objective.reads_once
+        and method.curvature.samples
+        and not isinstance(method.staging, Adaptive)
+    ):
+        raise WoodfisherError(
+            "with a fixed number of stages there is a run for each sparsity that is tried, and the data can be read "
+            "only once: give a list of batches or a DataLoader, or ask for one sparsity."
+        )
 
 
 def _last(

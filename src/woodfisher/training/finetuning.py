@@ -160,6 +160,12 @@ class Finetuning(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Measure, remember the best, and save."""
         number = len(self.epochs) + 1
+        came = self.pruner.steps - len(self.epochs) * self.steps
+        if came != self.steps:
+            raise WoodfisherError(
+                f"epoch {number} had {came} batches, and the data {self.steps} before training, by which schedule and "
+                "rate are laid out: give data that has the same number each time."
+            )
         loss = float(self._loss) / self.steps
         self._loss = 0.0
         if not math.isfinite(loss):
@@ -265,7 +271,10 @@ class WholeFiles(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         def write(draft: Path) -> None:
             with draft.open("wb") as file:
-                torch.save(checkpoint, file)
+                try:
+                    torch.save(checkpoint, file)
+                except RuntimeError as error:  # what torch makes of a disk that is full
+                    raise OSError(str(error).partition("\n")[0]) from error
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -90,6 +90,11 @@ class Training:
         check_count("epochs", self.epochs)
         check_positive("rate", self.rate, "the learning rate at its peak")
         check_not_negative("warm_up", self.warm_up)
+        if self.warm_up >= self.epochs:
+            raise WoodfisherError(
+                f"the rate rises in {self.warm_up:g} of {self.epochs} epochs, and would never be at its peak: give a "
+                "shorter warm_up."
+            )
         check_fraction("momentum", self.momentum)
         check_not_negative("weight_decay", self.weight_decay)
         check_not_negative("distil", self.distil)
@@ -435,12 +440,19 @@ def _last_removal(schedule: Schedule, steps: int, epochs: int) -> int:
 
 
 def _check_same(there: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    for name in here:
-        if there.get(name) != here[name]:
-            raise WoodfisherError(
-                f"{path} is of a run with other arguments ({name}: {there.get(name)} there, {here[name]} here): give "
-                "the same ones, or train without resume to start anew."
-            )
+    there, here = (_flat(options) for options in (there, here))
+    unlike = [name for name in here if there.get(name) != here[name]]
+    if unlike:
+        differences = "; ".join(f"{name}: {there.get(name)} there, {here[name]} here" for name in unlike)
+        raise WoodfisherError(
+            f"{path} is of a run with other arguments ({differences}): give the same ones, or train without resume to "
+            "start anew."
+        )
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    """Options with those of the training among them, by their own names."""
+    return {**options, **options.get("training", {}), "training": None}
 
 
 def _device_options(model: nn.Module) -> dict[str, Any]:
