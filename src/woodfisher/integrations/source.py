@@ -46,9 +46,9 @@ class PrunerSource:
 def warn_unless_done(pruner: Pruner, steps: str = "steps of the optimizer") -> None:
     """Warn where training ended before the schedule did; `steps` says what was counted."""
     goal = pruner.schedule.goal
-    asked = (pruner.schedule.at(step) for step in reversed(range(pruner.steps)))
-    last = next((sparsity for sparsity in asked if sparsity is not None), 0.0)
-    if last != goal:
+    if pruner.steps <= pruner.schedule.reached:
+        asked = (pruner.schedule.at(step) for step in reversed(range(pruner.steps)))
+        last = next((sparsity for sparsity in asked if sparsity is not None), 0.0)
         warn(
             f"training ended after {pruner.steps} {steps}, before the schedule reached its sparsity {goal:g} ({last:g} "
             "by then): have it end sooner, or train longer."

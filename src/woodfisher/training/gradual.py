@@ -430,13 +430,12 @@ def digest(model: nn.Module) -> str:
 
 def _last_removal(schedule: Schedule, steps: int, epochs: int) -> int:
     """The step after which the schedule removes weights for the last time; raises if training ends before."""
-    times = [step for step in range(steps * epochs) if schedule.at(step) is not None]
-    if not times or schedule.at(times[-1]) != schedule.goal:
+    if schedule.reached >= steps * epochs:
         raise WoodfisherError(
             f"the schedule reaches its sparsity {schedule.goal:g} after the training's last step ({epochs} epochs of "
             f"{steps} steps): end it sooner, or train longer."
         )
-    return times[-1]
+    return schedule.reached
 
 
 def _check_same(there: dict[str, Any], here: dict[str, Any], path: Path) -> None:
