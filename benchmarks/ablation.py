@@ -12,21 +12,29 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 import woodfisher as wf
 from woodfisher.gradients.batches import Replay
 from woodfisher.pruning.method import METHODS, Method
+from woodfisher.surgeon.ranking import survivors
 from woodfisher.surgeon.refine import joint_objective, refine
 from woodfisher.surgeon.saliency import saliency
-from woodfisher.surgeon.selection import survivors
 from woodfisher.surgeon.update import joint_update
 from woodfisher.tasks import Task, load_task
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from woodfisher.curvature import InverseOperator
+
 SPARSITIES = (0.5, 0.8, 0.9, 0.95, 0.98)
 DEFAULT = METHODS["woodfisher"]
+assert isinstance(DEFAULT.curvature, wf.WoodFisher)
 PLAN = wf.Adaptive()
 
 VARIANTS: dict[str, Method] = {
@@ -63,6 +71,12 @@ def stages(task: Task, seeds: int) -> None:
         print(f"| {name} |", " | ".join(means), f"| {statistics.fmean(seconds):.0f} |", flush=True)
 
 
+def ranked(weights: Tensor, finv: InverseOperator, every: Tensor, count: int, rounds: int = 0) -> Tensor:
+    """The kept set by ρ, after some rounds of swaps."""
+    keep = survivors(saliency(weights, finv), every, count)
+    return refine(weights, finv, keep, every, rounds)[0] if rounds else keep
+
+
 def selection(task: Task) -> None:
     """The joint objective, its time and the accuracy after one shot, by how the kept set was chosen."""
     objective = wf.Objective(task.model, Replay(task.train), task.loss)
@@ -71,12 +85,11 @@ def selection(task: Task) -> None:
     print("| sparsity | | joint objective | accuracy | s |\n|---|---|---|---|---|")
     for sparsity in (0.8, 0.9, 0.95):
         count = round((1 - sparsity) * len(weights))
-        ranked = survivors(saliency(weights, finv), every, count)
         ways = {
-            "magnitude ranking, joint refit": lambda n=count: survivors(weights.abs(), every, n),
-            "ranking by ρ, joint refit": lambda n=count: survivors(saliency(weights, finv), every, n),
-            "the same, 10 rounds of swaps": lambda r=ranked: refine(weights, finv, r, every, 10)[0],
-            "the same, 40 rounds of swaps": lambda r=ranked: refine(weights, finv, r, every, 40)[0],
+            "magnitude ranking": partial(survivors, weights.abs(), every, count),
+            "ranking by ρ": partial(ranked, weights, finv, every, count),
+            "the same, 10 rounds of swaps": partial(ranked, weights, finv, every, count, 10),
+            "the same, 40 rounds of swaps": partial(ranked, weights, finv, every, count, 40),
         }
         for name, choose in ways.items():
             start = time.perf_counter()

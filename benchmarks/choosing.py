@@ -12,14 +12,29 @@ import argparse
 import copy
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import woodfisher as wf
 from woodfisher.gradients.batches import take
 from woodfisher.tasks import load_task
 
+if TYPE_CHECKING:
+    from woodfisher.curvature.damping import Damping
+
 BLOCKS = (1, 50, 500, 2000, None)
 SAMPLES = (25, 50, 100, 200, 400, 1000)
-DAMPINGS = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, wf.Relative(0.1), wf.Relative(1), wf.Relative(10), "auto")
+DAMPINGS: tuple[Damping, ...] = (
+    1e-7,
+    1e-6,
+    1e-5,
+    1e-4,
+    1e-3,
+    1e-2,
+    wf.Relative(0.1),
+    wf.Relative(1),
+    wf.Relative(10),
+    "auto",
+)
 
 
 def main() -> None:
@@ -36,11 +51,10 @@ def main() -> None:
     data = [list(take(task.train, max(SAMPLES))) for task in tasks]
     trial = copy.deepcopy(tasks[0].model)
 
-    def reached(**options: object) -> str:
+    def reached(curvature: wf.WoodFisher) -> str:
         values = []
         for task, batches in zip(tasks, data, strict=True):
             trial.load_state_dict(task.model.state_dict())
-            curvature = wf.WoodFisher(**options)
             wf.prune(trial, batches, task.loss, chosen.sparsity, curvature=curvature, stages=1)
             values.append(task.validate(trial))
         return f"{statistics.mean(values):.2f}"
@@ -50,11 +64,11 @@ def main() -> None:
     print(f"| λ, with 400 samples | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for damping in DAMPINGS:
         name = f"{damping.factor:g} × mean" if isinstance(damping, wf.Relative) else str(damping)
-        row = [reached(samples=400, block_size=block, damping=damping) for block in BLOCKS]
+        row = [reached(wf.WoodFisher(400, block, damping)) for block in BLOCKS]
         print(f"| {name} | {' | '.join(row)} |", flush=True)
     print(f"\n| samples, λ auto | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
     for samples in SAMPLES:
-        row = [reached(samples=samples, block_size=block, damping="auto") for block in BLOCKS]
+        row = [reached(wf.WoodFisher(samples, block, "auto")) for block in BLOCKS]
         print(f"| {samples} | {' | '.join(row)} |", flush=True)
 
 

@@ -17,9 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from woodfisher import Objective
-from woodfisher.curvature.dense import primal_blocks
-from woodfisher.curvature.lowrank import LowRankInverse
+from woodfisher import Objective, WoodFisher
 from woodfisher.tasks import load_task
 
 DAMPINGS = (1e-8, 1e-5, 1e-3, 1e-1)
@@ -87,7 +85,7 @@ def measure(G: Tensor, B: int, damping: float) -> str:
     """One row of the table."""
     N, d = G.shape
     V = torch.stack([torch.randn(d, dtype=torch.float64), G[0].double()], dim=1)
-    finv = (LowRankInverse if N < B else primal_blocks)(G, d // B, damping, N)
+    finv = WoodFisher(N, B, damping).of_rows(G)
     exact, products, single = [], [], []
     for block, v in zip(G.split(B, dim=1), V.split(B), strict=True):
         diagonal, product = truth(block.double(), damping, v)

@@ -14,11 +14,12 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
-from woodfisher.curvature.planning import KEEPS
+from woodfisher.curvature.planning import KEEPS, Keep
 from woodfisher.memory import format_bytes, peak_memory
+from woodfisher.pruning.method import Update
 
 
-def measured(keep: str, update: str) -> dict[str, object]:
+def measured(keep: Keep, update: Update) -> dict[str, object]:
     """Plan and peak of a run in this process."""
     torch.manual_seed(0)
     torch.set_num_threads(1)

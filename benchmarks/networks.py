@@ -9,7 +9,7 @@ sequences of tokens, of which it has to say which pair of kinds comes first, and
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -86,8 +86,8 @@ def transformer(seed: int = 0) -> Task:
     fifth = len(labels) // 5
     train = TensorDataset(images[2 * fifth :], labels[2 * fifth :])
     model = trained(Transformer, train, epochs=60, batch=32, rate=2e-3)
-    held_out = [[(images[part], labels[part])] for part in (slice(0, fifth), slice(fifth, 2 * fifth))]
-    return Task("digits-transformer", model, shuffled(train, seed, 32), *held_out, cross_entropy, accuracy)
+    validation, test = ([(images[k : k + fifth], labels[k : k + fifth])] for k in (0, fifth))
+    return Task("digits-transformer", model, shuffled(train, seed), validation, test, cross_entropy, accuracy)
 
 
 def reader(seed: int = 0) -> Task:
@@ -95,7 +95,7 @@ def reader(seed: int = 0) -> Task:
     train = TensorDataset(*sequences(4000, seed=1))
     model = trained(Reader, train, epochs=30, batch=50, rate=3e-3)
     held_out = [sequences(1000, seed=2)], [sequences(2000, seed=3)]
-    return Task("sequences-reader", model, shuffled(train, seed, 50), *held_out, cross_entropy, accuracy)
+    return Task("sequences-reader", model, shuffled(train, seed), *held_out, cross_entropy, accuracy)
 
 
 def sequences(count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ def sequences(count: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(
-    network: Callable[[], nn.Module], data: Dataset, *, epochs: int, batch: int, rate: float
+    network: Callable[[], nn.Module], data: Dataset[Any], *, epochs: int, batch: int, rate: float
 ) -> nn.Module:
     """The network after Adam with a cosine schedule, from seed 0."""
     with torch.random.fork_rng():

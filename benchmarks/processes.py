@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.functional import cross_entropy
 
 import woodfisher as wf
@@ -47,7 +48,7 @@ def main() -> None:
 def run(size: int) -> float:
     """Seconds of the slowest of `size` processes."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(one, (size, folder), nprocs=size)
+        spawn(one, (size, folder), nprocs=size)
         return max(float((Path(folder) / f"{rank}.txt").read_text()) for rank in range(size))
 
 

@@ -31,7 +31,8 @@ def task() -> Task:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    model = Logits(ResNetForImageClassification(ResNetConfig(num_labels=CLASSES)))
+    config = ResNetConfig(num_labels=CLASSES)  # type: ignore[call-arg]
+    model = Logits(ResNetForImageClassification(config))
     images, labels = torch.randn(400, 3, 64, 64), torch.randint(CLASSES, (400,))
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -125,7 +125,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
     rows = objective.rows(SAMPLES)
     batched()
     mean = torch.cat([p.grad.flatten() for p in objective.parameters.values() if p.grad is not None])
-    error = float((rows.mean(0) - mean).norm() / mean.norm())
+    error_of_mean = float((rows.mean(0) - mean).norm() / mean.norm())
     rounding = float((rounded.rows(SAMPLES) - rows).norm() / rows.norm())
     return {
         "case": name,
@@ -134,7 +134,7 @@ def measure(name: str, repeats: int) -> dict[str, object]:
         **{f"{way}_seconds": value for way, value in times.items()},
         **{f"{way}_ratio": times[way] / times["batched"] for way in ways if way != "batched"},
         "first_rows_seconds": first,
-        "error_of_mean": error,
+        "error_of_mean": error_of_mean,
         "error_of_bfloat16": rounding,
     }
 

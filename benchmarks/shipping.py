@@ -52,7 +52,7 @@ KERNELS = ((16, 32, 3), (64, 8, 3), (256, 14, 1), (256, 14, 3))
 
 def zeroed(layer: nn.Module, sparsity: float, block: int = 1) -> nn.Module:
     """The layer with random weights removed, in square blocks of its flat weight."""
-    weight = layer.weight.data.flatten(1)
+    weight = layer.get_parameter("weight").data.flatten(1)
     kept = torch.rand(weight.shape[0] // block, weight.shape[1] // block) >= sparsity
     weight *= kept.repeat_interleave(block, 0).repeat_interleave(block, 1)
     return layer
@@ -62,7 +62,9 @@ def layers() -> None:
     """Print ratios for single layers with random zeros."""
     print("| layer | batch | " + " | ".join(f"{s:.0%}" for s in SPARSITIES) + " |")
     print("|---|---|" + "---|" * len(SPARSITIES))
-    cases = [(f"Linear {i} → {o}", partial(nn.Linear, i, o), (i,), 1) for o, i in LINEAR]
+    cases: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = [
+        (f"Linear {i} → {o}", partial(nn.Linear, i, o), (i,), 1) for o, i in LINEAR
+    ]
     cases += [
         (f"Linear 2048 → 2048, blocks of {b}×{b}", partial(nn.Linear, 2048, 2048), (2048,), b)
         for b in (4, 16)
