@@ -324,6 +324,7 @@ def test_data_that_ends_early_says_so_and_n_is_what_came():
         (lambda x, y: ([(x, y + torch.arange(8) // 7 * 9)], cross_entropy, mlp()), "fails on a batch"),
         (lambda x, y: ([{"features": x, "labels": y}], cross_entropy, DictModel()), "without loss="),
         (lambda x, y: ([(x, y)], lambda o, t: 1.0, mlp()), "must return a real tensor.*a float came"),
+        (lambda x, y: ([(x, y)], "cross_entropy", mlp()), "loss must be a function.*; a str came"),
     ],
 )
 def test_bad_data_is_explained(make, message):

@@ -142,6 +142,11 @@ class Objective(Gradients):
                 "a module that TorchScript made can't be pruned: give the one that it was made from."
             )
         check_choice("precision", precision, PRECISIONS)
+        if loss is not None and not callable(loss):
+            raise WoodfisherError(
+                "loss must be a function loss(outputs, targets), as torch.nn.functional.cross_entropy is; a "
+                f"{type(loss).__name__} came."
+            )
         self.loss, self._sampler, self._precision = loss, sampler, precision
         check_data([] if data is None else data)
         self.data: Iterable[Batch] = [] if data is None else read_apart(data)

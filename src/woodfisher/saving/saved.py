@@ -298,7 +298,7 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 def read(path: Path) -> Saved:
     """Read a file of weights; whatever is missing, cut short, foreign or contradictory ends in one error."""
     if path.is_dir():
-        raise WoodfisherError(f"{path} is a folder, and {EXPECTED} is read from a file: name one in it.")
+        raise WoodfisherError(f"{path} is a folder, and what holds {EXPECTED} is a file: name one in it.")
     if not path.is_file():
         raise WoodfisherError(f"{path} should hold {EXPECTED}, and there is no such file. Check the path.")
     try:

@@ -1,4 +1,4 @@
-"""Improving a kept set against the joint objective, after ranking one weight at a time (docs/method.md §4)."""
+"""Improving a kept set against the joint objective, after ranking one weight at a time (docs/method.md §8)."""
 
 from __future__ import annotations
 

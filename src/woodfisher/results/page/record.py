@@ -87,7 +87,7 @@ class TaskReport(Record):
     origin: Origin | None = None
 
 
-class Outcome(Record):
+class PrunedNetwork(Record):
     """A network that was pruned."""
 
     sparsity: Share
@@ -99,7 +99,7 @@ class Outcome(Record):
     warnings: list[str]
 
 
-class Staged(Outcome):
+class Staged(PrunedNetwork):
     """One that was pruned in stages."""
 
     flops_removed: float | None = None
@@ -115,7 +115,7 @@ class PruneReport(TaskReport, Staged):
     max_drop: float | None = None
 
 
-class TrainReport(TaskReport, Outcome):
+class TrainReport(TaskReport, PrunedNetwork):
     """The report of `woodfisher train`."""
 
     criterion: str

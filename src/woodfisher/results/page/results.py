@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from woodfisher.pruning.report import Layer
-    from woodfisher.results.page.record import CompareReport, Outcome, PruneReport, TaskReport, TrainReport
+    from woodfisher.results.page.record import (
+        CompareReport,
+        PrunedNetwork,
+        PruneReport,
+        TaskReport,
+        TrainReport,
+    )
 
 
 def verdict(report: PruneReport | TrainReport) -> str:
@@ -53,16 +59,16 @@ def metric_card(report: TaskReport, metric: float | None, beside: str = "") -> C
     )
 
 
-def size_card(outcome: Outcome) -> Card:
+def size_card(pruned: PrunedNetwork) -> Card:
     """Weights left."""
     return Card(
-        "Weights left", count(outcome.kept), f"of {count(outcome.size)}: {fewer(outcome.kept, outcome.size)}"
+        "Weights left", count(pruned.kept), f"of {count(pruned.size)}: {fewer(pruned.kept, pruned.size)}"
     )
 
 
-def flops_card(report: TaskReport, outcome: Outcome) -> Card:
+def flops_card(report: TaskReport, pruned: PrunedNetwork) -> Card:
     """FLOPs left, where they were counted."""
-    sums = flops_left(report, outcome.layers)
+    sums = flops_left(report, pruned.layers)
     if sums is None:
         return Card("FLOPs", "not counted", "why: see below")
     kept, total = sums
