@@ -13,10 +13,11 @@ from models import ConvNet, Recurrent, mlp, samples
 from reference import cut, fisher, loop_rows, recursion
 from woodfisher.curvature import base
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
-from woodfisher.curvature.dense import DenseInverse, primal_blocks, triangular_inverse
+from woodfisher.curvature.dense import DenseInverse, cholesky, primal_blocks, triangular_inverse
 from woodfisher.curvature.kfac import KroneckerInverse
 from woodfisher.curvature.lowrank import LowRankInverse
 from woodfisher.curvature.rows import HeldRows
+from woodfisher.errors import IndefiniteError
 from woodfisher.memory import Scratch
 from woodfisher.triangles import column_energies, full_gram
 
@@ -453,6 +454,15 @@ def test_the_report_tells_the_damping(curvature):
     report = wf.prune(mlp(), [samples(20)], cross_entropy, 0.5, curvature=curvature, stages=1)
     assert [stage.damping for stage in report.stages] == [given]
     assert curvature(wf.Objective(mlp(), [samples(20)], cross_entropy)).damping == given
+
+
+def test_what_stands_above_the_diagonal_is_not_taken_for_the_matrix():
+    matrix = torch.tensor([[[1.0, torch.nan], [2.0, 1.0]]], dtype=torch.float64)
+    with pytest.raises(IndefiniteError, match=r"eigenvalue, damping included, is -1 "):
+        cholesky(matrix, "it")
+    matrix[0, 1, 0] = torch.nan
+    with pytest.raises(wf.WoodfisherError, match="it holds NaN or infinity"):
+        cholesky(matrix, "it")
 
 
 def test_products_with_no_columns_and_blocks_of_no_weights():

@@ -363,6 +363,9 @@ def out_of_step(rank):
     with pytest.raises(wf.WoodfisherError, match="do different things at the same time"):
         with together() as ranks:
             ranks.gather(1) if rank else ranks.sum(torch.ones(1))
+    with pytest.raises(wf.WoodfisherError, match="do different things at the same time"):
+        with together() as ranks:
+            ranks.sum(torch.ones(1 + rank))
     with together() as ranks:
         sent = [torch.full((rank + 1,), to, dtype=torch.bfloat16) for to in range(ranks.size)]
         received = ranks.exchange([[t, torch.ones(2, to)] for to, t in enumerate(sent)])

@@ -6,7 +6,14 @@ import torch
 
 import woodfisher as wf
 from woodfisher.files import check_folder, save_json, write_folder, write_whole
-from woodfisher.memory import Budget, available_memory, format_bytes, parse_bytes
+from woodfisher.memory import (
+    Budget,
+    available_memory,
+    format_bytes,
+    parse_bytes,
+    peak_memory,
+    resident_memory,
+)
 from woodfisher.pruning.report import Layer
 from woodfisher.results.plots import plot_accuracy, plot_layers
 
@@ -148,6 +155,52 @@ def test_the_limit_of_a_control_group_counts_without_files_that_are_only_cached(
         (tmp_path / name).write_text(content)
     free = available_memory(torch.device("cpu"))
     assert free == left if left is not None else free is None or free > 2**20
+
+
+@pytest.mark.parametrize(
+    ("own", "groups", "left"),
+    [
+        ("0::/job/step\n", {"job/step": ("max", 10), "job": (5000, 3000)}, 2000),
+        ("0::/job/step\n", {"job/step": (900, 100), "job": (5000, 3000)}, 800),
+        ("0::/elsewhere\n", {"": (700, 100), "job": (5000, 4900)}, 600),
+        (
+            "5:cpu:/x\n4:memory:/a:b\n0::/\n",
+            {"memory/a:b": (5000, 3000), "memory": (2**63 - 4096, 9)},
+            2000,
+        ),
+    ],
+)
+def test_the_limit_of_a_control_group_counts_wherever_it_stands(own, groups, left, tmp_path, monkeypatch):
+    monkeypatch.setattr("woodfisher.memory._CGROUP", tmp_path / "groups")
+    monkeypatch.setattr("woodfisher.memory._GROUPS", tmp_path / "own")
+    (tmp_path / "own").write_text(own)
+    for name, (most, used) in groups.items():
+        folder = tmp_path / "groups" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        first = name.startswith("memory")
+        (folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{most}\n")
+        (folder / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+    assert available_memory(torch.device("cpu")) == left
+
+
+def test_a_system_that_tells_nothing_of_memory_is_no_error(tmp_path, monkeypatch):
+    for table in ("_MEMINFO", "_STATUS"):
+        monkeypatch.setattr(f"woodfisher.memory.{table}", tmp_path / "table")
+    for text in (None, "Name: python\n"):
+        if text:
+            (tmp_path / "table").write_text(text)
+        assert available_memory(torch.device("cpu")) is None
+        assert (resident_memory(torch.device("cpu")), peak_memory()) == (0, 0)
+
+
+def test_what_torch_holds_of_a_gpu_and_does_not_use_is_available(monkeypatch):
+    for name, value in {
+        "mem_get_info": (100, 1000),
+        "memory_reserved": 900,
+        "memory_allocated": 300,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert available_memory(torch.device("cuda")) == 700
 
 
 @pytest.mark.parametrize("size", [1, 999, 1000, 1001, 1023, 123_456, 2**30 - 1, 2**40 + 1, 7 * 10**15])

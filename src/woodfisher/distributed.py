@@ -73,7 +73,7 @@ class Group(Ranks):
         return self._told("gather", value)
 
     def sum(self, value: Tensor) -> Tensor:
-        self._told("sum", tuple(value.shape))
+        self._told(f"sum of {value.dtype} {tuple(value.shape)}", None)
         total = value.to(self._device, copy=True, memory_format=torch.contiguous_format)
         _together(lambda: distributed.all_reduce(total))
         return total.to(value.device)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
+_GROUPS = Path("/proc/self/cgroup")
 _CGROUP = Path("/sys/fs/cgroup")
 
 _MARGIN = 0.05
@@ -26,33 +27,51 @@ _MARGIN = 0.05
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on `device` now; None where the system doesn't say."""
+    """Bytes that can be allocated on `device` now; None where the system doesn't say.
+
+    What torch has of a GPU and nothing is in, as after a stage, can be.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    if device.type != "cpu" or not _MEMINFO.exists():
-        return None
-    fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    free = _told(_MEMINFO, "MemAvailable") if device.type == "cpu" else None
     left = _left_in_cgroup()
-    return free if left is None else min(free, left)
+    return free if free is None or left is None else min(free, left)
+
+
+def _told(table: Path, field: str) -> int | None:
+    """Bytes that a table of the system gives in KiB; None where it has no such field."""
+    lines = table.read_text().splitlines() if table.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:")), None)
 
 
 def _left_in_cgroup() -> int | None:
-    """Bytes that the process's control group, of version 2 or 1, may still take; None where it has no limit.
+    """Bytes that the process may still take in its control group, of version 2 or 1, and in those that this lies in.
 
-    File contents that the system would drop for them don't count as taken.
+    None where none of them has a limit. File contents that the system would drop for them don't count as taken.
     """
-    for folder, limit, used, dropped in (
-        (_CGROUP, "memory.max", "memory.current", "inactive_file"),
-        (_CGROUP / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    lines = _GROUPS.read_text().splitlines() if _GROUPS.exists() else []
+    paths = {kind: path for _, kind, path in (line.split(":", 2) for line in lines)}
+    for kind, root, limit, used, dropped in (
+        ("", _CGROUP, "memory.max", "memory.current", "inactive_file"),
+        (
+            "memory",
+            _CGROUP / "memory",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        ),
     ):
-        if not (folder / limit).exists() or not (folder / used).exists():
-            continue
-        most, stat = (folder / limit).read_text().strip(), folder / "memory.stat"
-        if most == "max":
-            return None
-        fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-        return int(most) - int((folder / used).read_text()) + int(fields.get(dropped, 0))
+        own = PurePath(paths.get(kind, "/").lstrip("/"))
+        left = []
+        for group in (root / each for each in (own, *own.parents)):
+            most, stat = group / limit, group / "memory.stat"
+            if most.exists() and most.read_text().strip() != "max":
+                fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+                taken = int((group / used).read_text()) - int(fields.get(dropped, 0))
+                left.append(int(most.read_text()) - taken)
+        if left:
+            return min(left)
     return None
 
 
@@ -60,7 +79,7 @@ def resident_memory(device: torch.device) -> int:
     """Bytes that the process has on `device` now; 0 where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    return _status("VmRSS") if device.type == "cpu" else 0
+    return _told(_STATUS, "VmRSS") or 0 if device.type == "cpu" else 0
 
 
 def new_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -91,14 +110,7 @@ class Scratch:
 
 def peak_memory() -> int:
     """Most bytes of main memory that the process had so far; 0 where the system doesn't say."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> int:
-    if not _STATUS.exists():
-        return 0
-    fields = dict(line.split(":", 1) for line in _STATUS.read_text().splitlines())
-    return int(fields[field].split()[0]) * 1024
+    return _told(_STATUS, "VmHWM") or 0
 
 
 def parse_bytes(size: str | int) -> int:

@@ -359,11 +359,20 @@ def _listed(index: Tensor) -> str:
     return f"[{', '.join(map(str, index[:8].tolist()))}{', …' if len(index) > 8 else ''}]"
 
 
-def removed_part(kept: Tensor, damping: float) -> tuple[Tensor, DiagonalInverse]:
-    """Of weights outside `kept` `(d,)`, for `BlockDiagonalInverse`: they have no rows, and F is the damping alone."""
-    gone = (~kept).nonzero().squeeze(1)
-    curvature = torch.full_like(gone, damping, dtype=torch.float64)
-    return gone, DiagonalInverse(curvature, damping)
+def over_all(
+    parts: Sequence[tuple[slice, InverseOperator]], kept: Tensor, damping: float
+) -> BlockDiagonalInverse:
+    """One operator over all weights: of those in `kept` `(d,)` by `parts`, and of the rest F is the damping alone.
+
+    Parameters
+    ----------
+    parts:
+        Slices of the vector of kept weights, with their operators.
+    """
+    left, gone = (mask.nonzero().squeeze(1) for mask in (kept, ~kept))
+    removed = DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64), damping)
+    placed = [(left[where] if len(gone) else where, part) for where, part in parts]
+    return BlockDiagonalInverse([*placed, (gone, removed)], damping)
 
 
 def spans(count: int, bytes_each: int, *, by_threads: bool = False) -> list[slice]:

@@ -19,11 +19,14 @@ _LEAF = 64
 
 
 def cholesky(matrix: Tensor, what: str) -> Tensor:
-    """Lower factors of a batch of matrices `(count, n, n)`; raises where one is not positive definite."""
+    """L of LLᵀ for a batch of matrices `(count, n, n)`, whose lower triangles are read; the rest may be anything.
+
+    Raises `IndefiniteError`, which says by how much, where one is not positive definite.
+    """
     factor, info = torch.linalg.cholesky_ex(matrix)
     failed = info.nonzero()
     if len(failed):
-        if not matrix[failed[0, 0]].isfinite().all():
+        if not matrix[failed[0, 0]].tril().isfinite().all():
             raise WoodfisherError(
                 f"{what} holds NaN or infinity: gradients are not finite, or their products are not. Divide the loss "
                 "by what brings them near 1."

@@ -187,7 +187,7 @@ def _check_memory(objective: Gradients) -> None:
         8 * (shape[0] ** 2 + (size // shape[0]) ** 2)
         for shape, size in zip(layout.shapes.values(), layout.sizes, strict=True)
     ]
-    Budget.of(objective.device, base=objective.base, share=objective.ranks.local_size).check(
+    Budget.of(objective.device).check(
         [
             ("second moments of what layers take and give", sum(moments)),
             ("eigenvectors of the widest layer while they are found", 4 * max(moments)),

@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from woodfisher.checks import check_choice, check_count, described
-from woodfisher.curvature.base import (
-    BlockDiagonalInverse,
-    Estimator,
-    InverseOperator,
-    removed_part,
-)
+from woodfisher.curvature.base import BlockDiagonalInverse, Estimator, over_all
 from woodfisher.curvature.blocks import FisherBlocks
 from woodfisher.curvature.damping import Damping, check_damping, resolve
 from woodfisher.curvature.planning import KEEPS, Keep, Plan, planned
@@ -93,9 +88,7 @@ class WoodFisher(Estimator):
         kept = None if bool(objective.kept.all()) else objective.kept.nonzero().squeeze(1)
         rows = gathered(objective, self, plan, kept)
         parts, damping = self._parts(rows, self.runs(objective), plan, objective.ranks)
-        if kept is not None:
-            parts = [(kept[where], part) for where, part in parts]
-        return BlockDiagonalInverse([*parts, removed_part(objective.kept, damping)], damping)
+        return over_all(parts, objective.kept, damping)
 
     def runs(self, objective: Gradients) -> list[Run]:
         """The blocks of the weights that are left."""
@@ -116,11 +109,11 @@ class WoodFisher(Estimator):
 
     def _parts(
         self, rows: Rows, runs: list[Run], plan: Plan | None = None, ranks: Ranks = ALONE
-    ) -> tuple[list[tuple[slice | Tensor, InverseOperator]], float]:
+    ) -> tuple[list[tuple[slice, FisherBlocks]], float]:
         """An operator for each run of blocks, or for what is at hand of it at once; and the damping."""
         damping = resolve(self.damping, rows, self.group, ranks)
         hold = plan is None or plan.hold
-        parts: list[tuple[slice | Tensor, InverseOperator]] = []
+        parts: list[tuple[slice, FisherBlocks]] = []
         for run in runs:
             step = run.count if plan is None else plan.tile(run)
             for first in range(0, run.count, step):

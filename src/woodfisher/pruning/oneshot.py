@@ -281,18 +281,16 @@ def _within(
 
         values: list[float] = []
 
-        def tried(pruned: Pruned) -> float:
-            pruned.write(trial)
-            values.append(measured())
-            return values[-1]
-
-        def reached(amounts: Sequence[int]) -> Iterator[Pruned]:
+        def reached(amounts: Sequence[int]) -> Iterator[tuple[Pruned, float]]:
             with suppress(TooSparseError):
                 for at, stages in pruned_through(objective, amounts, method, selection):
-                    yield _pruned(at.on(data), stages, method, selection, watch)
+                    pruned = _pruned(at.on(data), stages, method, selection, watch)
+                    pruned.write(trial)
+                    values.append(measured())
+                    yield pruned, values[-1]
 
         search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
-        best, value = search(reached, counts, tried, least)
+        best, value = search(reached, counts, least)
         if best is not None and len(values) > 1 and set(values) == {dense}:
             raise WoodfisherError(
                 f"metric(model) is {dense:g} for the dense model and for all {len(values)} sparser ones, down to "
@@ -334,15 +332,11 @@ def _check_readable(objective: Objective, method: Method, *, runs: int) -> None:
 
 
 def _last(
-    reached: Callable[[Sequence[int]], Iterator[Pruned]],
-    amounts: Sequence[int],
-    tried: Callable[[Pruned], float],
-    least: float,
+    reached: Callable[[Sequence[int]], Iterator[tuple[Pruned, float]]], amounts: Sequence[int], least: float
 ) -> tuple[Pruned | None, float]:
     """The sparsest network of one run, up to the first whose metric is below `least`, and that metric."""
     best, its = None, least
-    for pruned in reached(amounts):
-        value = tried(pruned)
+    for pruned, value in reached(amounts):
         if value < least:
             break
         best, its = pruned, value
@@ -350,19 +344,15 @@ def _last(
 
 
 def _last_by_halving(
-    reached: Callable[[Sequence[int]], Iterator[Pruned]],
-    amounts: Sequence[int],
-    tried: Callable[[Pruned], float],
-    least: float,
+    reached: Callable[[Sequence[int]], Iterator[tuple[Pruned, float]]], amounts: Sequence[int], least: float
 ) -> tuple[Pruned | None, float]:
     """The same where each amount takes a run of its own: by halving the amounts that are left."""
-    best, its = None, least
-    low, high = 0, len(amounts)
+    best: Pruned | None = None
+    its, low, high = least, 0, len(amounts)
     while low < high:
         middle = (low + high) // 2
-        found = next(reached([amounts[middle]]), None)
-        value = None if found is None else tried(found)
-        if value is not None and value >= least:
+        found, value = next(reached([amounts[middle]]), (None, -math.inf))
+        if value >= least:
             best, its, low = found, value, middle + 1
         else:
             high = middle

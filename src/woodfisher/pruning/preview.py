@@ -14,6 +14,7 @@ from woodfisher.gradients.base import check_gradients
 from woodfisher.gradients.batches import Stream
 from woodfisher.gradients.isolation import isolated
 from woodfisher.gradients.randomness import unmoved
+from woodfisher.pruning.adaptive import Adaptive
 from woodfisher.pruning.method import Method
 from woodfisher.pruning.window import known_samples, samples_that_matter, window_for
 
@@ -65,18 +66,22 @@ def plan(objective: Objective, how: WoodFisher | Method, memory: str | int | Non
         curvature = replace(curvature, memory=memory)
     objective = objective.begun()  # with what the process has before gradients are timed
     machine = calibrated(objective)
-    if not isinstance(how, Method) or isinstance(how.staging, int):
-        made = planned(objective, curvature, machine)
-        if not isinstance(how, Method) or how.update == "none":
-            return made
-        moving = _DOUBLE * 2 * made.rows * min(made.rows, made.block_size) * made.weights
-        return replace(made, seconds={**made.seconds, "update": machine.products(moving)})
-    method = replace(how, curvature=curvature)
-    if objective.reads_once:
+    method = replace(how, curvature=curvature) if isinstance(how, Method) else None
+    if method is not None and isinstance(method.staging, Adaptive):
+        return _window(objective, method).timed(objective, machine)
+    made = planned(objective, curvature, machine)
+    if method is None or method.update == "none":
+        return made
+    moving = _DOUBLE * 2 * made.rows * min(made.rows, made.block_size) * made.weights
+    return replace(made, seconds={**made.seconds, "update": machine.products(moving)})
+
+
+def _window(objective: Objective, method: Method) -> Window:
+    """The window of stages that adapt; data that can be read only once is not read."""
+    once = objective.reads_once
+    if once:
         known = objective.known_samples() or samples_that_matter(method, reads_once=True)
     else:
         with isolated(objective.model), unmoved(objective.data):
             known = known_samples(objective, method, Stream(objective.data))
-    return window_for(objective, method, known, reads_once=objective.reads_once, look=True).timed(
-        objective, machine
-    )
+    return window_for(objective, method, known, reads_once=once, look=True)

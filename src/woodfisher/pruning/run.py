@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from woodfisher.curvature.base import BlockDiagonalInverse, removed_part
+from woodfisher.curvature.base import over_all
 from woodfisher.curvature.carried import CarriedDamping
 from woodfisher.curvature.prior import Prior, RestrictedPrior
 from woodfisher.curvature.running import PlainFisher, RunningFisher, ShrunkFisher
@@ -297,7 +297,9 @@ class AdaptiveRun:
             point = (
                 newton_point(self.weights, self.gradient.value, finv) if self.first_order else self.weights
             )
-        return self._ranked(_Ranking(damping, _lifted(finv, self.objective.kept, damping)), point)
+        return self._ranked(
+            _Ranking(damping, over_all([(slice(0, finv.size), finv)], self.objective.kept, damping)), point
+        )
 
     def _ranked(self, ranking: _Ranking, point: Tensor) -> _Ranking:
         """The same with what each weight costs at `point`."""
@@ -434,8 +436,3 @@ def _shares(count: int, parts: int) -> list[int]:
     """
     bounds = [count * part // parts for part in range(parts + 1)]
     return [stop - start for start, stop in pairwise(bounds) if stop > start]
-
-
-def _lifted(finv: InverseOperator, kept: Tensor, damping: float) -> InverseOperator:
-    """The operator over the weights in `kept` as one over all, with the damping alone for those that are removed."""
-    return BlockDiagonalInverse([(kept.nonzero().squeeze(1), finv), removed_part(kept, damping)], damping)
