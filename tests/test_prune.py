@@ -224,6 +224,10 @@ def test_a_late_failure_leaves_the_model_as_it_was(how):
         ({"curvature": "woodfisher"}, "curvature must be an estimator"),
         ({"criterion": METHODS["obd"], "preset": "paper"}, "leave out preset=, or name the method"),
         (
+            {"block_size": 50},
+            r"'block_size' is an option of the curvature: .*wf.WoodFisher\(block_size=...\)",
+        ),
+        (
             {"sample": 12},
             "there is no argument 'sample'; an Objective takes params, exclude, sampler, precision, and the parts of a "
             "method are curvature, first_order, update, scope, pattern, floor, stages, refine, recalibrate.",

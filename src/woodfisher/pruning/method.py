@@ -346,8 +346,13 @@ def replaced(method: Method, parts: MethodParts) -> Method:
     """The method with those parts replaced that are given and not None."""
     unknown = sorted(set(parts) - set(MethodParts.__annotations__))
     if unknown:
+        name = unknown[0]
+        if name in {option.name for option in fields(WoodFisher)}:
+            raise WoodfisherError(
+                f"{name!r} is an option of the curvature: give curvature=wf.WoodFisher({name}=...)."
+            )
         raise WoodfisherError(
-            f"there is no argument {unknown[0]!r}; an Objective takes {', '.join(ObjectiveOptions.__annotations__)}, "
+            f"there is no argument {name!r}; an Objective takes {', '.join(ObjectiveOptions.__annotations__)}, "
             f"and the parts of a method are {', '.join(MethodParts.__annotations__)}."
         )
     others = given(**parts)
