@@ -333,6 +333,32 @@ def test_bad_data_is_explained(make, message):
         wf.Objective(model, data, loss).rows(8)
 
 
+class Graph(nn.Module):
+    """Linear layers over the nodes of a graph, whose adjacency is the same for all samples."""
+
+    def __init__(self, adjacency):
+        super().__init__()
+        self.register_buffer("adjacency", adjacency)
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.second((self.adjacency @ self.first(x).mT).mT.relu())
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize("sparse", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+def test_rows_of_a_model_with_a_sparse_buffer(sparse):
+    x, y = torch.randn(20, 8), torch.randint(3, (20,))
+    dense = Graph(torch.randn(8, 8) * (torch.rand(8, 8) < 0.3))
+    model = copy.deepcopy(dense)
+    model.adjacency = sparse(dense.adjacency)
+    rows = [wf.Objective(one, [(x, y)], cross_entropy).rows(20) for one in (model, dense)]
+    torch.testing.assert_close(*rows)
+    assert wf.prune(model, [(x, y)], cross_entropy, 0.5, curvature=wf.WoodFisher(20), stages=1).kept == 44
+    with pytest.raises(wf.WoodfisherError, match="holds one of layout torch.sparse.*to_dense"):
+        wf.Objective(nn.Linear(8, 3), [(sparse(x.relu()), y)], cross_entropy).rows(20)
+
+
 @pytest.mark.parametrize("loss", [cross_entropy, nn.CrossEntropyLoss(), None])
 @pytest.mark.parametrize("parts", [1, 3])
 def test_batches_of_other_than_two_parts_are_refused_before_they_are_looked_into(loss, parts):

@@ -74,6 +74,11 @@ def map_tensors(function: Callable[..., Tensor], *batches: Batch) -> Batch:
     if isinstance(first, (tuple, list)):
         parts = (map_tensors(function, *each) for each in zip(*batches, strict=True))
         return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
+    if isinstance(first, Tensor) and first.layout != torch.strided:
+        raise WoodfisherError(
+            f"a batch must consist of dense tensors, and it holds one of layout {first.layout}: call to_dense(), or "
+            "make one that is the same for all samples a buffer of the model."
+        )
     if isinstance(first, (Tensor, np.ndarray)):
         return function(*(torch.as_tensor(batch) for batch in batches))
     raise WoodfisherError(
