@@ -690,6 +690,15 @@ def test_onnx_of_attention(tmp_path):
     assert difference(OnnxModel(tmp_path / "model.onnx")(tokens[:1]), [model(tokens[:1])]) < 1e-5
 
 
+def test_onnx_of_torchs_encoder_layer(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(3, 6, 8)
+    to_onnx(model, x, tmp_path / "model.onnx")
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert difference(OnnxModel(tmp_path / "model.onnx")(x[:1]), [model(x[:1])]) < 1e-5
+
+
 class Named(nn.Module):
     """Calls its layer by keyword."""
 

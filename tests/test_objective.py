@@ -770,6 +770,17 @@ def test_tied_weights_answer_to_all_their_names():
         assert list(wf.Objective(Tied(), [], params=pattern).layout.shapes) == ["first.weight"]
 
 
+@pytest.mark.parametrize("experts", [1, 5])
+def test_weights_that_no_layer_has_are_warned_of_where_they_are_most(experts):
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
+    model.register_parameter("experts", nn.Parameter(torch.randn(experts, 6, 6)))
+    if experts == 1:
+        wf.Objective(model, [])
+        return
+    with pytest.warns(wf.WoodfisherWarning, match=r"1 weights of other modules, .* left dense \(experts\)"):
+        wf.Objective(model, [])
+
+
 def test_weights_that_layers_share_with_embeddings_stay_dense_unless_they_are_named():
     model = nn.Sequential(nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7))
     model[2].weight = model[0].weight

@@ -103,7 +103,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
     model = unwrapped(model)
     arguments, named = arguments_of((example_inputs, ()))
     try:
-        with _quiet(), torch.no_grad(), same_flags(model), without_cache(model):
+        with _quiet(), torch.no_grad(), same_flags(model), without_cache(model), _without_fast_path():
             model.eval()
             wanted = outputs_of(model, example_inputs)
             program = torch.onnx.export(
@@ -140,6 +140,17 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
             )
 
     write_whole(Path(path), write)
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Without torch's own kernel for a whole encoder layer, which the exporter doesn't know."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

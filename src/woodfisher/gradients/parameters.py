@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.optim.swa_utils import AveragedModel
 
 from woodfisher.errors import WoodfisherError
@@ -140,6 +140,10 @@ def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Par
     packed = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
     inside = _matrices(model, named, lambda module: isinstance(module, packed))
     _warn_of_dense("of attention and recurrent layers are", list(inside))
+    known = (*packed, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
+    others = _matrices(model, named, lambda module: not isinstance(module, known) and not _is_layer(module))
+    if sum(p.numel() for p in others.values()) > sum(p.numel() for p in weights.values()):
+        _warn_of_dense("of other modules, more in all than those of layers, are", list(others))
     trained = {name: p for name, p in weights.items() if p.requires_grad}
     if trained and len(trained) < len(weights):
         _warn_of_dense("are frozen and", [name for name in weights if name not in trained])
