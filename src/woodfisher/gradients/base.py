@@ -92,7 +92,10 @@ class Gradients(ABC):
 
     @abstractmethod
     def gradient(self, samples: int) -> Tensor:
-        """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights."""
+        """Mean gradient over the first `samples` samples, `(d,)`, zero on removed weights.
+
+        Where targets are ignored it is a mean over those that count, which the mean of rows is not.
+        """
 
     @abstractmethod
     def squares(self, samples: int, *, group: int = 1, labels: Labels = "data") -> tuple[Tensor, int]:

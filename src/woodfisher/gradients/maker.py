@@ -143,7 +143,8 @@ class RowMaker:
         else:
             dtype = str(self._parameters[name].dtype).removeprefix("torch.")
             cause = (
-                f"Look for a division by zero or a logarithm of zero in the loss, or an overflow in {dtype}."
+                f"Look for a division by zero or a logarithm of zero in the loss, or an overflow in {dtype}. A loss "
+                "that compares samples needs several a row: give the curvature a group=, and a number of stages."
             )
         raise WoodfisherError(
             f"the gradient of {name!r} in row {chunk.first + row} is {float(rows[row, position])}. {cause}"
