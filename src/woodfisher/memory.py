@@ -79,7 +79,8 @@ def resident_memory(device: torch.device) -> int:
     """Bytes that the process has on `device` now; 0 where the system doesn't say."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
-    return _told(_STATUS, "VmRSS") or 0 if device.type == "cpu" else 0
+    told = _told(_STATUS, "VmRSS") if device.type == "cpu" else None
+    return told or 0
 
 
 def new_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -369,9 +369,12 @@ def over_all(
     parts:
         Slices of the vector of kept weights, with their operators.
     """
-    left, gone = (mask.nonzero().squeeze(1) for mask in (kept, ~kept))
+    gone = (~kept).nonzero().squeeze(1)
     removed = DiagonalInverse(torch.full_like(gone, damping, dtype=torch.float64), damping)
-    placed = [(left[where] if len(gone) else where, part) for where, part in parts]
+    placed: list[tuple[slice | Tensor, InverseOperator]] = [*parts]
+    if len(gone):
+        left = kept.nonzero().squeeze(1)
+        placed = [(left[where], part) for where, part in parts]
     return BlockDiagonalInverse([*placed, (gone, removed)], damping)
 
 

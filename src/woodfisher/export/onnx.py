@@ -19,7 +19,7 @@ from woodfisher.errors import WoodfisherError, extra
 from woodfisher.files import write_whole
 from woodfisher.gradients.batches import tensors_of
 from woodfisher.gradients.forward import arguments_of
-from woodfisher.gradients.isolation import same_flags, without_cache
+from woodfisher.gradients.isolation import same_flags, without_cache, without_fast_path
 from woodfisher.gradients.outputs import difference, outputs_of
 from woodfisher.gradients.parameters import unwrapped
 from woodfisher.watch import logging_from
@@ -103,7 +103,7 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
     model = unwrapped(model)
     arguments, named = arguments_of((example_inputs, ()))
     try:
-        with _quiet(), torch.no_grad(), same_flags(model), without_cache(model), _without_fast_path():
+        with _quiet(), torch.no_grad(), same_flags(model), without_cache(model), without_fast_path():
             model.eval()
             wanted = outputs_of(model, example_inputs)
             program = torch.onnx.export(
@@ -140,17 +140,6 @@ def to_onnx(model: nn.Module, example_inputs: Any, path: str | Path, *, toleranc
             )
 
     write_whole(Path(path), write)
-
-
-@contextlib.contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Without torch's own kernel for a whole encoder layer, which the exporter doesn't know."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

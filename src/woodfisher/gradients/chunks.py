@@ -147,9 +147,8 @@ def _bytes_saved(objective: Objective, row: Batch) -> int:
     saved: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        if (
-            tensor.layout == torch.strided and tensor.data_ptr() not in own
-        ):  # others have no memory of their own
+        # Sparse ones have no memory of their own.
+        if tensor.layout == torch.strided and tensor.data_ptr() not in own:
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor.detach()  # an output that its own graph holds would never be freed
 

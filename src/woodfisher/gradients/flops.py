@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.forward import explained, other_names
-from woodfisher.gradients.isolation import isolated
+from woodfisher.gradients.isolation import isolated, without_fast_path
 from woodfisher.gradients.parameters import module_of
 
 if TYPE_CHECKING:
@@ -27,15 +27,12 @@ def counting_flops(model: nn.Module) -> Iterator[FlopCounterMode]:
 
     Torch passes over the fused forms of these, so they run in their plain forms inside.
     """
-    fast = torch.backends.mha.get_fastpath_enabled()
     recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
     before = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else ()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with without_fast_path(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             yield counter
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
         if recurrent:
             torch.backends.mkldnn.set_flags(*before)
 

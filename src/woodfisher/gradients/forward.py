@@ -22,7 +22,7 @@ from woodfisher.gradients.batches import describe, map_tensors, samples_in, tens
 from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
-from woodfisher.gradients.parameters import full_name, module_of
+from woodfisher.gradients.parameters import EMBEDDINGS, full_name, module_of
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -467,7 +467,7 @@ def _scaled_in_place(model: nn.Module) -> list[list[str]]:
     scaled = [
         full_name(name, "weight")
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None
+        if isinstance(module, EMBEDDINGS) and module.max_norm is not None
     ]
     every = [[first, *others] for first, others in other_names(model).items()] if scaled else []
     return [next((names for names in every if name in names), [name]) for name in scaled]

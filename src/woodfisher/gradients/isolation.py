@@ -162,6 +162,17 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Without torch's own kernel for a whole encoder layer, in whose place its parts run."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
 def threads(count: int | None) -> Iterator[None]:
     """Let torch use `count` threads inside the block; None leaves it."""
     before = torch.get_num_threads()

@@ -57,6 +57,9 @@ def is_conv1d(module: nn.Module) -> bool:
     return named_so and not isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
 
 
+EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 def _is_layer(module: nn.Module) -> bool:
     """Whether it is a linear or convolution layer, whose weight is pruned where nobody says what."""
     return isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) or is_conv1d(module)
@@ -80,9 +83,7 @@ def choose(
     chosen = _usual(model, named) if params is None else _matching(model, named, params)
     for name in _matching(model, named, exclude):
         chosen.pop(name, None)
-    sparse = {
-        id(m.weight) for m in model.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse
-    }
+    sparse = {id(m.weight) for m in model.modules() if isinstance(m, EMBEDDINGS) and m.sparse}
     for name, p in chosen.items():
         if id(p) in sparse:
             raise WoodfisherError(
@@ -125,7 +126,7 @@ def _computes_weight(module: nn.Module) -> bool:
 def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
     """What is chosen where nobody says: `_layer_weights` but for frozen ones and embeddings where there are others."""
     weights = _layer_weights(model, named)
-    shared = _matrices(model, weights, lambda module: isinstance(module, (nn.Embedding, nn.EmbeddingBag)))
+    shared = _matrices(model, weights, lambda module: isinstance(module, EMBEDDINGS))
     if len(shared) < len(weights):
         _warn_of_dense("that layers share with embeddings are", list(shared))
         weights = {name: p for name, p in weights.items() if name not in shared}
@@ -140,7 +141,7 @@ def _usual(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, nn.Par
     packed = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
     inside = _matrices(model, named, lambda module: isinstance(module, packed))
     _warn_of_dense("of attention and recurrent layers are", list(inside))
-    known = (*packed, nn.Embedding, nn.EmbeddingBag, ParametrizationList)
+    known = (*packed, *EMBEDDINGS, ParametrizationList)
     others = _matrices(model, named, lambda module: not isinstance(module, known) and not _is_layer(module))
     if sum(p.numel() for p in others.values()) > sum(p.numel() for p in weights.values()):
         _warn_of_dense("of other modules, more in all than those of layers, are", list(others))

@@ -281,13 +281,16 @@ def _within(
 
         values: list[float] = []
 
-        def reached(amounts: Sequence[int]) -> Iterator[tuple[Pruned, float]]:
+        def networks(amounts: Sequence[int]) -> Iterator[Pruned]:
             with suppress(TooSparseError):
                 for at, stages in pruned_through(objective, amounts, method, selection):
-                    pruned = _pruned(at.on(data), stages, method, selection, watch)
-                    pruned.write(trial)
-                    values.append(measured())
-                    yield pruned, values[-1]
+                    yield _pruned(at.on(data), stages, method, selection, watch)
+
+        def reached(amounts: Sequence[int]) -> Iterator[tuple[Pruned, float]]:
+            for pruned in networks(amounts):
+                pruned.write(trial)
+                values.append(measured())
+                yield pruned, values[-1]
 
         search = _last if isinstance(method.staging, Adaptive) else _last_by_halving
         best, value = search(reached, counts, least)
