@@ -680,15 +680,21 @@ def test_the_window_fits_the_memory_that_is_given(first_order, fewest, workspace
 def test_what_has_no_prior_plans_none():
     objective = wf.Objective(mlp(), batches(), cross_entropy)
     named = {}
-    for first_order, reads_once in ((True, False), (False, True), (False, False)):
-        method = replace(METHOD, first_order=first_order)
+    cases = {
+        "gradient": ({"first_order": True}, False),
+        "stream": ({}, True),
+        "channels": ({"pattern": wf.Channels()}, False),
+        "heads": ({"pattern": wf.Heads(1)}, False),
+        "none": ({}, False),
+    }
+    for case, (options, reads_once) in cases.items():
+        method = replace(METHOD, **{"first_order": False, **options})
         window = window_for(objective, method, 120, reads_once=reads_once)
-        named[first_order, reads_once] = [
-            (name, size) for name, size in window.bill if "rows" in name or "prior" in name
-        ]
+        named[case] = [(name, size) for name, size in window.bill if "rows" in name or "prior" in name]
     rows = "20 gradient rows of 36 weights"
-    assert named[True, False] == named[False, True] == [(rows, 20 * 36 * 4)]
-    (doubled, prior) = named[False, False]
+    assert named["gradient"] == named["stream"] == named["channels"] == [(rows, 20 * 36 * 4)]
+    assert named["heads"] == named["none"]
+    (doubled, prior) = named["none"]
     assert doubled == (f"{rows} with their copies", 2 * 20 * 36 * 4)
     assert prior == (
         "the prior that F shrinks to, before a stage and after it",

@@ -245,7 +245,7 @@ def test_wrong_couplings_are_refused(coupled, shapes, message):
 
 
 def test_no_layer_can_rank_what_spans_layers():
-    with pytest.raises(wf.WoodfisherError, match="coupled channels has groups that span several tensors"):
+    with pytest.raises(wf.WoodfisherError, match="coupled-channels has groups that span several tensors"):
         Selection(Layout({"w": (2, 2), "b": (2,)}), wf.Channels((("w", "b"),)), "layer")
 
 

@@ -672,6 +672,48 @@ def test_channels_that_are_not_silent_stay(folder, capsys):
     assert "no channel of the model can be cut out" in capsys.readouterr().err
 
 
+PRUNE_CHANNELS = ["--task", "my_exports:wide", "--pattern", "coupled-channels"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["prune", "--stages", "1", "--samples", "8"],
+        ["train", "--epochs", "2", "--samples", "8"],
+    ],
+)
+def test_commands_remove_channels_that_export_cuts_out(command, folder, capsys):
+    pytest.importorskip("torch_pruning")
+    assert main([*command, *PRUNE_CHANNELS, "--sparsity", "0.5", "--out", "run", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["method"]["pattern"] == "coupled-channels"
+    assert {layer["name"]: layer["sparsity"] for layer in content["layers"]} == {
+        "0.weight": 0.5,
+        "0.bias": 0.5,
+    }
+    export = ["export", "--task", "my_exports:wide", "--samples", "8", "--json"]
+    assert main([*export, "--to", "channels", "--weights", "run/model.safetensors"]) == 0
+    out = json.loads(capsys.readouterr().out)["out"]
+    small = load_export(
+        nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4)), folder / out / "model.safetensors"
+    )
+    assert small[0].out_features == small[2].in_features == 128
+
+
+def test_channels_are_those_of_the_chosen_weights_in_each_run_and_plan(folder, capsys):
+    pytest.importorskip("torch_pruning")
+    few = ["--stages", "1", "--samples", "8"]
+    assert main(["plan", *PRUNE_CHANNELS, *few, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"] == 64 * 256 + 256
+    options = ["--methods", "magnitude,woodfisher", "--sparsity", "0.25", "--seeds", "2"]
+    assert main(["compare", *PRUNE_CHANNELS, *few, *options, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["sparsity"] for result in results] == [0.25] * 4
+    assert main(["prune", *PRUNE_CHANNELS, *few, "--exclude", "0"]) == 2
+    assert "the weights among 0.weight, 0.bias." in capsys.readouterr().err.replace("\n", " ")
+    assert not (folder / "runs").exists()
+
+
 def test_a_decoder_keeps_the_labels_that_its_inputs_are_made_of(folder):
     arguments = ["export", "--task", "my_exports:translator", "--weights", "pruned.safetensors"]
     assert main([*arguments, "--to", "dense"]) == 0

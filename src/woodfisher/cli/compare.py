@@ -138,17 +138,18 @@ class Compare:
         note(f"loading {self.model.task}, seed {seed}")
         task = replace(self.model, seed=seed).load()
         task = replace(task, train=Replay(task.train))
-        runs.objective, runs.metric = self.model.objective(task), task.metric_name
+        model, settled = self.method.settled(self.model, task, *methods.values())
+        runs.objective, runs.metric = model.objective(task), task.metric_name
         dense = task.evaluate(task.model)
         runs.dense.append(dense)
         note(f"dense: {task.metric_name} {score(dense, task.metric_name)}")
         runs.first.update(*map(fingerprints, take(task.train, 1)))
-        for name, method in methods.items():
-            cells = self._results(task, name, method, family)
+        for name, method in zip(methods, settled, strict=True):
+            cells = self._results(task, model, name, method, family)
             runs.results.extend({**cell, "seed": seed, "dense": dense} for cell in cells)
 
     def _results(
-        self, task: Task, name: str, method: Method, family: tuple[float, ...]
+        self, task: Task, model: TaskOptions, name: str, method: Method, family: tuple[float, ...]
     ) -> Iterator[dict[str, Any]]:
         """One entry for each sparsity, with an `error` where it failed."""
         together = isinstance(method.staging, Adaptive)
@@ -163,7 +164,7 @@ class Compare:
                         sparsities,
                         criterion=method,
                         progress=show,
-                        **self.model.chosen,
+                        **model.chosen,
                     )
                 error = ""
             except WoodfisherError as problem:

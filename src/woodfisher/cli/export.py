@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from tyro.conf import arg
 
 from woodfisher.checks import check_count, check_positive
 from woodfisher.cli.console import note, out, print_json
+from woodfisher.cli.example import example_inputs
 from woodfisher.cli.options import File, Folder, Number, load_on
 from woodfisher.errors import WoodfisherError
 from woodfisher.export import (
@@ -31,7 +31,7 @@ from woodfisher.export import (
     to_sparse,
 )
 from woodfisher.files import check_folder, check_other_file, save_json, text_of, write_folder
-from woodfisher.gradients.batches import map_tensors, rechunk, samples_in, take
+from woodfisher.gradients.batches import map_tensors, samples_in
 from woodfisher.gradients.outputs import outputs_of
 from woodfisher.surgeon.channels import cost_of, shrink
 
@@ -123,7 +123,7 @@ class Export:
         model = task.model.eval()
         if form.half:
             model = model.half()
-        inputs = _inputs(task.validation, max(2, self.samples, self.batch), model)
+        inputs = example_inputs(task, max(2, self.samples, self.batch))
         with tempfile.TemporaryDirectory() as scratch:
             draft = Path(scratch) / form.file
             layers = form.write(self, model, inputs, draft) or []
@@ -191,8 +191,8 @@ class Export:
         small = shrink(model, one)
         if cost_of(small, one).parameters == cost_of(model, one).parameters:
             raise WoodfisherError(
-                "no channel of the model can be cut out: prune it with pattern=wf.Channels.of(model, inputs) and "
-                "params=pattern.params, which a task's pruning by command line doesn't, or take another form."
+                "no channel of the model can be cut out: prune it with --pattern coupled-channels, or take another "
+                "form."
             )
         save_export(small, path)
 
@@ -260,37 +260,6 @@ _FORMS = {
     "2:4": _Form(Export._write_semi_structured, tolerance=1e-2, half=True),
     "channels": _Form(Export._write_channels),
 }
-
-
-def _inputs(batches: Any, count: int, model: nn.Module) -> Any:
-    """What the model takes of the first samples that have one shape, in the model's dtype.
-
-    Labels are left out, but where a decoder's inputs are made of them.
-    """
-    taken = list(take(batches, count))
-    if not taken:
-        raise WoodfisherError("the task's validation data is empty, and outputs are compared on it.")
-    if not _decodes_labels(model, taken[0]):
-        taken = [_without_labels(batch) for batch in taken]
-    parameter = next(model.parameters())
-
-    def ready(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(parameter if tensor.is_floating_point() else parameter.device)
-
-    return map_tensors(ready, next(rechunk(taken, count, 1)))
-
-
-def _decodes_labels(model: nn.Module, batch: Any) -> bool:
-    """Whether it is a model of transformers whose decoder gets the labels, for want of `decoder_input_ids`."""
-    if not isinstance(batch, Mapping) or any(name.startswith("decoder_input") for name in batch):
-        return False
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
-def _without_labels(batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key != "labels"}
-    return batch[0]
 
 
 def _first(inputs: Any, count: int) -> Any:

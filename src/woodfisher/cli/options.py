@@ -11,6 +11,7 @@ from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
 from woodfisher.checks import check_choice, check_count, check_seed
+from woodfisher.cli.example import example_inputs
 from woodfisher.curvature import Damping, Relative, WoodFisher
 from woodfisher.curvature.planning import Keep  # noqa: TC001  tyro reads the annotations
 from woodfisher.errors import WoodfisherError
@@ -34,7 +35,7 @@ from woodfisher.pruning.method import (
     use_for,
     with_options,
 )
-from woodfisher.surgeon.patterns import parse_pattern
+from woodfisher.surgeon.patterns import Channels, Pattern, parse_pattern
 from woodfisher.tasks import Task, load_task
 
 if TYPE_CHECKING:
@@ -60,6 +61,9 @@ def _parsed(
 def _count_or(word: str) -> Callable[[str], int | str]:
     return lambda text: text if text == word else int(text)
 
+
+COUPLED = "coupled-channels"
+"""The pattern of all channels that can be cut out of a network."""
 
 _UNSAID = arg(help_behavior_hint="")
 Count = Annotated[int | None, _parsed(int, "N"), _UNSAID]
@@ -169,7 +173,8 @@ class MethodOptions:
 
     pattern: Annotated[str | None, arg(metavar="PATTERN", help_behavior_hint="")] = None
     """What is removed together: unstructured, 2:4 (any N:M along the inputs, at the sparsity 1 − N/M), 1x4 or 4x4
-    (blocks of outputs × inputs), channels (whole outputs), or 12heads."""
+    (blocks of outputs × inputs), channels (whole outputs), coupled-channels (those that `woodfisher export --to
+    channels` can cut out, with biases and normalisation), or 12heads."""
 
     floor: Number = None
     """Fraction of every layer's weights that stays at least."""
@@ -184,6 +189,34 @@ class MethodOptions:
     recalibrate: Count = None
     """Samples to take the statistics of batch normalisation from, after pruning; 0 leaves them."""
 
+    @property
+    def _pattern(self) -> Pattern | None:
+        """The pattern that was named; of coupled channels, a network says which they are: see `settled`."""
+        if self.pattern is None:
+            return None
+        return Channels() if self.pattern == COUPLED else parse_pattern(self.pattern)
+
+    def settled(self, model: TaskOptions, task: Task, *methods: Method) -> tuple[TaskOptions, list[Method]]:
+        """These with what the network says of the pattern: which channels are coupled, and by which parameters.
+
+        Channels stay that a weight which was not chosen is part of; biases and normalisation go with the weights.
+        """
+        if self.pattern != COUPLED:
+            return model, list(methods)
+        chosen = model.objective(task).parameters
+        every = Channels.of(task.model, example_inputs(task, 2))
+        coupled = replace(model, params=every.params, exclude=()).objective(task).parameters
+        pattern = every.without({name for name, p in coupled.items() if p.ndim > 1} - chosen.keys())
+        if not pattern.coupled:
+            raise WoodfisherError(
+                f"{COUPLED} removes channels with all weights that they go through, and the chosen weights are "
+                f"all of none: choose, with --params or without --exclude, the weights among "
+                f"{' or '.join(', '.join(members) for members in every.coupled[:3])}"
+                f"{', or others' * (len(every.coupled) > 3)}."
+            )
+        settled = [replace(method, pattern=pattern) for method in methods]
+        return replace(model, params=pattern.params, exclude=()), settled
+
     def method(self, criterion: str, *, strict: bool, training: bool = False) -> Method:
         """Build the method of that name with these options.
 
@@ -194,7 +227,7 @@ class MethodOptions:
             "update": self.update,
             "stages": self.stages,
             "scope": self.scope,
-            "pattern": None if self.pattern is None else parse_pattern(self.pattern),
+            "pattern": self._pattern,
             "floor": self.floor,
             "refine": self.refine,
             "recalibrate": self.recalibrate,

@@ -41,8 +41,8 @@ class Plan:
             )
         note(f"loading {self.model.task}")
         task = self.model.load()
-        objective = self.model.objective(task)
-        made = plan(objective, method)
+        model, (method,) = self.method.settled(self.model, task, method)
+        made = plan(model.objective(task), method)
         if self.json:
             print_json({"task": self.model.task, "criterion": self.criterion, **made.to_dict()})
         else:

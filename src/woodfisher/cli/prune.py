@@ -95,7 +95,8 @@ class Prune:
         note(f"loading {self.model.task}")
         with together() as ranks:
             task = self.model.load()
-            objective = self.model.objective(task)
+            model, (method,) = self.method.settled(self.model, task, method)
+            objective = model.objective(task)
             baseline = copied(task.model)
             dense = ranks.first(lambda: evaluate(task, task.model, "dense"))
         with progress(f"{self.criterion} to {aim}") as show:
@@ -108,7 +109,7 @@ class Prune:
                 metric=None if drop is None else task.validate,
                 criterion=method,
                 progress=show,
-                **self.model.chosen,
+                **model.chosen,
             )
         reached = report.sparsity if report.flops_removed is None else report.flops_removed
         by_size = replace(
@@ -126,7 +127,7 @@ class Prune:
                 task.loss,
                 reached if sparsity is None else sparsity,
                 criterion=by_size,
-                **self.model.chosen,
+                **model.chosen,
             )
         asked = {
             "criterion": self.criterion,
@@ -134,7 +135,7 @@ class Prune:
             "requested_sparsity": sparsity,
             "max_drop": drop,
         }
-        outcome = Outcome(self.model, task, method, folder, asked)
+        outcome = Outcome(model, task, method, folder, asked)
         with together() as ranks:
             ranks.first(lambda: self._finish(outcome, objective, baseline, dense, report, magnitude))
 

@@ -101,7 +101,8 @@ class Train:
         require_lightning()
         note(f"loading {self.model.task}")
         task = self.model.load()
-        objective = self.model.objective(task)
+        model, (method,) = self.method.settled(self.model, task, method)
+        objective = model.objective(task)
         dense = evaluate(task, task.model, "dense")
         try:
             with progress(f"training to {sparsity:g}", "steps") as show:
@@ -116,7 +117,7 @@ class Train:
                     log=self.log,
                     progress=show,
                     on_epoch=lambda epoch: self._tell(epoch, task.metric_name),
-                    **self.model.chosen,
+                    **model.chosen,
                 )
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
@@ -128,7 +129,7 @@ class Train:
             "preset": self.method.preset,
             "requested_sparsity": sparsity,
         }
-        Outcome(self.model, task, method, folder, asked).show(
+        Outcome(model, task, method, folder, asked).show(
             trained,
             objective,
             {"dense": {"metric": dense, "layers": layers_given(objective)}, "pruned": {"metric": pruned}},

@@ -215,7 +215,7 @@ def window_for(
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
     planned = max(min(options.window, affordable), 1)
     cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
-    shrinking = [not (first_order or reads_once) for first_order in orders]
+    shrinking = [not (first_order or reads_once or method.pattern.whole_outputs) for first_order in orders]
     shares = [_copies(shrinks) / cut for shrinks, cut in zip(shrinking, cuts, strict=True)]
     held = bytes_held(objective.layout, weights, objective.dtype.itemsize) if any(shrinking) else 0
     room = _Room.of(

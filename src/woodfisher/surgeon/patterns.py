@@ -14,6 +14,8 @@ from woodfisher.checks import check_count
 from woodfisher.errors import WoodfisherError
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from torch import Tensor, nn
 
     from woodfisher.gradients.layout import Layout
@@ -30,6 +32,11 @@ class Pattern(ABC):
     def sparsity(self) -> float | None:
         """The one sparsity at which the pattern holds; None where any will do."""
         return None
+
+    @property
+    def whole_outputs(self) -> bool:
+        """Whether what goes together are the weights of one output each."""
+        return False
 
     @abstractmethod
     def groups(self, layout: Layout) -> list[Tensor] | None:
@@ -158,9 +165,18 @@ class Channels(Pattern):
         return cls(coupled_channels(model, example_inputs))
 
     @property
+    def whole_outputs(self) -> bool:
+        return True
+
+    @property
     def params(self) -> tuple[str, ...]:
         """Names of the coupled parameters, as `params` of `Objective` takes them."""
         return tuple(dict.fromkeys(part_of(name)[0] for entry in self.coupled for name in entry))
+
+    def without(self, names: Collection[str]) -> Channels:
+        """The pattern less each group that has one of these parameters."""
+        kept = (entry for entry in self.coupled if not any(part_of(name)[0] in names for name in entry))
+        return Channels(tuple(kept))
 
     def groups(self, layout: Layout) -> list[Tensor]:
         missing = [name for name in self.params if name not in layout.shapes]
@@ -190,7 +206,7 @@ class Channels(Pattern):
         return _by_width([*groups, *alone])
 
     def __str__(self) -> str:
-        return "coupled channels" if self.coupled else "channels"
+        return "coupled-channels" if self.coupled else "channels"
 
 
 _BY_HEAD = "query_key_value"
@@ -289,8 +305,9 @@ def parse_pattern(text: str) -> Pattern:
     named: dict[str, Pattern] = {"unstructured": Unstructured(), "channels": Channels()}
     if text not in named:
         raise WoodfisherError(
-            "a pattern is one of unstructured, N:M as in 2:4, blocks of OUTPUTSxINPUTS as in 1x4, channels, or "
-            f"heads as in 12heads; {text!r} came."
+            "a pattern is one of unstructured, N:M as in 2:4, blocks of OUTPUTSxINPUTS as in 1x4, channels, "
+            "heads as in 12heads, or, of a command that loads the network, coupled-channels; "
+            f"{text!r} came."
         )
     return named[text]
 
