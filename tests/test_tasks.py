@@ -20,7 +20,7 @@ from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
-from woodfisher.errors import WoodfisherError
+from woodfisher.errors import WoodfisherError, WoodfisherWarning
 from woodfisher.saving.saved import save_weights
 from woodfisher.tasks import Task, accuracy, load_task, task_names
 from woodfisher.tasks.cifar import ResNet20, read_cifar10
@@ -116,13 +116,17 @@ def test_own_task_gets_the_options_it_declares(own_tasks, tmp_path, monkeypatch)
     path = list(sys.path)
     assert load_task(f"{own_tasks}:plain", seed=3).name == "plain"
     seen = sys.modules[own_tasks].seen
-    load_task(f"{own_tasks}:some", seed=5, data_root=tmp_path)
+    with pytest.warns(
+        WoodfisherWarning, match=r"some reads no data files of a folder, so data_root='.+' changes"
+    ):
+        load_task(f"{own_tasks}:some", seed=5, data_root=tmp_path)
     assert seen == {"seed": 5, "weights": None}
     load_task(f"{own_tasks}:every", weights=tmp_path / "w.pt")
     assert seen == {"seed": 0, "weights": tmp_path / "w.pt", "data_root": None}
     monkeypatch.setenv("WOODFISHER_DATA", str(tmp_path))
     load_task(f"{own_tasks}:every")
     assert seen["data_root"] == tmp_path
+    load_task(f"{own_tasks}:some")
     assert sys.path == path
 
 

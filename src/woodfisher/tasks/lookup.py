@@ -14,6 +14,7 @@ from woodfisher.errors import WoodfisherError, told
 from woodfisher.gradients.randomness import generators
 from woodfisher.tasks.base import Task
 from woodfisher.tasks.weights import load_into
+from woodfisher.watch import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,7 +45,8 @@ def load_task(
         `data_root`, `weights` and `seed` that it declares, and returns a `Task`; its module may lie in the
         working directory.
     data_root:
-        Folder of the data files. Default: the environment variable WOODFISHER_DATA.
+        Folder of the data files; a function that does not declare it is warned of. Default: the environment variable
+        WOODFISHER_DATA.
     weights:
         `.pt` or `.safetensors` file of the model's weights, which are put into the task's model where the function
         does not declare `weights` itself. Default: the task's own choice.
@@ -53,16 +55,19 @@ def load_task(
         training data has of its own are set to it where the function does not declare `seed` itself.
     """
     where = BUILT_IN.get(name, name)
-    if data_root is None and os.environ.get("WOODFISHER_DATA"):
-        data_root = Path(os.environ["WOODFISHER_DATA"])
+    root = data_root or os.environ.get("WOODFISHER_DATA") or None
     options = {
-        "data_root": None if data_root is None else Path(data_root),
+        "data_root": None if root is None else Path(root),
         "weights": None if weights is None else Path(weights),
         "seed": seed,
     }
     with _working_directory_importable():
         build = _function(where)
         arguments = _declared(build, options, where)
+        if data_root is not None and "data_root" not in arguments:
+            warn(
+                f"the task {name} reads no data files of a folder, so data_root={str(data_root)!r} changes nothing."
+            )
         try:
             task = build(**arguments)
         except WoodfisherError:
