@@ -148,6 +148,16 @@ def test_a_layer_removed_whole_is_reported():
     assert len(report.warnings) == 1
 
 
+def test_biases_removed_whole_are_no_lost_layer():
+    model = mlp()
+    for name, p in model.named_parameters():
+        if "bias" in name:
+            torch.nn.init.zeros_(p)
+    report = wf.prune(model, [], sparsity=0.5, criterion="magnitude", params="*")
+    assert [layer.kept for layer in report.layers if "bias" in layer.name] == [0, 0]
+    assert not report.warnings
+
+
 @pytest.mark.parametrize(
     ("build", "batch", "params"),
     [
