@@ -306,8 +306,7 @@ def parse_pattern(text: str) -> Pattern:
     if text not in named:
         raise WoodfisherError(
             "a pattern is one of unstructured, N:M as in 2:4, blocks of OUTPUTSxINPUTS as in 1x4, channels, "
-            "heads as in 12heads, or, of a command that loads the network, coupled-channels; "
-            f"{text!r} came."
+            f"coupled-channels, or heads as in 12heads; {text!r} came."
         )
     return named[text]
 
