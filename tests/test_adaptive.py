@@ -68,6 +68,12 @@ def adaptive(objective, method, held_out, stream, first_order):
     return AdaptiveRun(objective, method, method.selection(objective), course, held_out, stream)
 
 
+def tried(run, removed):
+    """A step that is to remove as many, and isn't taken."""
+    ranking = run._ranking(removed)
+    return run._try(ranking, removed, run._keep(ranking, removed))
+
+
 def weights_of(model):
     return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if n.endswith("weight")])
 
@@ -386,6 +392,28 @@ def test_a_stage_trusted_too_far_is_taken_back_and_split():
         assert again.sparsity < passed.stages[i].sparsity
         assert passed.stages[i].measured > 2 * max(passed.stages[i].predicted, 0)
     assert int(passed.objective.kept.sum()) == 4
+
+
+def test_groups_that_cannot_be_split_are_not_tried_again(monkeypatch):
+    objective = wf.Objective(trained(), batches(), cross_entropy)
+    stream = Stream(objective.data)
+    method = replace(METHOD, pattern=wf.Channels())
+    run = adaptive(objective, method, stream.hold_out(12), stream, False)
+    masks, tries = [], run._try
+
+    def noting(ranking, removed, keep):
+        masks.append(keep)
+        return tries(ranking, removed, keep)
+
+    run._renew(run.course.rows)
+    monkeypatch.setattr(run, "_try", noting)
+    monkeypatch.setattr(run, "_loss_at", lambda weights, keep, turn=None: 100.0 * (not keep.all()))
+    step = run._stage(24, True, [])
+    assert step.strain > 1
+    assert len(masks) > 2
+    assert not any(mask.equal(following) for mask, following in itertools.pairwise(masks))
+    assert step.keep.equal(run._keep(run._ranking(1), 1))
+    assert step.keep.sum() in (36 - 6, 36 - 4)
 
 
 def test_with_the_gradient_stages_that_are_split_take_no_more_of_the_data(monkeypatch):
@@ -765,7 +793,7 @@ def test_the_prediction_is_the_quadratic_model_without_damping(first_order):
     stream = Stream(objective.data)
     run = adaptive(objective, METHOD, stream.hold_out(12), stream, first_order)
     run._renew(run.course.rows)
-    step = run._try(run._ranking(6), 6)
+    step = tried(run, 6)
     moved = run._full(step.candidate.weights, step.keep) - run.weights
     curvature = run.fisher.inverse(1.0).forward(moved) - run.fisher.damped(moved)
     expected = float(moved @ curvature) / 2 + first_order * float(run.gradient.value @ moved)
@@ -823,7 +851,7 @@ def test_what_is_predicted_excuses_a_rise_up_to_the_loss(monkeypatch):
     largest = max(run.loss, run.held_out.first)
     for predicted, foreseen in ((-1.0, 0.0), (largest / 4, largest / 2), (1e3, largest)):
         monkeypatch.setattr(run, "_predicted", lambda step, predicted=predicted: predicted)
-        step = run._try(run._ranking(26), 26)
+        step = tried(run, 26)
         rise = step.candidate.loss - run.loss
         assert rise > 0
         assert step.strain == pytest.approx(rise / (foreseen + 0.4 * largest))
@@ -936,7 +964,7 @@ def test_a_gradient_that_misleads_the_ranking_is_left_out_of_it():
     step = run._stage(6, False, done)
     assert [stage.accepted for stage in done] == [False, True]
     assert done[1].measured < done[0].measured
-    assert not run._try(run._ranking(6), 6).keep[largest].any()
+    assert not tried(run, 6).keep[largest].any()
     assert step.keep[largest].sum() > 3
 
 

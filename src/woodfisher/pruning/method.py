@@ -65,7 +65,8 @@ class Method:
     stages:
         Times that gradients are taken, curvature estimated and weights removed on the way to the sparsity; or
         an `Adaptive`, many small stages that are checked on held-out samples. `auto` is the latter with its
-        defaults for one block over all weights and the joint update, and 16 otherwise.
+        defaults for one block over all weights and the joint update, and 16 otherwise; `stages="auto"` in a call of
+        `prune` or `Pruner` asks for the latter in any case, and raises where the method can't.
     refine:
         Rounds of swaps that improve the kept set of a stage against the joint objective (see `refine`), where
         the number of stages is fixed.

@@ -191,26 +191,35 @@ class AdaptiveRun:
         ranking leads too far, weights are ranked where they stand, before fewer of them are removed.
         """
         ranking = self._ranking(removed)
-        step = self._try(ranking, removed)
+        step = self._try(ranking, removed, self._keep(ranking, removed))
         if step.strain > 1 and removed and self.first_order:
             worse, loss = step.stage, step.candidate.loss
             del step  # the rows that it holds
             other = self._ranked(ranking, self.weights)
-            step = self._try(other, removed)
+            step = self._try(other, removed, self._keep(other, removed))
             if step.candidate.loss < loss:
                 ranking = other
             elif removed == 1 or not may_split:
                 worse = step.stage
                 del step
-                step = self._try(ranking, removed)
+                step = self._try(ranking, removed, self._keep(ranking, removed))
             done.append(replace(worse, accepted=False))
-        while step.strain > 1 and removed > 1 and may_split:
+        while step.strain > 1 and may_split and (less := self._less(ranking, step)):
             done.append(replace(step.stage, accepted=False))
-            removed //= 2
             del step  # the rows that it holds
-            step = self._try(ranking, removed)
+            step = self._try(ranking, *less)
         done.append(step.stage)
         return step
+
+    def _less(self, ranking: _Ranking, step: _Step) -> tuple[int, Tensor] | None:
+        """Half of what a step was to remove, or less where that is the same groups, with what it keeps; if any."""
+        removed = step.removed
+        while removed > 1:
+            removed //= 2
+            keep = self._keep(ranking, removed)
+            if not keep.equal(step.keep):
+                return removed, keep
+        return None
 
     def _path(self, targets: Sequence[int], stages: int, warming: int) -> list[int]:
         """What is left after each of so many stages, the first `warming` of which remove nothing."""
@@ -308,14 +317,17 @@ class AdaptiveRun:
             scores = self.selection.scores(self._full(point, self.objective.kept), ranking.finv)
         return replace(ranking, scores=scores)
 
-    def _try(self, ranking: _Ranking, removed: int) -> _Step:
-        """Propose a stage that removes as many in several ways and choose on the held-out samples."""
-        gradient, kept = self.gradient.value, self.objective.kept
-        keep = kept
-        if ranking.scores is not None:
-            with phase("saliency"):
-                keep = self.selection.best(ranking.scores, kept, self._left - removed)
-        stay = keep[kept]
+    def _keep(self, ranking: _Ranking, removed: int) -> Tensor:
+        """What stays where as much goes, the cheapest."""
+        if ranking.scores is None:
+            return self.objective.kept
+        with phase("saliency"):
+            return self.selection.best(ranking.scores, self.objective.kept, self._left - removed)
+
+    def _try(self, ranking: _Ranking, removed: int, keep: Tensor) -> _Step:
+        """Propose a stage that leaves what it is to keep, in several ways, and choose on the held-out samples."""
+        gradient = self.gradient.value
+        stay = keep[self.objective.kept]
         with phase("update"):
             rest = self.fisher.restricted(stay)
             gone = torch.where(stay, 0, -self.weights)
