@@ -42,7 +42,7 @@ class Tied(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A GRU, which torch.func can't vectorise over samples."""
+    """A GRU."""
 
     def __init__(self):
         super().__init__()

@@ -75,8 +75,8 @@ def flops_of_weights(objective: Objective) -> Tensor:
         flops = sum(counts.get(each.rpartition(".")[0], 0) for each in [name, *tied.get(name, [])])
         if not flops or flops % size or _has_others(module_of(objective.model, name)):
             raise WoodfisherError(
-                f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called in the "
-                f"forward pass, or does more than multiply with it. Leave it out with exclude={name!r}."
+                f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called for "
+                f"the first sample, or does more than multiply with it. Leave it out with exclude={name!r}."
             )
         out[where] = flops // size
     return out

@@ -23,6 +23,7 @@ from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
 from woodfisher.gradients.parameters import EMBEDDINGS, full_name, module_of
+from woodfisher.gradients.recurrent import states_by_row
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ class Forward:
         refused = None
         if self._vectorised and not self._faster_one_by_one(rows):
             try:
-                with _without_torchs_advice():
+                with _without_torchs_advice(), states_by_row(self.model):
                     return vmap(grad(loss), in_dims=(None, 0))(state.weights, rows)
             except _VMAP_ERRORS as error:
                 refused = error
