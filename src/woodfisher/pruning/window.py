@@ -205,19 +205,15 @@ def window_for(
             "a number of stages."
         )
     options, curvature = method.adaptive
-    repeats = min(curvature.samples, ENOUGH) > MOST_PASSES * known and not reads_once
-    orders = (True, False) if repeats else (True,)
-    if method.first_order != "auto":
-        orders = (method.first_order,)
+    kinds = _Kind.all_of(method, known, reads_once=reads_once)
     held_out = min(options.held_out, max(known // 5, 1))
     samples = known - held_out
     weights = int(objective.kept.sum())
     affordable = math.isqrt(MOST_OPERATIONS // max(2 * weights, 1))
     planned = max(min(options.window, affordable), 1)
-    cuts = [_FEWER_ROWS if first_order and len(orders) > 1 else 1 for first_order in orders]
-    shrinking = [not (first_order or reads_once or method.pattern.whole_outputs) for first_order in orders]
-    shares = [_copies(shrinks) / cut for shrinks, cut in zip(shrinking, cuts, strict=True)]
-    held = bytes_held(objective.layout, weights, objective.dtype.itemsize) if any(shrinking) else 0
+    shares = [kind.copies / kind.cut for kind in kinds]
+    shrinks = any(kind.shrinks for kind in kinds)
+    held = bytes_held(objective.layout, weights, objective.dtype.itemsize) if shrinks else 0
     room = _Room.of(
         objective,
         curvature,
@@ -225,7 +221,7 @@ def window_for(
         planned,
         copies=sum(shares) + max(shares),
         held=held,
-        least=min(planned, LEAST_ROWS * max(cuts)),
+        least=min(planned, LEAST_ROWS * max(kind.cut for kind in kinds)),
     )
     most = min(planned, room.rows)
     if room.budget.limit is None and most < min(planned, samples):
@@ -233,28 +229,7 @@ def window_for(
             f"the free memory has room for {most} gradient rows of {weights} weights, and {planned} were planned: the "
             "Fisher is made of fewer."
         )
-
-    def course(first_order: bool, shrinks: bool, cut: int) -> Course:
-        fewer = repeats and not first_order
-        stages = -(-options.stages // _FEWER_STAGES) if fewer else options.stages
-        most_rows = max(most // cut, 1)
-        group = max(g for g in _divisors(curvature.group) if g == 1 or g * most_rows <= samples)
-        asked = curvature.samples // len(orders) // group
-        rows = max(min(most_rows, samples // group, asked), 1)
-        renewed = min(max((asked - rows) // stages, 1), rows)
-        chooses = first_order and curvature.labels == "data" and not (reads_once or repeats)
-        among = options.among if chooses else 1
-        return Course(
-            first_order=first_order,
-            stages=stages,
-            rows=rows,
-            group=group,
-            renewed=renewed,
-            among=among,
-            shrinks=shrinks,
-        )
-
-    courses = tuple(map(course, orders, shrinking, cuts))
+    courses = tuple(kind.course(method, samples, most, len(kinds)) for kind in kinds)
     largest = max(courses, key=lambda course: course.rows)
     row = objective.dtype.itemsize * weights
     chunk = room.chunk
@@ -263,14 +238,13 @@ def window_for(
     rows = [course.rows for course in courses]
     copies = [course.copies * course.rows for course in courses]
     with_copies = " with their copies" if held else ""
-    bill: list[tuple[str, int]] = [
+    bill = [
         (f"{sum(rows)} gradient rows of {weights} weights{with_copies}", sum(copies) * row),
         ("a copy of theirs while a stage is tried", max(copies) * row),
+        *[(_PRIOR, held)] * shrinks,
         ("Gram matrices", 2 * 8 * sum(count**2 for count in [*rows, largest.rows])),
         (_BESIDES, max(chunk, room.vectors)),
     ]
-    if held:
-        bill.insert(2, (_PRIOR, held))
     return Window(
         weights=weights,
         held_out=held_out,
@@ -283,6 +257,62 @@ def window_for(
 
 def _copies(shrinks: bool) -> int:
     return 2 if shrinks else 1
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """One of the runs side by side, before it is known what the memory has room for.
+
+    Attributes
+    ----------
+    first_order, shrinks:
+        As of `Course`.
+    cut, slowed:
+        What rows are divided by, and stages.
+    chooses:
+        Whether the samples by which weights move are chosen among more of them.
+    """
+
+    first_order: bool
+    shrinks: bool
+    cut: int = 1
+    slowed: int = 1
+    chooses: bool = False
+
+    @classmethod
+    def all_of(cls, method: Method, known: int, *, reads_once: bool) -> list[_Kind]:
+        """Those that a method takes on data of so many samples."""
+        curvature = method.adaptive[1]
+        repeats = min(curvature.samples, ENOUGH) > MOST_PASSES * known and not reads_once
+        prior = not (reads_once or method.pattern.whole_outputs)
+        without = cls(False, prior, slowed=_FEWER_STAGES if repeats else 1)
+        chooses = curvature.labels == "data" and not (reads_once or repeats)
+        if method.first_order != "auto" or not repeats:
+            with_it = cls(True, False, chooses=chooses)
+            return [with_it if method.first_order else without]
+        return [cls(True, False, cut=_FEWER_ROWS), without]
+
+    @property
+    def copies(self) -> int:
+        return _copies(self.shrinks)
+
+    def course(self, method: Method, samples: int, rows: int, runs: int) -> Course:
+        """What a run of this kind takes of `samples`, as one of several, where there is room for so many rows."""
+        options, curvature = method.adaptive
+        stages = -(-options.stages // self.slowed)
+        rows = max(rows // self.cut, 1)
+        group = max(g for g in _divisors(curvature.group) if g == 1 or g * rows <= samples)
+        asked = curvature.samples // runs // group
+        rows = max(min(rows, samples // group, asked), 1)
+        return Course(
+            first_order=self.first_order,
+            stages=stages,
+            rows=rows,
+            group=group,
+            renewed=min(max((asked - rows) // stages, 1), rows),
+            among=options.among if self.chooses else 1,
+            shrinks=self.shrinks,
+        )
 
 
 @dataclass(frozen=True)
