@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
-from models import ConvNet, Recurrent, mlp, samples
+from models import ConvNet, mlp, samples
 from reference import cut, fisher, loop_rows, recursion
 from woodfisher.curvature import base
 from woodfisher.curvature.base import BlockDiagonalInverse, DiagonalInverse
@@ -244,7 +244,12 @@ def test_kfac_of_a_convolution_follows_its_definition(workspace, monkeypatch):
     ("model", "shape", "params", "message"),
     [
         (ConvNet(), (2, 6, 6), None, "'grouped.weight' has 2 groups"),
-        (Recurrent(), (5, 3), "*.weight*", "'gru.weight_ih_l0' belongs to a GRU"),
+        (
+            nn.MultiheadAttention(3, 1),
+            (5, 3),
+            "in_proj_weight",
+            "'in_proj_weight' belongs to a MultiheadAttention",
+        ),
     ],
 )
 def test_kfac_names_layers_that_it_does_not_cover(model, shape, params, message):

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import woodfisher as wf
-from models import CASES, ConvNet, DictModel, Recurrent, Stateful, Tied, Transformer, mlp, samples
+from models import CASES, ConvNet, DictModel, Stateful, Tied, Transformer, mlp, samples
 from reference import loop_rows
 from woodfisher.gradients.batches import map_tensors
 from woodfisher.gradients.isolation import isolated
@@ -127,9 +127,9 @@ def test_chunks_are_bounded_by_the_workspace_and_change_nothing():
 
 
 def test_model_that_looks_at_values_falls_back_once_with_equal_rows():
-    model, (x, y) = Recurrent().eval(), samples(6, (5, 3))
+    model, (x, y) = Tied(), samples(6, (5,))
     model.register_forward_pre_hook(lambda module, args: (args[0] * (args[0].max().item() > 0),))
-    objective = wf.Objective(model, [(x, y)], cross_entropy, params=["gru.weight*", "fc.weight"])
+    objective = wf.Objective(model, [(x, y)], cross_entropy)
     with pytest.warns(wf.WoodfisherWarning, match="can't vectorise") as caught:
         rows = objective.rows(6)
     assert len(caught) == 1
@@ -138,79 +138,6 @@ def test_model_that_looks_at_values_falls_back_once_with_equal_rows():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         objective.rows(6)
-
-
-class Sequential(nn.Module):
-    """A recurrent layer, or a cell that goes through time, with or without a state to begin with."""
-
-    def __init__(self, layer, *, given=False, alone=False):
-        super().__init__()
-        self.layer, self.given, self.alone = layer, given, alone
-        self.first = nn.Parameter(torch.randn(1, 1, 4)) if given else None
-        self.fc = nn.LazyLinear(3)
-
-    def forward(self, x):
-        if isinstance(self.layer, nn.RNNCellBase):
-            state = None
-            for step in x.unbind(1):
-                state = self.layer(step, state)
-            return self.fc(state[0] if isinstance(state, tuple) else state)
-        if self.alone:
-            return self.fc(torch.stack([self.layer(sample)[0][-1] for sample in x.unbind()]))
-        if not self.layer.batch_first:
-            x = x.transpose(0, 1)
-        if self.given:
-            state = self.first.expand(1, len(x), 4).contiguous()
-            return self.fc(
-                self.layer(x, (state, state) if isinstance(self.layer, nn.LSTM) else state)[0][:, -1]
-            )
-        return self.fc(self.layer(input=x)[0].sum(1 if self.layer.batch_first else 0))
-
-
-@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"batch_first": True},
-        {"batch_first": True, "num_layers": 2},
-        {"batch_first": True, "bidirectional": True},
-        {"bias": False},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("group", [1, 3])
-def test_rows_of_recurrent_layers_are_vectorised(kind, options, group):
-    _vectorised(Sequential(kind(3, 4, **options)), group)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        lambda: Sequential(nn.GRU(3, 4, batch_first=True), given=True),
-        lambda: Sequential(nn.LSTM(3, 4, batch_first=True), given=True),
-        lambda: Sequential(nn.LSTM(3, 4, proj_size=2)),
-        lambda: Sequential(nn.RNN(3, 4), alone=True),
-        lambda: Sequential(nn.GRU(3, 4, batch_first=True), alone=True),
-        lambda: Sequential(nn.RNNCell(3, 4)),
-        lambda: Sequential(nn.GRUCell(3, 4)),
-        lambda: Sequential(nn.LSTMCell(3, 4)),
-    ],
-    ids=["state", "states", "projected", "alone", "alone, batch first", "RNNCell", "GRUCell", "LSTMCell"],
-)
-def test_rows_of_recurrent_layers_are_vectorised_however_they_are_called(model):
-    _vectorised(model(), 1)
-
-
-def _vectorised(model, group):
-    x, y = samples(6, (5, 3), dtype=torch.float64)
-    model = model.double().eval()
-    model(x)
-    names = [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
-    rows = wf.Objective(model, [(x, y)], cross_entropy, params=names).rows(6, group=group)
-    expected = loop_rows(model, cross_entropy, x, y, names)
-    torch.testing.assert_close(rows, expected.reshape(-1, group, expected.shape[1]).mean(1))
-    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("labels", ["data", "model"])

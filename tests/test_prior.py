@@ -208,10 +208,16 @@ def test_the_prior_of_a_transposed_layer_has_blocks_over_its_inputs():
     ("model", "inputs", "params", "covered"),
     [
         (ConvNet(), torch.randn(12, 2, 5, 5), None, {"conv.weight", "grouped.weight", "fc.weight"}),
-        (Recurrent(), torch.randn(12, 5, 3), ["*weight*"], {"fc.weight"}),
+        (
+            Recurrent(),
+            torch.randn(12, 5, 3),
+            ["*weight*"],
+            {"gru.weight_ih_l0", "gru.weight_hh_l0", "fc.weight"},
+        ),
         (Tied(), torch.randn(12, 5), None, {"head.weight"}),
         (mlp(), torch.randn(12, 6), ["*"], {"0.weight", "2.weight"}),
-        (Recurrent(), torch.randn(12, 5, 3), ["gru.weight_*"], set()),
+        (Recurrent(), torch.randn(12, 5, 3), ["gru.weight_ih*"], {"gru.weight_ih_l0"}),
+        (Tied(), torch.randn(12, 5), ["first*"], set()),
     ],
 )
 def test_what_has_no_factors_is_on_the_diagonal_alone(model, inputs, params, covered):

@@ -166,9 +166,9 @@ class _Work:
             )
         if keep == "factors" and not self._all_factors:
             raise WoodfisherError(
-                "keep='factors' needs weights whose rows can be had in factor form: those of Linear and convolution "
-                "layers that are called once for a batch, on data that can be read again. Not all chosen ones are: "
-                "leave the others out with exclude=, or keep rows elsewhere."
+                "keep='factors' needs weights whose rows can be had in factor form: those of Linear, convolution "
+                "and recurrent layers that are called once for a batch, on data that can be read again. Not all chosen "
+                "ones are: leave the others out with exclude=, or keep rows elsewhere."
             )
 
     def alternatives(self) -> list[Keep]:

@@ -13,6 +13,7 @@ from woodfisher.checks import check_count
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import describe, map_tensors, rechunk, samples_in, some, take
 from woodfisher.gradients.forward import explained
+from woodfisher.gradients.recurrent import in_plain_products
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -152,7 +153,11 @@ def _bytes_saved(objective: Objective, row: Batch) -> int:
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor.detach()  # an output that its own graph holds would never be freed
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), explained(row):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        in_plain_products(objective.model.modules()),
+        explained(row),
+    ):
         value = objective.forward.mean_loss(state, row)
     if value.grad_fn is None:
         raise WoodfisherError(

@@ -14,6 +14,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.forward import explained, other_names
 from woodfisher.gradients.isolation import isolated, without_fast_path
 from woodfisher.gradients.parameters import module_of
+from woodfisher.gradients.recurrent import in_plain_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,14 +28,9 @@ def counting_flops(model: nn.Module) -> Iterator[FlopCounterMode]:
 
     Torch passes over the fused forms of these, so they run in their plain forms inside.
     """
-    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
-    before = torch.backends.mkldnn.set_flags(_enabled=False) if recurrent else ()
-    try:
-        with without_fast_path(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            yield counter
-    finally:
-        if recurrent:
-            torch.backends.mkldnn.set_flags(*before)
+    plain = in_plain_products(model.modules())
+    with plain, without_fast_path(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
 
 
 def flops_of_modules(objective: Objective) -> dict[str, int] | None:
@@ -72,7 +68,8 @@ def flops_of_weights(objective: Objective) -> Tensor:
         if len(layout.shapes[name]) == 1:
             continue
         size = where.stop - where.start
-        flops = sum(counts.get(each.rpartition(".")[0], 0) for each in [name, *tied.get(name, [])])
+        modules = {each.rpartition(".")[0] for each in [name, *tied.get(name, [])]}
+        flops = sum(counts.get(module, 0) for module in modules)
         if not flops or flops % size or _has_others(module_of(objective.model, name)):
             raise WoodfisherError(
                 f"the FLOPs of {name!r} can't be counted ({flops} for {size} weights): its module is not called for "

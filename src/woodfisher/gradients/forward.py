@@ -23,7 +23,7 @@ from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
 from woodfisher.gradients.parameters import EMBEDDINGS, full_name, module_of
-from woodfisher.gradients.recurrent import states_by_row
+from woodfisher.gradients.recurrent import in_plain_products, is_recurrent
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
 
 T = TypeVar("T")
 
-_WIDE_ROW = 8
+_WIDE_ROW, _WIDE_STATE = 8, 64
 
 _VMAP_ERRORS = (RuntimeError, NotImplementedError, ValueError, TypeError, IndexError)
 
@@ -317,7 +317,7 @@ class Forward:
         refused = None
         if self._vectorised and not self._faster_one_by_one(rows):
             try:
-                with _without_torchs_advice(), states_by_row(self.model):
+                with _without_torchs_advice(), in_plain_products(self.model.modules()):
                     return vmap(grad(loss), in_dims=(None, 0))(state.weights, rows)
             except _VMAP_ERRORS as error:
                 refused = error
@@ -331,11 +331,18 @@ class Forward:
         """Whether rows of this many samples should each have a backward pass of their own.
 
         A vectorised convolution whose weights differ by row runs as a grouped one, which CPUs do slowly: at 16
-        samples a row ResNet-20 takes 2.2 times as long as by one pass a row.
+        samples a row ResNet-20 takes 2.2 times as long as by one pass a row. In a recurrent layer the gradients of all
+        rows are gone through at every step.
         """
         first = tensors_of(rows)[0]
-        wide = first.device.type == "cpu" and first.shape[1] >= _WIDE_ROW
-        return wide and any(isinstance(module, _ConvNd) for module in self.model.modules())
+        if first.device.type != "cpu":
+            return False
+        wide = first.shape[1] >= _WIDE_ROW
+        return any(
+            (wide and isinstance(module, _ConvNd))
+            or (is_recurrent(module) and module.hidden_size > _WIDE_STATE)
+            for module in self.model.modules()
+        )
 
     @torch.enable_grad()
     def gradient(self, state: State, batch: Batch) -> Tensors:
@@ -475,14 +482,15 @@ def _scaled_in_place(model: nn.Module) -> list[list[str]]:
 
 
 def other_names(model: nn.Module) -> dict[str, list[str]]:
-    """Name → the names in other modules of the same parameter or buffer.
+    """Name → the other names of the same parameter or buffer.
 
     Torch's own way to tie them leaves a module that goes by two names with the values that it was run on.
     """
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
         for name, tensor in chain(
-            module.named_parameters(prefix, recurse=False), module.named_buffers(prefix, recurse=False)
+            module.named_parameters(prefix, recurse=False, remove_duplicate=False),
+            module.named_buffers(prefix, recurse=False, remove_duplicate=False),
         ):
             names.setdefault(id(tensor), []).append(name)
     return {first: others for first, *others in names.values() if others}

@@ -1,59 +1,151 @@
-"""Recurrent layers where rows are vectorised."""
+"""Recurrent layers as plain products, of which torch can tell what flows in and out, and which it can vectorise."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import repeat
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+
+    Note: TypeAlias = Callable[[nn.Module, str, Tensor, Tensor], None]
+    """Told of a product of a layer: the weight's or bias's name there, what flowed in, and where it flowed out."""
+
+_LAYERS = {layer.forward for layer in (nn.RNN, nn.GRU, nn.LSTM)}
+_CELLS = {cell.forward for cell in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
+
+
+def is_recurrent(module: nn.Module) -> TypeGuard[nn.RNNBase | nn.RNNCellBase]:
+    """Whether a module computes what one of torch's recurrent layers or cells does."""
+    return type(module).forward in _LAYERS | _CELLS and "forward" not in vars(module)
 
 
 @contextmanager
-def states_by_row(model: nn.Module) -> Iterator[None]:
-    """Have recurrent layers begin with a state of each row's own.
+def in_plain_products(modules: Iterable[nn.Module], note: Note | None = None) -> Iterator[None]:
+    """Have the recurrent ones among `modules` compute the same by products and what follows them, not as one operation.
 
-    What torch goes on to add to it in place is of single rows, and `vmap` refuses that for a state that all of them
-    share, such as the zeros that a layer begins with unless it is given one.
+    Packed sequences go the usual way. What flows through a layer is `(n, T, …)`, time going backwards where the layer
+    goes so.
     """
-    hooks = [
-        module.register_forward_pre_hook(_with_own_state, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, (nn.RNNBase, nn.RNNCellBase))
-    ]
-    try:
+    with ExitStack() as undone:
+        for module in dict.fromkeys(filter(is_recurrent, modules)):
+            if isinstance(module, nn.RNNBase):
+                vars(module)["forward"] = partial(_of_layer, module, note)
+            elif isinstance(module, nn.RNNCellBase):
+                vars(module)["forward"] = partial(_of_cell, module, note)
+            undone.callback(vars(module).pop, "forward")
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
-def _with_own_state(
-    module: nn.RNNBase | nn.RNNCellBase, args: tuple[Any, ...], named: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a recurrent layer, with a state that is of single rows if the input is."""
-    given = {**dict(zip(("input", "hx"), args, strict=False)), **named}
-    inputs, state = given.get("input"), given.get("hx")
-    if not isinstance(inputs, Tensor):  # a packed sequence
-        return args, named
-    if state is None:
-        state = _first_state(module, inputs)
-    else:
-        state = tree_map_only(Tensor, lambda t: t + inputs.new_zeros(()), state)
-    return (), {"input": inputs, "hx": state}
+def _of_cell(module: nn.RNNCellBase, note: Note | None, input: Tensor, hx: Any = None) -> Any:  # noqa: A002, as torch has it
+    if hx is None:
+        zeros = input.new_zeros([*input.shape[:-1], module.hidden_size])
+        hx = (zeros, zeros) if isinstance(module, nn.LSTMCell) else zeros
+    hidden, cell = hx if isinstance(hx, tuple) else (hx, None)
+    into, back = (
+        F.linear(x, getattr(module, f"weight_{which}"), getattr(module, f"bias_{which}"))
+        for which, x in (("ih", input), ("hh", hidden))
+    )
+    for which, x, out in (("ih", input, into), ("hh", hidden, back)):
+        _tell(note, module, which, x, out)
+    hidden, cell = _next(module, into, back, hidden, cell)
+    return hidden if cell is None else (hidden, cell)
 
 
-def _first_state(module: nn.RNNBase | nn.RNNCellBase, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """The zeros that a layer starts from unless it is given a state."""
-    if isinstance(module, nn.RNNBase):
-        time = inputs.ndim - 2 if module.batch_first else 0
-        batch = [size for axis, size in enumerate(inputs.shape[:-1]) if axis != time]
-        layers = module.num_layers * (1 + module.bidirectional)
-        hidden = inputs.new_zeros([layers, *batch, module.proj_size or module.hidden_size])
-        cell = inputs.new_zeros([layers, *batch, module.hidden_size])
-    else:
-        hidden = cell = inputs.new_zeros([*inputs.shape[:-1], module.hidden_size])
-    return (hidden, cell) if isinstance(module, (nn.LSTM, nn.LSTMCell)) else hidden
+def _of_layer(module: nn.RNNBase, note: Note | None, input: Any, hx: Any = None) -> Any:  # noqa: A002, as torch has it
+    if not isinstance(input, Tensor):
+        return type(module).forward(module, input, hx)
+    alone = input.ndim == 2
+    x = input[None] if alone else input if module.batch_first else input.transpose(0, 1)
+    ways = 1 + module.bidirectional
+    states = _states(module, x, hx, alone)
+    last = []
+    for layer in range(module.num_layers):
+        outputs = []
+        for way in range(ways):
+            suffix = f"_l{layer}" + "_reverse" * way
+            began = [state[layer * ways + way] for state in states]
+            output, *ended = _through(module, note, suffix, x.flip(1) if way else x, *began)
+            outputs.append(output.flip(1) if way else output)
+            last.append(ended)
+        x = torch.cat(outputs, 2)
+        if layer + 1 < module.num_layers:
+            x = F.dropout(x, module.dropout, module.training)
+    ends = tuple(
+        torch.stack(state)[:, 0] if alone else torch.stack(state) for state in zip(*last, strict=True)
+    )
+    x = x[0] if alone else x if module.batch_first else x.transpose(0, 1)
+    return x, ends if len(ends) > 1 else ends[0]
+
+
+def _states(module: nn.RNNBase, x: Tensor, hx: Any, alone: bool) -> list[Tensor]:
+    """What a layer begins with, each `(layers, n, …)`: the hidden state, and an LSTM's cells."""
+    if hx is not None:
+        return [state[:, None] if alone else state for state in (hx if isinstance(hx, tuple) else (hx,))]
+    sizes = [module.proj_size or module.hidden_size, module.hidden_size][: 1 + isinstance(module, nn.LSTM)]
+    return [x.new_zeros(module.num_layers * (1 + module.bidirectional), len(x), size) for size in sizes]
+
+
+def _through(
+    module: nn.RNNBase, note: Note | None, suffix: str, x: Tensor, hidden: Tensor, cell: Tensor | None = None
+) -> list[Tensor]:
+    """What comes out of one layer, one way, for `x` `(n, T, in)`, and the states that it ends with.
+
+    Products of one step each are told of as one, by zeros that are added to them, of which gradients are those of all.
+    """
+    weight, bias = getattr(module, f"weight_hh{suffix}"), getattr(module, f"bias_hh{suffix}", None)
+    projection = getattr(module, f"weight_hr{suffix}", None)
+    into = F.linear(x, getattr(module, f"weight_ih{suffix}"), getattr(module, f"bias_ih{suffix}", None))
+    _tell(note, module, f"ih{suffix}", x, into)
+    zeros, added = _zeros(note, x, len(weight))
+    more_zeros, more_added = _zeros(None if projection is None else note, x, hidden.shape[-1])
+    before, wide, outputs = [], [], []
+    for here, zero, other in zip(into.unbind(1), added, more_added, strict=False):
+        before.append(hidden)
+        hidden, cell = _next(module, here, F.linear(hidden, weight, bias) + zero, hidden, cell)
+        if projection is not None:
+            wide.append(hidden)
+            hidden = F.linear(hidden, projection) + other
+        outputs.append(hidden)
+    if zeros is not None:
+        _tell(note, module, f"hh{suffix}", torch.stack(before, 1), zeros)
+    if more_zeros is not None:
+        _tell(note, module, f"hr{suffix}", torch.stack(wide, 1), more_zeros)
+    return [torch.stack(outputs, 1), hidden, *([] if cell is None else [cell])]
+
+
+def _zeros(note: Note | None, x: Tensor, size: int) -> tuple[Tensor | None, Iterable[Tensor | float]]:
+    """Zeros `(n, T, size)` to take gradients by, and what to add at each step; nothing without a note to take."""
+    if note is None:
+        return None, repeat(0.0)
+    zeros = x.new_zeros(*x.shape[:2], size).requires_grad_()
+    return zeros, zeros.unbind(1)
+
+
+def _tell(note: Note | None, module: nn.Module, which: str, inputs: Tensor, output: Tensor) -> None:
+    if note is not None:
+        for kind in ("weight", "bias"):
+            note(module, f"{kind}_{which}", inputs, output)
+
+
+def _next(
+    module: nn.Module, into: Tensor, back: Tensor, hidden: Tensor, cell: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The states after a step, from the products of what comes in and of the hidden state: torch's documentation."""
+    if cell is not None:
+        i, f, g, o = (into + back).chunk(4, -1)
+        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+        return o.sigmoid() * cell.tanh(), cell
+    if isinstance(module, (nn.GRU, nn.GRUCell)):
+        (r, z, n), (r_back, z_back, n_back) = into.chunk(3, -1), back.chunk(3, -1)
+        new = (n + (r + r_back).sigmoid() * n_back).tanh()
+        keep = (z + z_back).sigmoid()
+        return (1 - keep) * new + keep * hidden, None
+    total = into + back
+    return total.relu() if module.nonlinearity == "relu" else total.tanh(), None

@@ -17,10 +17,11 @@ from woodfisher.gradients.batches import describe, map_tensors, row_batches, sam
 from woodfisher.gradients.forward import State, evenly_labelled, explained
 from woodfisher.gradients.layer_rows import LayerRows
 from woodfisher.gradients.parameters import is_conv1d
+from woodfisher.gradients.recurrent import in_plain_products, is_recurrent
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from woodfisher.gradients.batches import Batch
     from woodfisher.gradients.forward import Forward
@@ -272,6 +273,8 @@ def _form(batch: Batch, group: int) -> str:
 
 def has_factors(module: nn.Module, weight: Tensor) -> bool:
     """Whether the gradient of a weight or bias follows from what flows in and out of its layer."""
+    if is_recurrent(module):
+        return any(weight is own for own in module.parameters(recurse=False))
     if weight is not getattr(module, "weight", None) and weight is not getattr(module, "bias", None):
         return False
     return isinstance(module, (nn.Linear, _ConvNd)) or is_conv1d(module)
@@ -304,19 +307,28 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[
     for name, module in modules.items():
         names.setdefault(module, []).append(name)
 
+    def note(names: Iterable[str], came: Tensor, output: Tensor) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            for name in names:
+                calls[name].append(Call(came.detach(), get_gradient_edge(output), output.shape))
+
     def record(
         module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor
     ) -> None:
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
-        came = inputs[0] if inputs else next(iter(named.values()))
-        for name in names[module]:
-            calls[name].append(Call(came.detach(), get_gradient_edge(output), output.shape))
+        note(names[module], inputs[0] if inputs else next(iter(named.values())), output)
+
+    def record_one(module: nn.Module, parameter: str, came: Tensor, output: Tensor) -> None:
+        note([name for name in names[module] if name.rpartition(".")[2] == parameter], came, output)
 
     # Before the hooks that a model may have itself, since those may return something else.
-    handles = [module.register_forward_hook(record, prepend=True, with_kwargs=True) for module in names]
+    handles = [
+        module.register_forward_hook(record, prepend=True, with_kwargs=True)
+        for module in names
+        if not is_recurrent(module)
+    ]
     try:
-        yield calls
+        with in_plain_products(names, record_one):
+            yield calls
     finally:
         for handle in handles:
             handle.remove()
