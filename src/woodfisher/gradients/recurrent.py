@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import repeat
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
@@ -95,37 +94,47 @@ def _states(module: nn.RNNBase, x: Tensor, hx: Any, alone: bool) -> list[Tensor]
 def _through(
     module: nn.RNNBase, note: Note | None, suffix: str, x: Tensor, hidden: Tensor, cell: Tensor | None = None
 ) -> list[Tensor]:
-    """What comes out of one layer, one way, for `x` `(n, T, in)`, and the states that it ends with.
-
-    Products of one step each are told of as one, by zeros that are added to them, of which gradients are those of all.
-    """
-    weight, bias = getattr(module, f"weight_hh{suffix}"), getattr(module, f"bias_hh{suffix}", None)
-    projection = getattr(module, f"weight_hr{suffix}", None)
+    """What comes out of one layer, one way, for `x` `(n, T, in)`, and the states that it ends with."""
     into = F.linear(x, getattr(module, f"weight_ih{suffix}"), getattr(module, f"bias_ih{suffix}", None))
     _tell(note, module, f"ih{suffix}", x, into)
-    zeros, added = _zeros(note, x, len(weight))
-    more_zeros, more_added = _zeros(None if projection is None else note, x, hidden.shape[-1])
-    before, wide, outputs = [], [], []
-    for here, zero, other in zip(into.unbind(1), added, more_added, strict=False):
-        before.append(hidden)
-        hidden, cell = _next(module, here, F.linear(hidden, weight, bias) + zero, hidden, cell)
+    back = _Steps(module, f"hh{suffix}", x, note)
+    projection = _Steps(module, f"hr{suffix}", x, note) if hasattr(module, f"weight_hr{suffix}") else None
+    outputs = []
+    for here in into.unbind(1):
+        hidden, cell = _next(module, here, back(hidden), hidden, cell)
         if projection is not None:
-            wide.append(hidden)
-            hidden = F.linear(hidden, projection) + other
+            hidden = projection(hidden)
         outputs.append(hidden)
-    if zeros is not None:
-        _tell(note, module, f"hh{suffix}", torch.stack(before, 1), zeros)
-    if more_zeros is not None:
-        _tell(note, module, f"hr{suffix}", torch.stack(wide, 1), more_zeros)
+    back.tell()
+    if projection is not None:
+        projection.tell()
     return [torch.stack(outputs, 1), hidden, *([] if cell is None else [cell])]
 
 
-def _zeros(note: Note | None, x: Tensor, size: int) -> tuple[Tensor | None, Iterable[Tensor | float]]:
-    """Zeros `(n, T, size)` to take gradients by, and what to add at each step; nothing without a note to take."""
-    if note is None:
-        return None, repeat(0.0)
-    zeros = x.new_zeros(*x.shape[:2], size).requires_grad_()
-    return zeros, zeros.unbind(1)
+class _Steps:
+    """The products of one weight at each step of `x` `(n, T, in)`, which are told of as one.
+
+    To that end zeros `(n, T, out)` are added to them, whose gradients are those of all of these products.
+    """
+
+    def __init__(self, module: nn.RNNBase, which: str, x: Tensor, note: Note | None) -> None:
+        self._module, self._which, self._note = module, which, note
+        self._weight: Tensor = getattr(module, f"weight_{which}")
+        self._bias: Tensor | None = getattr(module, f"bias_{which}", None)
+        self._zeros = x.new_zeros(*x.shape[:2], len(self._weight))
+        if note is not None:
+            self._zeros.requires_grad_()
+        self._each = iter(self._zeros.unbind(1))
+        self._inputs: list[Tensor] = []
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self._inputs.append(inputs)
+        return F.linear(inputs, self._weight, self._bias) + next(self._each)
+
+    def tell(self) -> None:
+        """Once all of them are made."""
+        if self._note is not None:
+            _tell(self._note, self._module, self._which, torch.stack(self._inputs, 1), self._zeros)
 
 
 def _tell(note: Note | None, module: nn.Module, which: str, inputs: Tensor, output: Tensor) -> None:
