@@ -16,13 +16,12 @@ if TYPE_CHECKING:
     Note: TypeAlias = Callable[[nn.Module, str, Tensor, Tensor], None]
     """Told of a product of a layer: the weight's or bias's name there, what flowed in, and where it flowed out."""
 
-_LAYERS = {layer.forward for layer in (nn.RNN, nn.GRU, nn.LSTM)}
-_CELLS = {cell.forward for cell in (nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
+_FORWARDS = {module.forward for module in (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
 
 
 def is_recurrent(module: nn.Module) -> TypeGuard[nn.RNNBase | nn.RNNCellBase]:
     """Whether a module computes what one of torch's recurrent layers or cells does."""
-    return type(module).forward in _LAYERS | _CELLS and "forward" not in vars(module)
+    return type(module).forward in _FORWARDS and "forward" not in vars(module)
 
 
 @contextmanager
