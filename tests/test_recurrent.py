@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import woodfisher as wf
 from models import samples
 from reference import loop_rows
-from woodfisher.gradients.recurrent import in_plain_products
+from woodfisher.gradients.plain import in_plain_products
 
 LAYERS = [
     lambda: nn.RNN(3, 4),

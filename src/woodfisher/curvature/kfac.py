@@ -1,4 +1,4 @@
-"""Kronecker-factored curvature of Linear, convolution and recurrent layers."""
+"""Kronecker-factored curvature of Linear, convolution, recurrent and attention layers."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class KFAC(Estimator):
             for name, rows in layers.items():
                 if rows.groups > 1:
                     raise WoodfisherError(
-                        f"K-FAC covers Linear, recurrent and ungrouped convolution layers, and that of {name!r} has "
+                        f"K-FAC covers layers without groups, and that of {name!r} has "
                         f"{rows.groups} groups. Exclude it, or use WoodFisher."
                     )
                 for (s,), (a,) in rows.all_terms(objective.workspace // 2):

@@ -55,7 +55,7 @@ class Prior:
 
     A is the second moment of what flows into the layer and s that of the gradient of each of its outputs: K-FAC's
     factors (Martens and Grosse 2015) without what couples outputs, so that a block has the weights of one output.
-    Weights that are not those of a Linear, convolution or recurrent layer have 1 on the diagonal alone.
+    Weights that are not those of a Linear, convolution, recurrent or attention layer have 1 on the diagonal alone.
 
     Every sample says as much about A as about any other, but only one thing about the gradient of all weights. So of
     few samples λP + GᵀG/n, with P this and a little more on the diagonal, is nearer to the Fisher of many than

@@ -77,8 +77,8 @@ class Gradients(ABC):
     def factors(self, group: int = 1) -> dict[str, Factors]:
         """The weights whose rows can be had in factor form, and what that takes; tried on the first samples.
 
-        These are the weights of Linear, convolution and recurrent layers that the model calls once for all samples of a
-        batch, where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
+        These are the weights of Linear, convolution and recurrent layers, and of torch's own attention, that the model
+        calls once for all samples of a batch, where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
         has none.
         """
 

@@ -13,7 +13,7 @@ from woodfisher.checks import check_count
 from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.batches import describe, map_tensors, rechunk, samples_in, some, take
 from woodfisher.gradients.forward import explained
-from woodfisher.gradients.recurrent import in_plain_products
+from woodfisher.gradients.plain import in_plain_products
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from woodfisher.errors import WoodfisherError
 from woodfisher.gradients.forward import explained, other_names
 from woodfisher.gradients.isolation import isolated, without_fast_path
 from woodfisher.gradients.parameters import module_of
-from woodfisher.gradients.recurrent import in_plain_products
+from woodfisher.gradients.plain import in_plain_products
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

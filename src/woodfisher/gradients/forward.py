@@ -23,7 +23,7 @@ from woodfisher.gradients.isolation import without_traces
 from woodfisher.gradients.likelihood import every_target, kept_ignored, target_sampler
 from woodfisher.gradients.losses import IGNORED, OF_ENTRIES, KnownLoss
 from woodfisher.gradients.parameters import EMBEDDINGS, full_name, module_of
-from woodfisher.gradients.recurrent import in_plain_products, is_recurrent
+from woodfisher.gradients.plain import in_plain_products
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ class Forward:
         wide = first.shape[1] >= _WIDE_ROW
         return any(
             (wide and isinstance(module, _ConvNd))
-            or (is_recurrent(module) and module.hidden_size > _WIDE_STATE)
+            or (isinstance(module, (nn.RNNBase, nn.RNNCellBase)) and module.hidden_size > _WIDE_STATE)
             for module in self.model.modules()
         )
 

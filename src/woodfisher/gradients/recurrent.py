@@ -1,62 +1,35 @@
-"""Recurrent layers as plain products, of which torch can tell what flows in and out, and which it can vectorise."""
+"""Recurrent layers and cells as plain products and what follows them: see `plain`."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    Note: TypeAlias = Callable[[nn.Module, str, Tensor, Tensor], None]
-    """Told of a product of a layer: the weight's or bias's name there, what flowed in, and where it flowed out."""
-
-_FORWARDS = {module.forward for module in (nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell, nn.LSTMCell)}
+    from woodfisher.gradients.plain import Note
 
 
-def is_recurrent(module: nn.Module) -> TypeGuard[nn.RNNBase | nn.RNNCellBase]:
-    """Whether a module computes what one of torch's recurrent layers or cells does."""
-    return type(module).forward in _FORWARDS and "forward" not in vars(module)
-
-
-@contextmanager
-def in_plain_products(modules: Iterable[nn.Module], note: Note | None = None) -> Iterator[None]:
-    """Have the recurrent ones among `modules` compute the same by products and what follows them, not as one operation.
-
-    Packed sequences go the usual way. What flows through a layer is `(n, T, …)`, time going backwards where the layer
-    goes so.
-    """
-    with ExitStack() as undone:
-        for module in dict.fromkeys(filter(is_recurrent, modules)):
-            if isinstance(module, nn.RNNBase):
-                vars(module)["forward"] = partial(_of_layer, module, note)
-            elif isinstance(module, nn.RNNCellBase):
-                vars(module)["forward"] = partial(_of_cell, module, note)
-            undone.callback(vars(module).pop, "forward")
-        yield
-
-
-def _of_cell(module: nn.RNNCellBase, note: Note | None, input: Tensor, hx: Any = None) -> Any:  # noqa: A002, as torch has it
+def cell(module: nn.RNNCellBase, note: Note | None, input: Tensor, hx: Any = None) -> Any:  # noqa: A002, as torch has it
+    """What a cell returns."""
     if hx is None:
         zeros = input.new_zeros([*input.shape[:-1], module.hidden_size])
         hx = (zeros, zeros) if isinstance(module, nn.LSTMCell) else zeros
-    hidden, cell = hx if isinstance(hx, tuple) else (hx, None)
+    hidden, memory = hx if isinstance(hx, tuple) else (hx, None)
     into, back = (
         F.linear(x, getattr(module, f"weight_{which}"), getattr(module, f"bias_{which}"))
         for which, x in (("ih", input), ("hh", hidden))
     )
     for which, x, out in (("ih", input, into), ("hh", hidden, back)):
-        _tell(note, module, which, x, out)
-    hidden, cell = _next(module, into, back, hidden, cell)
-    return hidden if cell is None else (hidden, cell)
+        _tell(note, which, x, out)
+    hidden, memory = _next(module, into, back, hidden, memory)
+    return hidden if memory is None else (hidden, memory)
 
 
-def _of_layer(module: nn.RNNBase, note: Note | None, input: Any, hx: Any = None) -> Any:  # noqa: A002, as torch has it
+def layer(module: nn.RNNBase, note: Note | None, input: Any, hx: Any = None) -> Any:  # noqa: A002, as torch has it
+    """What a recurrent layer returns; what flows through one that goes backwards is told of in that order."""
     if not isinstance(input, Tensor):
         return type(module).forward(module, input, hx)
     alone = input.ndim == 2
@@ -64,16 +37,16 @@ def _of_layer(module: nn.RNNBase, note: Note | None, input: Any, hx: Any = None)
     ways = 1 + module.bidirectional
     states = _states(module, x, hx, alone)
     last = []
-    for layer in range(module.num_layers):
+    for number in range(module.num_layers):
         outputs = []
         for way in range(ways):
-            suffix = f"_l{layer}" + "_reverse" * way
-            began = [state[layer * ways + way] for state in states]
+            suffix = f"_l{number}" + "_reverse" * way
+            began = [state[number * ways + way] for state in states]
             output, *ended = _through(module, note, suffix, x.flip(1) if way else x, *began)
             outputs.append(output.flip(1) if way else output)
             last.append(ended)
         x = torch.cat(outputs, 2)
-        if layer + 1 < module.num_layers:
+        if number + 1 < module.num_layers:
             x = F.dropout(x, module.dropout, module.training)
     ends = tuple(
         torch.stack(state)[:, 0] if alone else torch.stack(state) for state in zip(*last, strict=True)
@@ -91,23 +64,28 @@ def _states(module: nn.RNNBase, x: Tensor, hx: Any, alone: bool) -> list[Tensor]
 
 
 def _through(
-    module: nn.RNNBase, note: Note | None, suffix: str, x: Tensor, hidden: Tensor, cell: Tensor | None = None
+    module: nn.RNNBase,
+    note: Note | None,
+    suffix: str,
+    x: Tensor,
+    hidden: Tensor,
+    memory: Tensor | None = None,
 ) -> list[Tensor]:
     """What comes out of one layer, one way, for `x` `(n, T, in)`, and the states that it ends with."""
     into = F.linear(x, getattr(module, f"weight_ih{suffix}"), getattr(module, f"bias_ih{suffix}", None))
-    _tell(note, module, f"ih{suffix}", x, into)
+    _tell(note, f"ih{suffix}", x, into)
     back = _Steps(module, f"hh{suffix}", x, note)
     projection = _Steps(module, f"hr{suffix}", x, note) if hasattr(module, f"weight_hr{suffix}") else None
     outputs = []
     for here in into.unbind(1):
-        hidden, cell = _next(module, here, back(hidden), hidden, cell)
+        hidden, memory = _next(module, here, back(hidden), hidden, memory)
         if projection is not None:
             hidden = projection(hidden)
         outputs.append(hidden)
     back.tell()
     if projection is not None:
         projection.tell()
-    return [torch.stack(outputs, 1), hidden, *([] if cell is None else [cell])]
+    return [torch.stack(outputs, 1), hidden, *([] if memory is None else [memory])]
 
 
 class _Steps:
@@ -117,7 +95,7 @@ class _Steps:
     """
 
     def __init__(self, module: nn.RNNBase, which: str, x: Tensor, note: Note | None) -> None:
-        self._module, self._which, self._note = module, which, note
+        self._which, self._note = which, note
         self._weight: Tensor = getattr(module, f"weight_{which}")
         self._bias: Tensor | None = getattr(module, f"bias_{which}", None)
         self._zeros = x.new_zeros(*x.shape[:2], len(self._weight))
@@ -133,23 +111,23 @@ class _Steps:
     def tell(self) -> None:
         """Once all of them are made."""
         if self._note is not None:
-            _tell(self._note, self._module, self._which, torch.stack(self._inputs, 1), self._zeros)
+            _tell(self._note, self._which, torch.stack(self._inputs, 1), self._zeros)
 
 
-def _tell(note: Note | None, module: nn.Module, which: str, inputs: Tensor, output: Tensor) -> None:
+def _tell(note: Note | None, which: str, inputs: Tensor, output: Tensor) -> None:
     if note is not None:
         for kind in ("weight", "bias"):
-            note(module, f"{kind}_{which}", inputs, output)
+            note(f"{kind}_{which}", inputs, output)
 
 
 def _next(
-    module: nn.Module, into: Tensor, back: Tensor, hidden: Tensor, cell: Tensor | None
+    module: nn.Module, into: Tensor, back: Tensor, hidden: Tensor, memory: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The states after a step, from the products of what comes in and of the hidden state: torch's documentation."""
-    if cell is not None:
+    if memory is not None:
         i, f, g, o = (into + back).chunk(4, -1)
-        cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-        return o.sigmoid() * cell.tanh(), cell
+        memory = f.sigmoid() * memory + i.sigmoid() * g.tanh()
+        return o.sigmoid() * memory.tanh(), memory
     if isinstance(module, (nn.GRU, nn.GRUCell)):
         (r, z, n), (r_back, z_back, n_back) = into.chunk(3, -1), back.chunk(3, -1)
         new = (n + (r + r_back).sigmoid() * n_back).tanh()

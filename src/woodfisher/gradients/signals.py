@@ -17,7 +17,7 @@ from woodfisher.gradients.batches import describe, map_tensors, row_batches, sam
 from woodfisher.gradients.forward import State, evenly_labelled, explained
 from woodfisher.gradients.layer_rows import LayerRows
 from woodfisher.gradients.parameters import is_conv1d
-from woodfisher.gradients.recurrent import in_plain_products, is_recurrent
+from woodfisher.gradients.plain import in_plain_products, is_packed
 from woodfisher.watch import warn
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Signals:
         state = state.differentiable(names)
 
         def flow() -> list[tuple[str, Call, Tensor | None]]:
-            with recorded_calls({name: self._modules[name] for name in names}) as calls:
+            with recorded_calls(self._forward.model, {name: self._modules[name] for name in names}) as calls:
                 total = self._forward.sum_of_losses(state, chunk, samples_in(chunk) // count)
             made = [(name, only_call(name, calls[name])) for name in names]
             for name, call in made:
@@ -191,7 +191,7 @@ class Signals:
             if self.possible(name) and shared[id(self._parameters[name])] == 1
         }
         samples = samples_in(batch)
-        with recorded_calls(able) as calls, explained(batch):
+        with recorded_calls(model, able) as calls, explained(batch):
             self._forward.mean_loss(state.differentiable(able), batch)
         once = [
             name
@@ -273,7 +273,7 @@ def _form(batch: Batch, group: int) -> str:
 
 def has_factors(module: nn.Module, weight: Tensor) -> bool:
     """Whether the gradient of a weight or bias follows from what flows in and out of its layer."""
-    if is_recurrent(module):
+    if is_packed(module):
         return any(weight is own for own in module.parameters(recurse=False))
     if weight is not getattr(module, "weight", None) and weight is not getattr(module, "bias", None):
         return False
@@ -300,8 +300,11 @@ class Call:
 
 
 @contextmanager
-def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
-    """Weight name → the calls of its module during the block, which has to take gradients."""
+def recorded_calls(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Call]]]:
+    """Weight name → the calls of its module of the model during the block, which has to take gradients.
+
+    Of layers that have several weights those of the products with each.
+    """
     calls: dict[str, list[Call]] = {name: [] for name in modules}
     names: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
@@ -318,16 +321,16 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[
         note(names[module], inputs[0] if inputs else next(iter(named.values())), output)
 
     def record_one(module: nn.Module, parameter: str, came: Tensor, output: Tensor) -> None:
-        note([name for name in names[module] if name.rpartition(".")[2] == parameter], came, output)
+        note([name for name in names.get(module, ()) if name.rpartition(".")[2] == parameter], came, output)
 
     # Before the hooks that a model may have itself, since those may return something else.
     handles = [
         module.register_forward_hook(record, prepend=True, with_kwargs=True)
         for module in names
-        if not is_recurrent(module)
+        if not is_packed(module)
     ]
     try:
-        with in_plain_products(names, record_one):
+        with in_plain_products(model.modules(), record_one):
             yield calls
     finally:
         for handle in handles:
