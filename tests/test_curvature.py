@@ -244,12 +244,7 @@ def test_kfac_of_a_convolution_follows_its_definition(workspace, monkeypatch):
     ("model", "shape", "params", "message"),
     [
         (ConvNet(), (2, 6, 6), None, "'grouped.weight' has 2 groups"),
-        (
-            nn.MultiheadAttention(3, 1),
-            (5, 3),
-            "in_proj_weight",
-            "'in_proj_weight' belongs to a MultiheadAttention",
-        ),
+        (nn.Embedding(11, 3), (5,), "weight", "'weight' belongs to a Embedding"),
     ],
 )
 def test_kfac_names_layers_that_it_does_not_cover(model, shape, params, message):

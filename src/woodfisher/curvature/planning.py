@@ -167,8 +167,8 @@ class _Work:
         if keep == "factors" and not self._all_factors:
             raise WoodfisherError(
                 "keep='factors' needs weights whose rows can be had in factor form: those of Linear, convolution, "
-                "recurrent and attention layers that are called once for a batch, on data that can be read again. Not all chosen "
-                "ones are: leave the others out with exclude=, or keep rows elsewhere."
+                "recurrent and attention layers that are called once for a batch, on data that can be read again. Not "
+                "all chosen ones are: leave the others out with exclude=, or keep rows elsewhere."
             )
 
     def alternatives(self) -> list[Keep]:

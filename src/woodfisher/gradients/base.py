@@ -78,8 +78,8 @@ class Gradients(ABC):
         """The weights whose rows can be had in factor form, and what that takes; tried on the first samples.
 
         These are the weights of Linear, convolution and recurrent layers, and of torch's own attention, that the model
-        calls once for all samples of a batch, where the rows so had are those of the samples alone. Data that can be read only once is not touched, and
-        has none.
+        calls once for all samples of a batch, where the rows so had are those of the samples alone. Data that can be
+        read only once is not touched, and has none.
         """
 
     @abstractmethod

@@ -58,7 +58,8 @@ class RowMaker:
             if not self.signals.possible(name):
                 raise WoodfisherError(
                     f"{name!r} belongs to a {type(self._modules[name]).__name__}, and rows in factor form are those of "
-                    "Linear, convolution, recurrent and attention layers: leave it out with exclude=, or use WoodFisher."
+                    "Linear, convolution, recurrent and attention layers: leave it out with exclude=, or use "
+                    "WoodFisher."
                 )
 
     def layer_rows(self, state: State, chunk: Chunk, names: Sequence[str]) -> dict[str, LayerRows]:

@@ -341,7 +341,11 @@ def only_call(name: str, calls: Sequence[Call]) -> Call:
     """The one call of a layer, which gradients in factor form need."""
     if len(calls) == 1:
         return calls[0]
-    how = "is called more than once in" if calls else "is not called as a module by"
+    how = (
+        "is called more than once in"
+        if calls
+        else "is not called as a module, or not by one product with all of it, in"
+    )
     raise NoFactorsError(
         f"what flows through the layer of {name!r} does not give its gradients, since it {how} the forward pass."
     )
