@@ -32,7 +32,7 @@ TOKENS = 64
 VOCABULARY = 1000
 
 
-Case: TypeAlias = tuple[nn.Module, Tensor, int, str | None]
+Case: TypeAlias = tuple[nn.Module, Tensor, int, str | list[str] | None]
 """A network, inputs, the number of classes, and which weights are chosen."""
 
 
@@ -68,6 +68,30 @@ def bert(layers: int, width: int) -> Callable[[], Case]:
     return lambda: (Sentences(layers, width), torch.randint(VOCABULARY, (SAMPLES, TOKENS)), 2, None)
 
 
+class Encoder(nn.Module):
+    """Torch's own encoder layers and a linear one: sequences `(n, 64, width)` → logits `(n, 2)`."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.layers(x).mean(1))
+        return logits
+
+
+def encoder(layers: int, width: int) -> Callable[[], Case]:
+    """All matrices of an encoder, the packed ones of attention among them, and sequences of 64 vectors."""
+    return lambda: (
+        Encoder(layers, width),
+        torch.randn(SAMPLES, TOKENS, width),
+        2,
+        ["*linear*.weight", "*proj*weight", "head.weight"],
+    )
+
+
 class Recurrent(nn.Module):
     """A recurrent layer and a linear one: sequences `(n, 64, width / 2)` → logits `(n, 2)`."""
 
@@ -91,6 +115,7 @@ CASES = {
     "BERT 2 x 128": bert(2, 128),
     "BERT 4 x 256": bert(4, 256),
     "BERT 4 x 512": bert(4, 512),
+    "torch's encoder 2 x 128": encoder(2, 128),
     "GRU 64": recurrent(nn.GRU, 64),
     "GRU 256": recurrent(nn.GRU, 256),
     "LSTM 256": recurrent(nn.LSTM, 256),
