@@ -156,6 +156,10 @@ def test_biases_removed_whole_are_no_lost_layer():
     report = wf.prune(model, [], sparsity=0.5, criterion="magnitude", params="*")
     assert [layer.kept for layer in report.layers if "bias" in layer.name] == [0, 0]
     assert not report.warnings
+    attention = torch.nn.MultiheadAttention(8, 2)  # whose biases begin as zeros
+    report = wf.prune(attention, [], sparsity=0.5, criterion="magnitude", params="*")
+    assert {layer.name for layer in report.layers if not layer.kept} == {"in_proj_bias", "out_proj.bias"}
+    assert not report.warnings
 
 
 @pytest.mark.parametrize(

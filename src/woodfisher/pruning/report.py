@@ -141,7 +141,8 @@ class Report:
 def warn_of_lost_layers(objective: Objective) -> None:
     """Warn of layers that have no weight left; without a bias they do with what comes in."""
     for layer in layers_of(objective.layout.split(objective.kept)):
-        if layer.kept == 0 and ".bias" not in f".{layer.name}":
+        is_bias = len(objective.layout.shapes[layer.name]) == 1 and "bias" in layer.name
+        if layer.kept == 0 and not is_bias:
             warn(
                 f"every weight of {layer.name!r} is removed, so nothing passes through it; a floor=, "
                 "a lower sparsity or scope='layer' avoids that."
