@@ -1,4 +1,4 @@
-"""Attention in plain products, and rows from what flows through these. Recurrent layers: test_recurrent."""
+"""Attention in plain products, and rows from what flows through these."""
 
 import math
 
@@ -115,6 +115,10 @@ def test_packed_weights_of_attention_to_something_else_have_no_factor_form():
     x, y = samples(8, (5, 8), dtype=torch.float64)
     objective = wf.Objective(model, [(x, y)], cross_entropy, params="*weight*")
     assert set(objective.factors()) == {"layer.out_proj.weight", "fc.weight"}
+    with pytest.raises(
+        wf.WoodfisherError, match=r"'layer\.in_proj_weight' .*not by one product with all of it"
+    ):
+        next(objective.iter_layer_rows(8))
     names = list(objective.layout.shapes)
     torch.testing.assert_close(objective.rows(8), loop_rows(model, cross_entropy, x, y, names))
 

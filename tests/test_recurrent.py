@@ -154,7 +154,6 @@ def test_weights_that_are_shared_have_no_factor_form():
 
 @pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
 def test_the_hessian_of_recurrent_layers(kind):
-    """Which the fused forms have no second derivatives for."""
     model, x, y = ready(Reader(kind(3, 2, batch_first=True)))
     objective = wf.Objective(model, [(x, y)], cross_entropy, params="layer.weight_hh_l0")
     found = objective.hessian_columns(8, slice(0, 3))

@@ -417,22 +417,10 @@ class Aside(nn.Module):
         return x @ self.fc.weight.mT
 
 
-class Attending(nn.Module):
-    """Attends to something else than what asks."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.MultiheadAttention(6, 2, batch_first=True)
-
-    def forward(self, x):
-        return self.layer(x, x + 1, x + 1)[0]
-
-
 def test_layers_without_factors_are_named():
     for model, params, message in (
         (ConvNet(), "norm", "'norm.weight' belongs to a BatchNorm2d"),
         (Aside(), "fc.weight", "not called as a module"),
-        (Attending(), "layer.in_proj_weight", "not by one product with all of it"),
     ):
         x, y = samples(4, (2, 6, 6) if params == "norm" else (3, 6))
         objective = wf.Objective(model, [(x, y)], lambda o, t: o.square().mean(), params=params)
